@@ -1,0 +1,1 @@
+"""Texts, tokenizers, task data sets and batches."""

@@ -1,0 +1,111 @@
+"""The one door for arithmetic on weights: `linear`, `embed` and `attend`, by the exact type of the leaf."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.types import CompressedArray
+
+
+class Rules(NamedTuple):
+  """How one kind of leaf multiplies.
+
+  Attributes:
+    linear: `(x [..., in], w [in, out]) -> [..., out]`.
+    embed: `(ids [...], w [vocab, features]) -> [..., features]`.
+    attend: `(x [..., features], w [vocab, features]) -> [..., vocab]`.
+  """
+
+  linear: Callable[[jax.Array, Any], jax.Array]
+  embed: Callable[[jax.Array, Any], jax.Array]
+  attend: Callable[[jax.Array, Any], jax.Array]
+
+
+_RULES: dict[type, Rules] = {}
+
+
+def register(kind: type, rules: Rules) -> None:
+  """Adds the rules of an array type; a type without rules raises at its first use."""
+  _RULES[kind] = rules
+
+
+def _rules(w: Any, door: str) -> Rules:
+  if isinstance(w, jax.Array):  # true for tracers; singledispatch on jax.Array is not
+    return DENSE
+  rules = _RULES.get(type(w))
+  if rules is None:
+    known = ", ".join(sorted(kind.__name__ for kind in _RULES))
+    raise TypeError(f"ops.{door} has no rule for {type(w).__name__}; it knows jax.Array, {known}; see ops.register")
+  return rules
+
+
+def linear(x: jax.Array, w: Any) -> jax.Array:
+  """`x @ w` for `x: [..., in]` and `w: [in, out]`, accumulated in float32, in the dtype of `x`."""
+  return _rules(w, "linear").linear(x, w)
+
+
+def embed(ids: jax.Array, w: Any) -> jax.Array:
+  """Rows `ids: [...]` of a table `w: [vocab, features]`."""
+  return _rules(w, "embed").embed(ids, w)
+
+
+def attend(x: jax.Array, w: Any) -> jax.Array:
+  """`x @ w.T` for `x: [..., features]` and a table `w: [vocab, features]`: the logits of a head."""
+  return _rules(w, "attend").attend(x, w)
+
+
+def _dense_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+  return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _dense_attend(x: jax.Array, w: jax.Array) -> jax.Array:
+  return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+DENSE = Rules(_dense_linear, lambda ids, w: w[ids], _dense_attend)
+
+TILE = 192
+"""Outputs (table rows) that a reference loop holds dense at a time."""
+
+
+def over_tiles(product: Callable[[jax.Array, int], jax.Array], outputs: int, tile: int = TILE) -> jax.Array:
+  """Concatenates `product(start, size) -> [m, size]` over tiles of the outputs, one tile alive at a time.
+
+  The backward pass rebuilds each tile instead of keeping it (`jax.checkpoint`), so that it holds no dense
+  weight either.
+  """
+  tile = min(tile, outputs)
+  whole = outputs // tile
+  _, parts = jax.lax.scan(
+    jax.checkpoint(lambda _, i: (None, product(i * tile, tile))), None, jnp.arange(whole, dtype=jnp.int32)
+  )
+  y = jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], whole * tile)
+  if outputs % tile:
+    y = jnp.concatenate([y, product(jnp.int32(whole * tile), outputs % tile)], axis=1)
+  return y
+
+
+@functools.partial(jax.jit, inline=False)
+def tiled_linear(x: jax.Array, w: Any) -> jax.Array:
+  """The reference of `linear` for any compressed array: tiles of outputs, each dense for one product."""
+  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  y = over_tiles(lambda start, size: rows @ w.columns(start, size), w.shape[-1])
+  return y.reshape(*x.shape[:-1], w.shape[-1]).astype(x.dtype)
+
+
+@functools.partial(jax.jit, inline=False)
+def tiled_attend(x: jax.Array, w: Any) -> jax.Array:
+  """The reference of `attend` for any compressed array: tiles of table rows."""
+  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  y = over_tiles(lambda start, size: jnp.einsum("md,vd->mv", rows, w.columns(start, size)), w.shape[-2])
+  return y.reshape(*x.shape[:-1], w.shape[-2]).astype(x.dtype)
+
+
+def gathered_embed(ids: jax.Array, w: CompressedArray) -> jax.Array:
+  """The reference of `embed` for any compressed array: decodes the rows asked for."""
+  return w.rows(ids).astype(w.dtype)  # type: ignore[attr-defined]

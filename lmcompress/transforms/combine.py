@@ -1,0 +1,239 @@
+"""Combinators: transforms made of transforms, as in optax."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress import tree
+from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
+
+STATISTICS = ("hessian", "second_moment", "absmax", "mean_abs")
+"""Evidence that is kept per weight; a matrix function asks for it by a keyword-only argument of that name."""
+
+
+def chain(*transforms: Transform) -> Transform:
+  """Applies transforms in order, each planned on the tree that the one before it left.
+
+  Raises:
+    ValueError: the chain is empty, or mixes phases.
+  """
+  return named_chain(*((t.name or f"link{i}", t) for i, t in enumerate(transforms)))
+
+
+def named_chain(*links: tuple[str, Transform]) -> Transform:
+  """`chain` with a name for each link, shown in tables."""
+  flat = tuple(
+    part for name, t in links for part in (t.links or (t._replace(name=name),))
+  )
+  if not flat:
+    raise ValueError("chain() needs at least one transform")
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    return tuple(link.init(params, selected) for link in flat)
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    states = []
+    for i, (link, link_state) in enumerate(zip(flat, state, strict=True)):
+      if i and link.phase == "once":  # plans on the tree as it is just before its turn
+        link_state = link.init(params, evidence.selected)
+      params, link_state = link.apply(params, link_state, evidence)
+      states.append(link_state)
+    return params, tuple(states)
+
+  return Transform(
+    init,
+    apply,
+    needs=frozenset().union(*(link.needs for link in flat)),
+    phase="once" if any(link.phase == "once" for link in flat) else "step",
+    scope=max((link.scope for link in flat), key=("weight", "block", "model").index),
+    name="chain",
+    links=flat,
+  )
+
+
+def at(pattern: str, transform: Transform) -> Transform:
+  """Restricts a transform to the weights that `pattern` selects; the method still sees the whole tree.
+
+  `*` stays within a path segment, `**` crosses them, and a pattern that matches an ancestor selects what is
+  below. Norms and biases are never selected, embedding and head only when named.
+
+  Raises (when planned):
+    WeightError: nothing matches; shows the nearest paths.
+  """
+
+  def choose(params: Params, selected: frozenset[str] | None) -> frozenset[str]:
+    found = tree.select(params, pattern)
+    return found if selected is None else found & selected
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    chosen = choose(params, selected)
+    return chosen, transform.init(params, chosen)
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    chosen, inner = state
+    params, inner = transform.apply(params, inner, _select(evidence, chosen))
+    return params, (chosen, inner)
+
+  links = tuple(at(pattern, link) for link in transform.links)
+  return transform._replace(init=init, apply=apply, links=links, name=f"{transform.name} at {pattern}")
+
+
+def _select(evidence: Evidence, chosen: frozenset[str]) -> Evidence:
+  return Evidence(**{**{f: getattr(evidence, f) for f in Evidence.__dataclass_fields__}, "selected": chosen})
+
+
+def partition(labels: Mapping[str, str] | Callable[[str], str | None], transforms: Mapping[str, Transform]) -> Transform:
+  """A transform for each label: `labels` gives a weight's label by the first pattern that matches it, or by a function of its path; unlabelled weights stay.
+
+  Raises:
+    ValueError: a label has no transform (at once for a mapping, else when planned).
+  """
+
+  def label_of(path: str) -> str | None:
+    if callable(labels):
+      return labels(path)
+    return next((label for pattern, label in labels.items() if tree.matches(pattern, path)), None)
+
+  def check(used: set[str]) -> None:
+    if unknown := used - set(transforms):
+      raise ValueError(f"partition: no transform for label {sorted(unknown)[0]!r}; labels are {sorted(transforms)}")
+
+  if not callable(labels):
+    check(set(labels.values()))
+  order = tuple(transforms)
+
+  def groups(params: Params, selected: frozenset[str] | None) -> dict[str, frozenset[str]]:
+    label = {p: label_of(p) for p in tree.weights(params) if selected is None or p in selected}
+    check({v for v in label.values() if v is not None})
+    return {name: frozenset(p for p, v in label.items() if v == name) for name in order}
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    chosen = groups(params, selected)
+    return {name: (chosen[name], transforms[name].init(params, chosen[name])) for name in order if chosen[name]}
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    states = {}
+    for name, (chosen, inner) in state.items():
+      params, inner = transforms[name].apply(params, inner, _select(evidence, chosen))
+      states[name] = chosen, inner
+    return params, states
+
+  return Transform(
+    init,
+    apply,
+    needs=frozenset().union(*(t.needs for t in transforms.values())),
+    phase="once" if any(t.phase == "once" for t in transforms.values()) else "step",
+    scope=max((t.scope for t in transforms.values()), key=("weight", "block", "model").index),
+    name="partition",
+  )
+
+
+def scheduled(transform: Transform, active: Callable[[jax.Array], Any]) -> Transform:
+  """Applies a `"step"` transform only at the steps for which `active(step)` is true, under jit.
+
+  Raises:
+    ValueError: the transform may change the structure of the tree (`phase == "once"`).
+  """
+  if transform.phase != "step":
+    raise ValueError(
+      f"scheduled({transform.name}): a {transform.phase!r} transform may change the structure of the tree; "
+      "schedule a 'step' transform, such as magnitude(sparsity=<a function of the step>)"
+    )
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    return jax.lax.cond(
+      jnp.asarray(active(jnp.asarray(evidence.step))),
+      lambda p, s: transform.apply(p, s, evidence),
+      lambda p, s: (p, s),
+      params,
+      state,
+    )
+
+  return transform._replace(apply=apply, needs=transform.needs | {"step"}, name=f"scheduled {transform.name}")
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+  """A key of one weight, the same wherever and in whatever order the weight is visited."""
+  digest = 2166136261  # FNV-1a, 32 bits
+  for byte in path.encode():
+    digest = ((digest ^ byte) * 16777619) & 0xFFFFFFFF
+  return jax.random.fold_in(key, digest)
+
+
+def leafwise(
+  fn: Callable[..., Any], *, name: str = "", phase: str = "once", check: Callable[[str, Any], None] | None = None
+) -> Transform:
+  """Lifts a function of one weight to the tree; its keyword-only arguments without a default are its needs.
+
+  `fn(w, *, axis, hessian, key, ...)` may ask for `axis` (the contraction axis), `path`, `key`, `step`,
+  `grads` or a statistic of the weight, and returns the leaf that takes the weight's place.
+
+  Args:
+    fn: the method on one matrix.
+    name: what tables call it.
+    phase: `"step"` if `fn` keeps the leaf's structure and jits.
+    check: `(path, leaf)`, called when planned; raises `WeightError` for a weight that `fn` cannot take.
+  """
+  asked = [
+    p.name for p in inspect.signature(fn).parameters.values()
+    if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+  ]
+  local = {"axis", "path"}
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    chosen = tree.default_selection(params) if selected is None else selected
+    found = {path: leaf for path, leaf in tree.weights(params).items() if path in chosen}
+    for path, leaf in found.items():
+      if check is not None:
+        check(path, leaf)
+    return ()
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
+
+    def visit(path: str, leaf: Any) -> Any:
+      given = {need: _evidence_for(need, path, evidence, name) for need in asked}
+      return fn(leaf, **given)
+
+    return tree.map_weights(visit, params, chosen), state
+
+  return Transform(init, apply, needs=frozenset(asked) - local, phase=phase, name=name or fn.__name__)
+
+
+def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
+  if need == "axis":
+    return tree.contraction_axis(path)
+  if need == "path":
+    return path
+  if need == "key" and evidence.key is not None:
+    return path_key(evidence.key, path)
+  if need == "step" and evidence.step is not None:
+    return evidence.step
+  if need == "grads" and evidence.grads is not None:
+    return tree.get(evidence.grads, path)
+  found = (evidence.statistics or {}).get(path, {}).get(need)
+  if found is None:
+    raise WeightError(f"{name} at {path} needs {need!r}, which was not collected; pass calibration tokens to compress")
+  return found
+
+
+def require_dense(name: str, path: str, leaf: Any) -> None:
+  """Raises unless the weight is dense or a masked dense one, with finite floating values."""
+  values = getattr(leaf, "values", leaf)
+  if isinstance(values, CompressedArray):
+    raise WeightError(f"{name} at {path}: the weight is already stored as {values.kind}; start from dense weights")
+  if not jnp.issubdtype(values.dtype, jnp.floating):
+    raise WeightError(f"{name} at {path}: dtype is {values.dtype}, a floating dtype is needed")
+  if not isinstance(values, jax.core.Tracer) and not bool(_finite(values)):
+    raise WeightError(f"{name} at {path}: the weight holds NaN or infinity; repair or exclude it with at(pattern, ...)")
+
+
+@functools.partial(jax.jit)
+def _finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))

@@ -1,0 +1,40 @@
+"""freeze: turns training forms into deployment forms; what a code already says is not stored twice."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.arrays import MaskedArray, QuantizedArray
+from lmcompress.transforms.combine import leafwise
+from lmcompress.types import Transform
+
+
+def freeze() -> Transform:
+  """Makes the tree ready to deploy.
+
+  A mask over codes that decode to exactly 0 wherever it removes is dropped: the codes say it already. A mask
+  over dense values is applied to them. Where codes cannot express 0 (a real minimum), the mask stays.
+  """
+  return leafwise(_freeze, name="freeze")._replace(init=lambda params, selected=None: ())
+
+
+def _freeze(w: Any) -> Any:
+  if not isinstance(w, MaskedArray):
+    return w
+  if not isinstance(w.values, QuantizedArray):
+    return _apply_mask(w)
+  return w.values if bool(_expressed(w)) else w
+
+
+@functools.partial(jax.jit)
+def _apply_mask(w: MaskedArray) -> jax.Array:
+  return w.materialize()
+
+
+@functools.partial(jax.jit)
+def _expressed(w: MaskedArray) -> jax.Array:
+  return jnp.all((w.mask.unpack() != 0) | (w.values.materialize() == 0))

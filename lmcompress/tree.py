@@ -1,0 +1,200 @@
+"""Paths, patterns and maps over a parameter tree whose leaves may be compressed arrays."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress.types import CompressedArray, Params, WeightError
+
+CONTRACTION_AXIS = {"kernel": -2, "table": -1}
+"""The axis along which a weight is summed over, by the leaf's name: kernels are `[in, out]`, tables `[vocab, features]`."""
+
+
+def is_leaf(x: Any) -> bool:
+  """True for a leaf of the parameter tree: an array, a compressed array, or a hole left by a partition."""
+  return not isinstance(x, Mapping)
+
+
+def natural(path: str) -> tuple:
+  """Sort key under which `layers/10` follows `layers/9`."""
+  return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("/"))
+
+
+def flatten(params: Params) -> dict[str, Any]:
+  """All leaves by path, in natural order."""
+  leaves: dict[str, Any] = {}
+
+  def walk(prefix: str, node: Any) -> None:
+    if is_leaf(node):
+      leaves[prefix] = node
+      return
+    for name in node:
+      walk(f"{prefix}/{name}" if prefix else str(name), node[name])
+
+  walk("", params)
+  return dict(sorted(leaves.items(), key=lambda item: natural(item[0])))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Params:
+  """The nested tree of `{path: leaf}`."""
+  params: Params = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split("/")
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return params
+
+
+def get(params: Params, path: str) -> Any:
+  """The subtree or leaf at `path`; None where there is none."""
+  node: Any = params
+  for part in path.split("/"):
+    if is_leaf(node) or part not in node:
+      return None
+    node = node[part]
+  return node
+
+
+def put(params: Params, path: str, value: Any) -> Params:
+  """A tree like `params` with `value` at `path`; shares everything else."""
+  head, _, rest = path.partition("/")
+  return {**params, head: put(params.get(head, {}), rest, value) if rest else value}
+
+
+def map_leaves(fn: Callable[[str, Any], Any], params: Params) -> Params:
+  """`fn(path, leaf)` over every leaf, norms and biases included."""
+  return unflatten({path: fn(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def is_weight(path: str) -> bool:
+  """True for what compression acts on: kernels and tables, never norms and biases."""
+  return path.rpartition("/")[2] in CONTRACTION_AXIS
+
+
+def weights(params: Params) -> dict[str, Any]:
+  """The weights by path, in natural order."""
+  return {path: leaf for path, leaf in flatten(params).items() if is_weight(path)}
+
+
+def map_weights(fn: Callable[[str, Any], Any], params: Params, selected: Iterable[str] | None = None) -> Params:
+  """`fn(path, weight)` over the weights (all, or those `selected`); other leaves stay as they are."""
+  chosen = None if selected is None else frozenset(selected)
+
+  def visit(path: str, leaf: Any) -> Any:
+    if is_weight(path) and (chosen is None or path in chosen):
+      return fn(path, leaf)
+    return leaf
+
+  return map_leaves(visit, params)
+
+
+def contraction_axis(path: str) -> int:
+  """-2 for a kernel, -1 for a table."""
+  return CONTRACTION_AXIS[path.rpartition("/")[2]]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+  out = ""
+  for part in re.split(r"(\*\*/?|\*)", pattern):
+    out += {"**": ".*", "**/": "(?:.*/)?", "*": "[^/]*"}.get(part, re.escape(part))
+  return re.compile(rf"{out}(?:/.*)?\Z")
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Whether `pattern` names `path` or an ancestor of it: `*` stays within a segment, `**` crosses them.
+
+  >>> matches("layers/*/mlp", "layers/3/mlp/up/kernel"), matches("layers/*", "embed/table")
+  (True, False)
+  """
+  return _regex(pattern).match(path) is not None
+
+
+def select(params: Params, pattern: str) -> frozenset[str]:
+  """Paths of the weights that `pattern` selects; tables (embedding, head) only where it names them.
+
+  Raises:
+    WeightError: nothing matches; the message shows the nearest paths.
+  """
+  parts = pattern.strip("/").split("/")
+
+  def named(path: str) -> bool:
+    *_, parent, name = ("", *path.split("/"))
+    return name != "table" or parent in parts or name in parts
+
+  paths = list(weights(params))
+  found = frozenset(path for path in paths if matches(pattern.strip("/"), path) and named(path))
+  if not found:
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+    raise WeightError(
+      f"pattern {pattern!r} selects no weight among {len(paths)}; nearest paths: {', '.join(near) or 'none'}"
+    )
+  return found
+
+
+def default_selection(params: Params) -> frozenset[str]:
+  """Every kernel; embedding and head only when named."""
+  return frozenset(path for path in weights(params) if path.endswith("kernel"))
+
+
+def partition(params: Params, trainable: Callable[[str], bool] = lambda path: True) -> tuple[Params, Params]:
+  """Splits into a tree of trainable arrays and one of the rest, each with None where the other has a value.
+
+  Gradients reach floating arrays at paths for which `trainable(path)` is true, and within a compressed leaf
+  the fields it declares trainable; integers never (their float0 gradients break optimizers).
+  """
+
+  def split(path: str, leaf: Any) -> tuple[Any, Any]:
+    if not trainable(path):
+      return jax.tree.map(lambda x: None, leaf), leaf
+    children, treedef = jax.tree.flatten_with_path(leaf)
+    fields = leaf.trainable_fields() if isinstance(leaf, CompressedArray) else None
+    flags = [
+      jnp.issubdtype(x.dtype, jnp.floating) and (fields is None or getattr(where[0], "name", None) in fields)
+      for where, x in children
+    ]
+    return (
+      treedef.unflatten([x if flag else None for flag, (_, x) in zip(flags, children, strict=True)]),
+      treedef.unflatten([None if flag else x for flag, (_, x) in zip(flags, children, strict=True)]),
+    )
+
+  pairs = {path: split(path, leaf) for path, leaf in flatten(params).items()}
+  return unflatten({k: v[0] for k, v in pairs.items()}), unflatten({k: v[1] for k, v in pairs.items()})
+
+
+def combine(left: Params, right: Params) -> Params:
+  """Undoes `partition`: takes each value from the tree that has it."""
+  return jax.tree.map(lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None)
+
+
+def stack_layers(params: Params) -> Params:
+  """Turns `layers/0..n-1` into one subtree with a leading layer axis, for scanned training.
+
+  Raises:
+    WeightError: two layers differ in structure or shape.
+  """
+  layers = [params["layers"][name] for name in sorted(params["layers"], key=int)]
+  first = jax.tree.structure(layers[0]), [x.shape for x in jax.tree.leaves(layers[0])]
+  for i, layer in enumerate(layers):
+    if (jax.tree.structure(layer), [x.shape for x in jax.tree.leaves(layer)]) != first:
+      raise WeightError(f"layers/{i} differs from layers/0 in form or shape; only alike layers can be stacked")
+  return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
+
+
+def unstack_layers(params: Params) -> Params:
+  """Undoes `stack_layers`."""
+  depth = jax.tree.leaves(params["layers"])[0].shape[0]
+  return {**params, "layers": {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)}}
+
+
+def leaf_nbits(leaf: Any) -> int:
+  """Bits that a leaf takes in its stored form."""
+  return leaf.nbits if isinstance(leaf, CompressedArray) else leaf.size * np.dtype(leaf.dtype).itemsize * 8

@@ -1,0 +1,178 @@
+"""The contracts of the library: parameters, compressed leaves, transforms, evidence and models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+Params = dict[str, Any]
+"""A nested dict with string keys whose leaves are `jax.Array` or `CompressedArray`; paths join the keys by `/`."""
+
+State = Any
+Tokens = Any
+"""Token ids `[batch, length]` int32, a JAX or a NumPy array."""
+
+
+class LmcompressError(Exception):
+  """Base of the errors that a user can mend; the command line prints them in one line and exits with 2."""
+
+
+class FormatError(LmcompressError, ValueError):
+  """A file does not hold what its format promises; the message names the file."""
+
+
+class ConfigError(LmcompressError, ValueError):
+  """A config asks for something that does not exist; the message shows what would do."""
+
+
+class SourceError(LmcompressError, FileNotFoundError):
+  """A model or a text cannot be had; the message says which and what to do."""
+
+  def __str__(self) -> str:
+    return str(self.args[0]) if self.args else ""
+
+
+class WeightError(LmcompressError, ValueError):
+  """A weight cannot be compressed as asked; the message names the path, what was asked and what would do."""
+
+
+class CompressedArray:
+  """A weight stored in another way than densely: an array-like pytree node.
+
+  Subclasses are frozen dataclasses registered with `jax.tree_util.register_dataclass`. They have no
+  `__post_init__` (JAX rebuilds nodes with placeholders); factories check. `shape` is derived from data
+  fields, so that it stays right under `vmap` and `scan`.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  nbits: int
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    n = 1
+    for extent in self.shape:
+      n *= extent
+    return n
+
+  @property
+  def nbytes(self) -> float:
+    """Bytes that the stored form takes: `nbits / 8`, all parts counted."""
+    return self.nbits / 8
+
+  @property
+  def kind(self) -> str:
+    """A short word for tables, such as `int4 g64`."""
+    raise NotImplementedError
+
+  def materialize(self) -> jax.Array:
+    """The dense value `[...shape]` in `dtype`."""
+    raise NotImplementedError
+
+  def sharding_like(self, spec: Any) -> Any:
+    """The same node with a `PartitionSpec` for each data field, derived from the dense `spec`."""
+    raise NotImplementedError
+
+  @classmethod
+  def trainable_fields(cls) -> tuple[str, ...]:
+    """Names of the data fields that gradients may reach."""
+    return ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """What a transform may know beyond the tree. The driver fills what the transform's `needs` name.
+
+  Attributes:
+    selected: paths of the weights that the transform is to act on; None means its default selection.
+    key: a PRNG key; fold in a path for a key of one weight.
+    step: the training step, a scalar.
+    statistics: per weight path, a dict of statistic name to array, e.g. `hessian: [in, in]`.
+    grads: a tree like the parameters.
+    structure: what the model publishes (axes, blocks and their stages).
+    block: the block as a callable with its inputs and reference outputs.
+  """
+
+  selected: frozenset[str] | None = dataclasses.field(default=None, metadata={"static": True})
+  key: jax.Array | None = None
+  step: jax.Array | int | None = None
+  statistics: Mapping[str, Mapping[str, jax.Array]] | None = None
+  grads: Params | None = None
+  structure: Any = dataclasses.field(default=None, metadata={"static": True})
+  block: Any = dataclasses.field(default=None, metadata={"static": True})
+
+
+class Transform(NamedTuple):
+  """A compression method as a pair of pure functions, as in optax.
+
+  Attributes:
+    init: `(params, selected=None) -> state`; sees the whole tree just before its turn, resolves patterns,
+      checks and plans. Raises `WeightError` for what cannot work.
+    apply: `(params, state, evidence) -> (params, state)`; gets any subtree with full paths.
+    needs: names of the evidence it reads, e.g. `{"hessian"}`, `{"key"}`, `{"step"}`.
+    phase: `"once"` (may change a leaf's type, driven from the host) or `"step"` (keeps structure, jits).
+    scope: `"weight"`, `"block"` or `"model"`; `compress` cuts a chain at model-scope links.
+    name: what tables and reports call it.
+    links: the parts of a chain, in order; empty for a single method.
+  """
+
+  init: Callable[..., State]
+  apply: Callable[[Params, State, Evidence], tuple[Params, State]]
+  needs: frozenset[str] = frozenset()
+  phase: str = "once"
+  scope: str = "weight"
+  name: str = ""
+  links: tuple[Transform, ...] = ()
+
+
+class Stage(NamedTuple):
+  """Linears of a block that read the same input.
+
+  Attributes:
+    name: e.g. `"qkv"`; the key of the tap.
+    linears: paths relative to the block, e.g. `("attn/q", "attn/k", "attn/v")`.
+    source: the norm or linear (relative path) whose output feeds them.
+  """
+
+  name: str
+  linears: tuple[str, ...]
+  source: str
+
+
+class Block(NamedTuple):
+  """One block of a model: where it lies in the tree, its kind, and its stages in order of execution."""
+
+  path: str
+  kind: str
+  stages: tuple[Stage, ...]
+
+
+@runtime_checkable
+class Model(Protocol):
+  """A pure function and the structure it publishes; any object with these members is a model."""
+
+  @property
+  def axes(self) -> Mapping[str, tuple[Any, ...]]:
+    """Logical axis names keyed by path pattern, e.g. `layers/*/mlp/up/kernel: ("embed", "mlp")`."""
+    ...
+
+  def init(self, key: jax.Array) -> Params: ...
+
+  def apply(self, params: Params, tokens: Tokens, *, attention_mask: Any = None, token_type_ids: Any = None,
+            decoder_input_ids: Any = None, cache: Any = None) -> Any: ...
+
+  def start(self, params: Params, inputs: Any) -> Any: ...
+
+  def blocks(self, params: Params) -> tuple[Block, ...]: ...
+
+  def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]: ...
+
+  def finish(self, params: Params, carry: Any) -> Any: ...
