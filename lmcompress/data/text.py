@@ -44,9 +44,9 @@ def load_text(name: str | os.PathLike[str]) -> str:
   """A text by its name in `TEXTS`, or by the path of a UTF-8 file.
 
   A named text is a list of documents (topics, tales, excerpts) joined by blank lines. `name:even` and
-  `name:odd` are the documents of even and of odd index: calibrate on one and evaluate on the other, since they
-  share no document. `pydoc` (its topics in sorted order) comes with Python, so its numbers compare only within
-  one Python version; `grimm` and `books` are pinned and the same everywhere.
+  `name:odd` are the documents of even and of odd index: calibrate on one and evaluate on the other, since
+  they share no document. `pydoc` (its topics in sorted order) comes with Python, so its numbers compare only
+  within one Python version; `grimm` and `books` are pinned and the same everywhere.
 
   Raises:
     SourceError: no such name, part or file, or the text cannot be downloaded.

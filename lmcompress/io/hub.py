@@ -14,8 +14,9 @@ from lmcompress.types import SourceError
 _log = logging.getLogger(__name__)
 
 # Weights as safetensors only: other files of a repository may hold code or pickles and stay there.
-_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-             "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
+_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+             "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+             "chat_template*"]
 
 _FORMS = "a GGUF file, a Hugging Face folder (config.json and *.safetensors) or an lmcompress folder"
 

@@ -8,18 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmcompress import tree
 from lmcompress.arrays import MaskedArray, QuantizedArray
-from lmcompress.transforms.combine import leafwise
-from lmcompress.types import Transform
+from lmcompress.types import Evidence, Params, State, Transform
 
 
 def freeze() -> Transform:
-  """Makes the tree ready to deploy.
+  """Makes the tree ready to deploy; acts on every weight unless `at` restricts it.
 
   A mask over codes that decode to exactly 0 wherever it removes is dropped: the codes say it already. A mask
   over dense values is applied to them. Where codes cannot express 0 (a real minimum), the mask stays.
   """
-  return leafwise(_freeze, name="freeze")._replace(init=lambda params, selected=None: ())
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    return tree.map_weights(lambda _, w: _freeze(w), params, evidence.selected), state
+
+  return Transform(lambda params, selected=None: (), apply, name="freeze")
 
 
 def _freeze(w: Any) -> Any:

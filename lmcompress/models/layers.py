@@ -1,0 +1,54 @@
+"""Thin linen layers that fetch the raw leaf, dense or compressed, and hand it to `ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmcompress import ops
+
+_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def raw(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+  """The leaf itself. linen's `param` would compare only the first field of a compressed leaf with the shape."""
+  if module.is_initializing():
+    return module.param(name, init, shape, jnp.float32)
+  if not module.has_variable("params", name):
+    raise ValueError(f"{'/'.join(module.path)}: the parameters have no {name!r}")
+  return module.get_variable("params", name)
+
+
+class Linear(nn.Module):
+  """`x @ kernel + bias`, kernel `[in, out]`; the bias is there if the tree has one."""
+
+  features: int = 0
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = raw(self, "kernel", _kernel_init, (x.shape[-1], self.features))
+    if kernel.shape[-2] != x.shape[-1]:
+      raise ValueError(
+        f"{'/'.join(self.path)}/kernel: shape {tuple(kernel.shape)} does not take an input of {x.shape[-1]}"
+      )
+    y = ops.linear(x, kernel)
+    if self.use_bias if self.is_initializing() else self.has_variable("params", "bias"):
+      y = y + raw(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
+    return y
+
+
+class RMSNorm(nn.Module):
+  """`x / rms(x) * scale` in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = raw(self, "scale", nn.initializers.ones, (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+    return (normal * scale).astype(x.dtype)

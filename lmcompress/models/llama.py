@@ -1,0 +1,265 @@
+"""Llama: a decoder with rotary positions, grouped queries, gated SiLU and RMS norms, as a pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmcompress import ops
+from lmcompress.models.attention import attention, causal
+from lmcompress.models.layers import Linear, RMSNorm
+from lmcompress.models.rope import Rope, rotate
+from lmcompress.types import Block, Params, Stage, Tokens
+
+STAGES = (
+  Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm"),
+  Stage("o", ("attn/o",), "attn/v"),
+  Stage("gate_up", ("mlp/gate", "mlp/up"), "mlp_norm"),
+  Stage("down", ("mlp/down",), "mlp/up"),
+)
+
+_QUERY, _KEY = ("kv", "group", "head"), ("kv", "head")
+
+AXES: Mapping[str, tuple[Any, ...]] = {
+  "embed/table": ("vocab", "embed"),
+  "layers/*/attn_norm/scale": ("embed",),
+  "layers/*/attn/q/kernel": ("embed", _QUERY),
+  "layers/*/attn/q/bias": (_QUERY,),
+  "layers/*/attn/k/kernel": ("embed", _KEY),
+  "layers/*/attn/k/bias": (_KEY,),
+  "layers/*/attn/v/kernel": ("embed", _KEY),
+  "layers/*/attn/v/bias": (_KEY,),
+  "layers/*/attn/o/kernel": (_QUERY, "embed"),
+  "layers/*/attn/o/bias": ("embed",),
+  "layers/*/mlp_norm/scale": ("embed",),
+  "layers/*/mlp/gate/kernel": ("embed", "mlp"),
+  "layers/*/mlp/gate/bias": ("mlp",),
+  "layers/*/mlp/up/kernel": ("embed", "mlp"),
+  "layers/*/mlp/up/bias": ("mlp",),
+  "layers/*/mlp/down/kernel": ("mlp", "embed"),
+  "layers/*/mlp/down/bias": ("embed",),
+  "final_norm/scale": ("embed",),
+  "head/table": ("vocab", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """What the parameter tree cannot say. Depth, widths, heads, biases and tying are read from the tree."""
+
+  head_dim: int
+  rope: Rope = Rope()
+  rms_epsilon: float = 1e-5
+  max_length: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaSizes:
+  """Sizes for `init` only; a tree in hand speaks for itself."""
+
+  vocab: int
+  embed: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  tied: bool = True
+  attention_bias: bool = False
+  mlp_bias: bool = False
+
+
+class _Attention(nn.Module):
+  config: LlamaConfig
+  sizes: LlamaSizes | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, view: dict[str, Any], layer_cache: Any) -> tuple[jax.Array, Any]:
+    head, s = self.config.head_dim, self.sizes
+    dense = functools.partial(Linear, use_bias=bool(s and s.attention_bias))
+    q = dense(s.heads * head if s else 0, name="q")(x)
+    k = dense(s.kv_heads * head if s else 0, name="k")(x)
+    v = dense(s.kv_heads * head if s else 0, name="v")(x)
+    batch, length, kv = *x.shape[:2], k.shape[-1] // head
+    q = rotate(q.reshape(batch, length, -1, head), view["cos"], view["sin"])
+    q = q.reshape(batch, length, kv, -1, head)
+    k = rotate(k.reshape(batch, length, kv, head), view["cos"], view["sin"]).swapaxes(1, 2)
+    v = v.reshape(batch, length, kv, head).swapaxes(1, 2)
+    if layer_cache is not None:
+      layer_cache = layer_cache.update(k, v, view["slot"])
+      k, v = layer_cache.keys(), layer_cache.values()
+    mixed = attention(q, k, v, view["visible"], head**-0.5)
+    self.sow("taps", "o", mixed)
+    return dense(x.shape[-1], name="o")(mixed), layer_cache
+
+
+class _Mlp(nn.Module):
+  sizes: LlamaSizes | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    s = self.sizes
+    dense = functools.partial(Linear, use_bias=bool(s and s.mlp_bias))
+    gate = nn.silu(dense(s.mlp if s else 0, name="gate")(x))
+    hidden = gate * dense(s.mlp if s else 0, name="up")(x)
+    self.sow("taps", "down", hidden)
+    return dense(x.shape[-1], name="down")(hidden)
+
+
+class _Layer(nn.Module):
+  config: LlamaConfig
+  sizes: LlamaSizes | None = None
+
+  @nn.compact
+  def __call__(self, h: jax.Array, view: dict[str, Any], layer_cache: Any = None) -> tuple[jax.Array, Any]:
+    x = RMSNorm(self.config.rms_epsilon, name="attn_norm")(h)
+    self.sow("taps", "qkv", x)
+    mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
+    h = h + mixed
+    x = RMSNorm(self.config.rms_epsilon, name="mlp_norm")(h)
+    self.sow("taps", "gate_up", x)
+    return h + _Mlp(self.sizes, name="mlp")(x), layer_cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps"))
+def _run_layer(
+  config: LlamaConfig, params: Params, h: jax.Array, view: dict[str, Any], layer_cache: Any, taps: tuple[str, ...]
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+  """One layer, compiled once for all layers of the same form."""
+  out, variables = _Layer(config).apply({"params": params}, h, view, layer_cache, mutable=["taps"] if taps else [])
+  h, layer_cache = out  # type: ignore[misc]
+  return h, layer_cache, {name: _tap(variables["taps"], name) for name in taps}
+
+
+def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
+  """The value sown under `name`, wherever in the layer."""
+  for key, value in taps.items():
+    if key == name:
+      return value[0]
+    if isinstance(value, Mapping) and (found := _tap(value, name)) is not None:
+      return found
+  return None  # type: ignore[return-value]
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _finish(config: LlamaConfig, params: Params, h: jax.Array) -> jax.Array:
+  h = RMSNorm(config.rms_epsilon).apply({"params": params["final_norm"]}, h)
+  table = params["head"]["table"] if "head" in params else params["embed"]["table"]
+  return ops.attend(h, table).astype(jnp.float32)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama:
+  """The Llama architecture (Touvron et al. 2023, arXiv:2307.09288; SmolLM2, Mistral without window, ...).
+
+  Attributes:
+    config: what the tree cannot say.
+    sizes: what `init` makes; not needed for a tree that is loaded.
+  """
+
+  config: LlamaConfig
+  sizes: LlamaSizes | None = None
+
+  architecture = "llama"
+  axes = AXES
+  global_axes = frozenset({"embed", "vocab"})
+
+  def init(self, key: jax.Array) -> Params:
+    """Random parameters of `sizes`, layers apart.
+
+    Raises:
+      ValueError: the model has no sizes.
+    """
+    s = self.sizes
+    if s is None:
+      raise ValueError("Llama.init needs sizes: Llama(config, LlamaSizes(vocab=..., embed=..., ...))")
+    keys = jax.random.split(key, s.layers + 2)
+    h = jnp.zeros((1, 1, s.embed), jnp.float32)
+    view = self._view(jnp.ones((1, 1), bool), None)
+    layer = _Layer(self.config, s)
+    table = nn.initializers.normal(s.embed**-0.5)
+    params: Params = {
+      "embed": {"table": table(keys[0], (s.vocab, s.embed), jnp.float32)},
+      "layers": {str(i): layer.init(keys[i + 2], h, view)["params"] for i in range(s.layers)},
+      "final_norm": {"scale": jnp.ones((s.embed,), jnp.float32)},
+    }
+    if not s.tied:
+      params["head"] = {"table": table(keys[1], (s.vocab, s.embed), jnp.float32)}
+    return params
+
+  def apply(self, params: Params, tokens: Tokens, *, attention_mask: Any = None, token_type_ids: Any = None,
+            decoder_input_ids: Any = None, cache: Any = None) -> Any:
+    """Logits `[batch, length, vocab]` float32 of `tokens: [batch, length]` int32; `(logits, cache)` with a cache.
+
+    Args:
+      attention_mask: `[batch, length]`, nonzero for real tokens; padding may stand on either side.
+      cache: a KV cache; the tokens continue what it holds.
+
+    Raises:
+      ValueError: tokens are not `[batch, length]` integers, or are longer than the model or the cache.
+    """
+    if token_type_ids is not None or decoder_input_ids is not None:
+      raise ValueError("Llama is a decoder: it takes no token_type_ids and no decoder_input_ids")
+    carry = self.start(params, {"tokens": tokens, "attention_mask": attention_mask, "cache": cache})
+    for block in self.blocks(params):
+      carry, _ = self.run(block, params, carry)
+    return self.finish(params, carry)
+
+  def start(self, params: Params, inputs: Any) -> Any:
+    """Embeds the tokens; the carry holds the hidden stream, the view (positions, visibility) and the cache."""
+    inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+    tokens = jnp.asarray(inputs["tokens"])
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise ValueError(f"tokens are [batch, length] integers; found {tokens.dtype}{list(tokens.shape)}")
+    cache, mask = inputs.get("cache"), inputs.get("attention_mask")
+    if cache is None and tokens.shape[1] > self.config.max_length:
+      raise ValueError(f"{tokens.shape[1]} tokens are longer than the model's context of {self.config.max_length}")
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask) != 0
+    if cache is not None:
+      cache = cache.reserve(mask)
+    h = ops.embed(tokens, params["embed"]["table"])
+    return {"h": h, "view": self._view(mask, cache), "cache": cache}
+
+  def _view(self, mask: jax.Array, cache: Any) -> dict[str, Any]:
+    if cache is None:
+      positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+      view = {"visible": causal(mask)}
+    else:
+      positions = cache.positions(mask.shape[1])
+      view = {"visible": cache.visible(mask.shape[1]), "slot": cache.length}
+    cos, sin = self.config.rope.cos_sin(positions, self.config.head_dim)
+    return {**view, "cos": cos, "sin": sin}
+
+  def blocks(self, params: Params) -> tuple[Block, ...]:
+    """The layers that the tree has, in order; keys are never renumbered."""
+    return tuple(Block(f"layers/{i}", "decoder", STAGES) for i in sorted(params["layers"], key=int))
+
+  def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]:
+    """One layer; `taps` names stages whose inputs are returned."""
+    cache = carry["cache"]
+    h, layer_cache, tapped = _run_layer(
+      self.config, params["layers"][block.path.rpartition("/")[2]], carry["h"], carry["view"],
+      None if cache is None else cache.layer(block.path), tuple(taps),
+    )
+    if cache is not None:
+      cache = cache.with_layer(block.path, layer_cache)
+    return {**carry, "h": h, "cache": cache}, tapped
+
+  def finish(self, params: Params, carry: Any) -> Any:
+    """Logits, and the advanced cache if there is one."""
+    ends = {name: params[name] for name in ("embed", "head", "final_norm") if name in params}
+    logits = _finish(self.config, ends, carry["h"])
+    cache = carry["cache"]
+    return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))
+
+  def cache_shapes(self, params: Params) -> dict[str, tuple[int, int]]:
+    """Per block path, the KV heads and the head dimension that a cache must hold."""
+    head = self.config.head_dim
+    return {
+      f"layers/{i}": (layer["attn"]["k"]["kernel"].shape[-1] // head, head) for i, layer in params["layers"].items()
+    }
