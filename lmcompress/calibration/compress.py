@@ -1,0 +1,147 @@
+"""compress: drives a recipe over a model, weight by weight or block by block, and reports what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress import tree
+from lmcompress.calibration.sequential import block_by_block
+from lmcompress.evaluate.size import kind
+from lmcompress.transforms.combine import STATISTICS, chain
+from lmcompress.types import Evidence, Params, Transform, WeightError
+
+Progress = Callable[[str, int, int], None]
+"""Called with the link's name, how many of its parts are done, and how many there are."""
+
+
+@dataclasses.dataclass
+class Report:
+  """What a compression did.
+
+  Attributes:
+    rows: one dict per weight and link: `link`, `path`, `kind`, `shape`, `bits` (per entry, all parts counted),
+      `sparsity` (fraction of exact zeros), `weight_error` (relative to the weight the run started from), `seconds`.
+    links: one dict per link: `name`, `seconds`.
+  """
+
+  rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  links: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  def last(self) -> dict[str, dict[str, Any]]:
+    """The latest row of each weight, by path."""
+    return {row["path"]: row for row in self.rows}
+
+  def __str__(self) -> str:
+    lines = [f"{'weight':<34}{'stored as':<22}{'bits':>7}{'zeros':>8}{'error':>9}"]
+    for path, row in sorted(self.last().items(), key=lambda item: tree.natural(item[0])):
+      lines.append(f"{path:<34}{row['kind']:<22}{row['bits']:>7.3f}{row['sparsity']:>8.1%}{row['weight_error']:>9.4f}")
+    return "\n".join(lines)
+
+
+def compress(
+  model: Any,
+  params: Params,
+  recipe: Transform | Iterable[Transform],
+  calibration: Any = None,
+  key: jax.Array | None = None,
+  *,
+  progress: Progress | None = None,
+  on_link: Callable[[str, Params], None] | None = None,
+) -> tuple[Params, Report]:
+  """Applies a recipe to a parameter tree.
+
+  Each link of a chain is planned on the tree as the link before left it. A link that needs no statistics is
+  applied weight by weight; one that does runs block by block over the calibration tokens, each block seeing
+  what the compressed blocks before it produce.
+
+  Args:
+    model: the model that the tree belongs to.
+    params: the tree; it is not changed.
+    recipe: a transform, usually a `chain`, or transforms in order.
+    calibration: `[n, length]` int32 tokens, for methods that need statistics.
+    key: decides everything random.
+    progress: told of each part that is done.
+    on_link: called after each link with its name and the tree.
+
+  Returns:
+    The compressed tree and a `Report`.
+
+  Raises:
+    WeightError: a pattern selects nothing, a weight cannot be compressed as asked, calibration is missing.
+  """
+  recipe = recipe if isinstance(recipe, Transform) else chain(*recipe)
+  report, original = Report(), params
+  for i, link in enumerate(recipe.links or (recipe,)):
+    if link.phase == "step":
+      raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
+    if unmet := link.needs - {"key", "structure", *STATISTICS}:
+      raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
+    begun = time.perf_counter()
+    evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
+    if "key" in link.needs and key is None:
+      raise WeightError(f"{link.name} draws at random: pass key=jax.random.key(seed) to compress")
+    state = link.init(params, None)
+    before = params
+    if link.needs & set(STATISTICS):
+      if calibration is None:
+        raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
+      params, seconds = block_by_block(model, params, link, state, evidence, np.asarray(calibration), progress)
+    elif link.scope == "weight":
+      params, seconds = _weight_by_weight(params, link, state, evidence, progress)
+    else:
+      params, _ = link.apply(params, state, evidence)
+      seconds = {}
+    report.rows += _rows(link.name, original, before, params, seconds)
+    report.links.append({"name": link.name, "seconds": time.perf_counter() - begun})
+    if on_link is not None:
+      on_link(link.name, params)
+  return params, report
+
+
+def _weight_by_weight(
+  params: Params, link: Transform, state: Any, evidence: Evidence, progress: Progress | None
+) -> tuple[Params, dict[str, float]]:
+  """Applies a link to one weight's subtree at a time, so that only one is in work."""
+  leaves, seconds = tree.flatten(params), {}
+  paths = [path for path in leaves if tree.is_weight(path)]
+  for n, path in enumerate(paths):
+    begun = time.perf_counter()
+    done, _ = link.apply(tree.unflatten({path: leaves[path]}), state, evidence)
+    leaves[path] = jax.block_until_ready(tree.get(done, path))
+    seconds[path] = time.perf_counter() - begun
+    if progress is not None:
+      progress(link.name, n + 1, len(paths))
+  return tree.unflatten(leaves), seconds
+
+
+def _rows(
+  name: str, original: Params, before: Params, after: Params, seconds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+  rows, first, old = [], tree.weights(original), tree.weights(before)
+  for path, leaf in tree.weights(after).items():
+    if old.get(path) is leaf:
+      continue
+    same = path in first and first[path].shape == leaf.shape
+    error, zeros = _error(leaf, first[path] if same else leaf)
+    rows.append({
+      "link": name, "path": path, "kind": kind(leaf), "shape": list(leaf.shape),
+      "bits": tree.leaf_nbits(leaf) / leaf.size, "sparsity": float(zeros),
+      "weight_error": float(error) if same else float("nan"), "seconds": seconds.get(path, 0.0),
+    })
+  return rows
+
+
+@functools.partial(jax.jit)
+def _error(leaf: Any, original: Any) -> tuple[jax.Array, jax.Array]:
+  """`||leaf - original|| / ||original||` and the fraction of exact zeros."""
+  w, w0 = (x if isinstance(x, jax.Array) else x.materialize() for x in (leaf, original))
+  difference, norm = (jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))) for x in (w - w0, w0))
+  return jnp.where(norm > 0, difference / norm, difference), jnp.mean(w == 0)

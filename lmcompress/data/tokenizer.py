@@ -1,0 +1,517 @@
+"""Tokenizers: text to ids and back, from GGUF metadata or a tokenizer.json."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcompress.types import FormatError
+
+if TYPE_CHECKING:
+  import tokenizers
+
+MAX_FILE_NBYTES = 64 << 20
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+MAX_TOKEN_CHARACTERS = 1 << 10
+
+END_OF_TURN = frozenset({
+  "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+  "<EOT>", "<｜end▁of▁sentence｜>",
+})
+"""Special tokens that end a reply, whatever the file calls its end of sequence."""
+
+# The pre-tokenizers of llama.cpp's src/llama-vocab.cpp: each pattern cuts the pieces that others left.
+_DIGIT = r"\p{N}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+          r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_LLAMA3 = _WORDS.format(digits="{1,3}")
+_QWEN2 = _WORDS.format(digits="")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+_PATTERNS = {
+  "default": _DEFAULT,
+  "falcon": _FALCON,
+  "tekken": (_TEKKEN,),
+  **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "roberta-bpe"), (_GPT2,)),
+  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+                  (_DIGIT, _GPT2)),
+  **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
+  **dict.fromkeys(("qwen2", "stablelm2", "megrez", "deepseek-r1-qwen"), (_QWEN2,)),
+}
+_WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+_BEGIN_BY_DEFAULT = _WHOLE_WORDS
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_NORMAL = 1
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+_SPACE = "▁"
+
+
+class Tokenizer:
+  """Text to token ids and back, with what generation and chat need to know of the vocabulary.
+
+  Attributes:
+    bos_id: the token that begins a sequence, or None.
+    eos_id: the token that ends a sequence, or None.
+    stop_ids: tokens at which generation stops: `eos_id` and those that end a turn.
+    chat_template: a Jinja template, or None.
+    wants_bos: whether the model was trained on sequences that begin with `bos_id`.
+  """
+
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    *,
+    tokens: Mapping[str, str] | None = None,
+    stop_ids: Iterable[int] = (),
+    chat_template: str | None = None,
+    wants_bos: bool = False,
+  ):
+    """Wraps a tokenizer of the tokenizers library; `from_gguf` and `from_folder` are the usual ways to one.
+
+    Args:
+      backend: what splits and merges; truncation and padding are switched off.
+      tokens: special tokens by role, e.g. `{"bos_token": "<s>"}`.
+      stop_ids: further tokens to stop at.
+      chat_template: a Jinja template.
+      wants_bos: whether sequences begin with the token of role `bos_token`.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    self._plain = backend
+    self._special: tokenizers.Tokenizer | None = None
+    self._tokens = {role: token for role, token in (tokens or {}).items() if token}
+    self.bos_id = self._id("bos_token")
+    self.eos_id = self._id("eos_token")
+    turn_ids = {
+      token_id for token_id, token in backend.get_added_tokens_decoder().items()
+      if token.special and token.content in END_OF_TURN
+    }
+    self.stop_ids = frozenset({*stop_ids, *turn_ids, *(() if self.eos_id is None else (self.eos_id,))})
+    self.chat_template = chat_template
+    self.wants_bos = wants_bos and self.bos_id is not None
+
+  @property
+  def vocab_size(self) -> int:
+    return self._plain.get_vocab_size(with_added_tokens=True)
+
+  @property
+  def backend(self) -> tokenizers.Tokenizer:
+    """The wrapped tokenizer, set to read special tokens in a text as text."""
+    return self._plain
+
+  def encode(self, text: str, add_bos: bool = False, *, parse_special: bool = False,
+             add_special: bool = False) -> list[int]:
+    """Text to ids.
+
+    Args:
+      text: any text.
+      add_bos: puts `bos_id` first, unless it is there already.
+      parse_special: reads special tokens that the text spells as these tokens; leave it off for text that a
+        user wrote.
+      add_special: adds what the tokenizer's own template adds, such as BERT's `[CLS]` and `[SEP]`.
+    """
+    if add_bos and self.bos_id is None:
+      raise ValueError("encode(add_bos=True): this tokenizer has no token that begins a sequence; leave it "
+                       "off")
+    with _library("the tokenizer cannot encode the text"):
+      ids = self._parser(parse_special).encode(text, add_special_tokens=add_special).ids
+    return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Ids to text; bytes that are no UTF-8 become U+FFFD."""
+    with _library("the tokenizer cannot decode the ids"):
+      return self._plain.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+  def stream(self, skip_special: bool = True) -> TextStream:
+    """A decoder that takes one id at a time and gives text as soon as it is complete."""
+    return TextStream(self, skip_special)
+
+  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    """Messages as the text that the model was trained on; encode it with `parse_special=True`.
+
+    Args:
+      messages: dicts with `role` and `content`.
+      add_generation_prompt: ends with the start of the assistant's turn.
+
+    Raises:
+      FormatError: there is no template, or it fails.
+    """
+    if self.chat_template is None:
+      raise FormatError("the tokenizer has no chat template; give the prompt as plain text, or use an instruct "
+                        "model")
+    if len(self.chat_template) > MAX_TEMPLATE_CHARACTERS:
+      raise FormatError(f"the chat template has {len(self.chat_template)} characters, "
+                        f"{MAX_TEMPLATE_CHARACTERS} are allowed")
+    try:
+      return _template(self.chat_template).render(
+        messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt,
+        bos_token=self._tokens.get("bos_token", ""), eos_token=self._tokens.get("eos_token", ""),
+      )
+    except Exception as error:
+      raise FormatError(f"the chat template fails: {error or type(error).__name__}") from error
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers and `from_folder` load."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      **self._tokens,
+      "add_bos_token": self.wants_bos,
+      "clean_up_tokenization_spaces": False,
+      "stop_ids": sorted(self.stop_ids),
+    }
+    if self.chat_template is not None:
+      config["chat_template"] = self.chat_template
+    (folder / "tokenizer.json").write_text(self._plain.to_str(), encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
+
+  @classmethod
+  def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the GGUF metadata") -> Tokenizer:
+    """The tokenizer that a GGUF file describes.
+
+    Args:
+      metadata: of `lmcompress.io.gguf.read_header`.
+      source: what error messages call the metadata, such as the file's path.
+
+    Raises:
+      FormatError: the tokenizer is of another kind, or its parts do not fit together.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in _BUILDERS:
+      raise FormatError(f"{source}: tokenizer.ggml.model is {str(model)[:80]!r}; supported are "
+                        f"{', '.join(_BUILDERS)}. Export the model with a tokenizer.json instead")
+    vocabulary = _Vocabulary(metadata, source)
+    with _library(f"{source}: the tokenizer cannot be built"):
+      backend, wants_bos = _BUILDERS[model](vocabulary)
+      _add_tokens(backend, vocabulary)
+    tokens = {role: vocabulary.role(key) for role, key in (
+      ("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
+    wants_bos = vocabulary.flag("add_bos_token", wants_bos) and tokens["bos_token"] is not None
+    if wants_bos:
+      _begin(backend, tokens["bos_token"])
+    stop_ids = [index for index in (vocabulary.index("eot"), vocabulary.index("eom")) if index is not None]
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+      raise FormatError(f"{source}: tokenizer.chat_template is no string; fetch the file again")
+    return cls(backend, tokens={role: token for role, token in tokens.items() if token is not None},
+                     stop_ids=stop_ids, chat_template=template, wants_bos=wants_bos)
+
+  @classmethod
+  def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a Hugging Face model folder, with the stop tokens of its configs.
+
+    Args:
+      folder: holds `tokenizer.json`; `tokenizer_config.json`, `generation_config.json`, `config.json` and
+        `chat_template.jinja` are read where they are.
+
+    Raises:
+      FormatError: a file is missing, too large or damaged.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    text = _read(path)
+    if text is None:
+      raise FormatError(f"{folder} has no tokenizer.json; save one with transformers: "
+                        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+    with _library(f"{path} is no tokenizer that the tokenizers library reads"):
+      backend = Backend.from_str(text)
+    config = _read_json(folder / "tokenizer_config.json")
+    tokens = {role: token for role in _ROLES if (token := _spelling(config.get(role))) is not None}
+    stop_ids = set(_ids(config.get("stop_ids")))
+    for name in ("generation_config.json", "config.json"):
+      settings = _read_json(folder / name)
+      ends = _ids(settings.get("eos_token_id"))
+      stop_ids.update(ends)
+      for role, ids in (("eos_token", ends), ("bos_token", _ids(settings.get("bos_token_id")))):
+        if role not in tokens and role not in config and ids and (token := backend.id_to_token(ids[0])) is not None:
+          tokens[role] = token
+    template = _read(folder / "chat_template.jinja")
+    wants_bos = config.get("add_bos_token")
+    if wants_bos is None:
+      with _library(f"{path} cannot encode"):
+        first = backend.encode("").ids[:1]
+      wants_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
+    return cls(backend, tokens=tokens, stop_ids=stop_ids, wants_bos=bool(wants_bos),
+                     chat_template=_default_template(config.get("chat_template")) if template is None else template)
+
+  def _id(self, role: str) -> int | None:
+    token = self._tokens.get(role)
+    return None if token is None else self._plain.token_to_id(token)
+
+  def _parser(self, parse_special: bool) -> tokenizers.Tokenizer:
+    if not parse_special:
+      return self._plain
+    # A copy, because switching the one tokenizer back and forth would race with other threads.
+    if self._special is None:
+      special = copy.deepcopy(self._plain)
+      special.encode_special_tokens = False
+      self._special = special
+    return self._special
+
+
+class TextStream:
+  """Gives the text of a sequence piece by piece, never a part of a character.
+
+  The window of ids that is decoded reaches back to the piece given before, since a token's text may depend on
+  the one to its left (a leading space, a character's first bytes).
+  """
+
+  def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+    self._tokenizer = tokenizer
+    self._skip_special = skip_special
+    self._window: list[int] = []
+    self._given = 0
+
+  def push(self, token_id: int) -> str:
+    """The text that this id completes, or an empty string."""
+    self._window.append(int(token_id))
+    return self._take(final=False)
+
+  def flush(self) -> str:
+    """What is left at the end; an unfinished character becomes U+FFFD."""
+    text = self._take(final=True)
+    self._window, self._given = [], 0
+    return text
+
+  def _take(self, final: bool) -> str:
+    before = self._tokenizer.decode(self._window[:self._given], self._skip_special)
+    text = self._tokenizer.decode(self._window, self._skip_special)
+    if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+      return ""
+    self._window, self._given = self._window[self._given:], len(self._window) - self._given
+    return text[len(before):]
+
+
+class _Vocabulary:
+  """The tokenizer's part of GGUF metadata, checked."""
+
+  def __init__(self, metadata: Mapping[str, Any], source: str):
+    self.metadata = metadata
+    self.source = source
+    # llama.cpp's spelling of tokens that have none.
+    self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.strings("tokens"))]
+    self.ids = {token: i for i, token in enumerate(self.tokens)}
+    self.types = self.numbers("token_type", default=_NORMAL)
+    if len(self.ids) != len(self.tokens):
+      raise self.fail(f"tokenizer.ggml.tokens has {len(self.tokens)} entries, {len(self.ids)} of them distinct")
+    longest = max(map(len, self.tokens), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:
+      raise self.fail(f"a token has {longest} characters, {MAX_TOKEN_CHARACTERS} are allowed")
+
+  def fail(self, what: str) -> FormatError:
+    return FormatError(f"{self.source}: {what}; fetch the file again, or export the model with a "
+                       "tokenizer.json")
+
+  def strings(self, key: str) -> list[str]:
+    values = self.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+      raise self.fail(f"tokenizer.ggml.{key} is missing or no list of strings")
+    return values
+
+  def numbers(self, key: str, default: float) -> list:
+    values = self.metadata.get(f"tokenizer.ggml.{key}")
+    if values is None:
+      return [default] * len(self.tokens)
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list) or len(values) != len(self.tokens) \
+        or not all(isinstance(value, int | float) for value in values):
+      raise self.fail(f"tokenizer.ggml.{key} is no list of {len(self.tokens)} numbers, one for each token")
+    return values
+
+  def index(self, key: str) -> int | None:
+    value = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    if value is None:
+      return None
+    if type(value) is not int or not 0 <= value < len(self.tokens):
+      raise self.fail(f"tokenizer.ggml.{key}_token_id is {str(value)[:80]}, the vocabulary has "
+                      f"{len(self.tokens)} tokens")
+    return value
+
+  def role(self, key: str) -> str | None:
+    index = self.index(key)
+    return None if index is None else self.tokens[index]
+
+  def flag(self, key: str, default: bool) -> bool:
+    return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+
+  def merges(self) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in self.strings("merges"):
+      # The first character may itself be a space in a vocabulary that is not byte-level.
+      cut = merge.find(" ", 1)
+      if cut < 0:
+        raise self.fail(f"merge {merge[:40]!r} is no pair of tokens")
+      pairs.append((merge[:cut], merge[cut + 1:]))
+    return pairs
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+  """Byte-level BPE, as of GPT-2."""
+  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+  name = vocabulary.metadata.get("tokenizer.ggml.pre", "default")
+  if name not in _PATTERNS:
+    raise FormatError(f"{vocabulary.source}: tokenizer.ggml.pre is {str(name)[:80]!r}; supported are "
+                      f"{', '.join(sorted(_PATTERNS))}. Export the model with a tokenizer.json instead")
+  *cuts, last = _PATTERNS[name]
+  own = last == _GPT2
+  splits = [pre_tokenizers.Digits(individual_digits=True) if pattern == _DIGIT
+            else pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (cuts if own else (*cuts, last))]
+  backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(),
+                                 ignore_merges=name in _WHOLE_WORDS))
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)])
+  backend.decoder = decoders.ByteLevel()
+  return backend, name in _BEGIN_BY_DEFAULT
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+  """BPE over characters with scores, bytes for what the vocabulary lacks, as of Llama 2."""
+  from tokenizers import Tokenizer, decoders, models, normalizers
+
+  unknown = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN]
+  backend = Tokenizer(models.BPE(
+    vocab=vocabulary.ids, merges=_merges_by_score(vocabulary), byte_fallback=True, fuse_unk=True,
+    unk_token=unknown[0] if unknown else vocabulary.role("unknown")))
+  prefix = vocabulary.flag("add_space_prefix", True)
+  backend.normalizer = normalizers.Sequence(
+    [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)])
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+     *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+  return backend, True
+
+
+def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+  """Every cut of a token into two tokens, the best score of the whole first, as SentencePiece merges."""
+  scores = vocabulary.numbers("scores", default=0.0)
+  ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == _NORMAL}
+  ranked = []
+  for token, i in ids.items():
+    for cut in range(1, len(token)):
+      left, right = token[:cut], token[cut:]
+      if left in ids and right in ids:
+        ranked.append((-scores[i], -len(left), i, left, right))
+  ranked.sort()
+  return [(left, right) for *_, left, right in ranked]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+  from tokenizers import AddedToken
+
+  special, plain = [], []
+  for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+    if kind in (_CONTROL, _UNKNOWN):
+      special.append(AddedToken(token, normalized=False, special=True))
+    elif kind == _USER_DEFINED:
+      plain.append(AddedToken(token, normalized=False, special=False))
+  backend.add_special_tokens(special)
+  backend.add_tokens(plain)
+
+
+def _begin(backend: tokenizers.Tokenizer, token: str) -> None:
+  from tokenizers import processors
+
+  with _library(f"token {token!r} cannot begin a sequence"):
+    backend.post_processor = processors.TemplateProcessing(
+      single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, backend.token_to_id(token))])
+
+
+def _read(path: Path) -> str | None:
+  """A small text file, or None where there is none."""
+  try:
+    size = path.stat().st_size
+    if size > MAX_FILE_NBYTES:
+      raise FormatError(f"{path} is refused: it has {size} bytes, {MAX_FILE_NBYTES} are allowed")
+    return path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    return None
+  except UnicodeDecodeError:
+    raise FormatError(f"{path} is not UTF-8; fetch it again") from None
+  except OSError as error:
+    raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  text = _read(path)
+  if text is None:
+    return {}
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise FormatError(f"{path} is no JSON ({error}); fetch it again") from None
+  if not isinstance(value, dict):
+    raise FormatError(f"{path} holds a {type(value).__name__}, not an object; fetch it again")
+  return value
+
+
+def _spelling(token: Any) -> str | None:
+  """A special token as configs write it: a string, or an object with its `content`."""
+  token = token.get("content") if isinstance(token, dict) else token
+  return token if isinstance(token, str) else None
+
+
+def _ids(value: Any) -> list[int]:
+  values = value if isinstance(value, list) else [value]
+  return [value for value in values if type(value) is int and value >= 0]
+
+
+def _default_template(value: Any) -> str | None:
+  """A chat template as configs write it: a string, or a list of named ones."""
+  if isinstance(value, list):
+    named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    value = named.get("default")
+  return value if isinstance(value, str) else None
+
+
+def _template(text: str) -> Any:
+  import datetime
+
+  from jinja2.exceptions import TemplateError
+  from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+  def raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+  def to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+  environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                              extensions=["jinja2.ext.loopcontrols"])
+  environment.filters["tojson"] = to_json
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+  return environment.from_string(text)
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+  """Turns what the tokenizers library raises, bare exceptions and panics, into `FormatError`."""
+  try:
+    yield
+  except FormatError:
+    raise
+  except Exception as error:
+    raise FormatError(f"{what}: {error}") from error
+  except BaseException as error:
+    if type(error).__name__ != "PanicException":
+      raise
+    raise FormatError(f"{what}: {error}") from error

@@ -1,0 +1,136 @@
+"""Perplexity, and how far a compressed model's predictions are from the original's."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress.types import Params
+
+
+class Score(NamedTuple):
+  """Sums over the tokens of one window; sums of windows add up.
+
+  Attributes:
+    nll: negative log-likelihood, nats.
+    kl: KL divergence of the original's next-token distribution to this model's, nats; 0 with no original.
+    agree: tokens at which both rank the same token first.
+    count: tokens predicted.
+  """
+
+  nll: float
+  kl: float
+  agree: float
+  count: float
+
+  def __add__(self, other: Score) -> Score:  # type: ignore[override]
+    return Score(*(a + b for a, b in zip(self, other, strict=True)))
+
+  @property
+  def perplexity(self) -> float:
+    return math.exp(min(self.nll / self.count, 700.0))
+
+  def summary(self) -> dict[str, float]:
+    """`perplexity`, `kl` (nats per token) and `top1` (fraction that agrees)."""
+    return {"perplexity": self.perplexity, "kl": self.kl / self.count, "top1": self.agree / self.count}
+
+
+def perplexity(
+  model: Any, params: Params, tokens: Any, *, attention_mask: Any = None, stride: int | None = None, batch: int = 1
+) -> float:
+  """`exp` of the mean negative log-likelihood of the next token.
+
+  Args:
+    tokens: `[n, length]` int32; each row stands on its own, its first token is not predicted.
+    attention_mask: `[n, length]`, zero at padding, which neither is predicted nor predicts.
+    stride: rows are windows of one text that advance by `stride`: of every row after the first only the
+      last `stride` tokens count, each with the rest of its row as context.
+    batch: rows scored at once.
+
+  Raises:
+    ValueError: tokens are not `[n, length]` with a length of at least 2, or nothing is left to predict.
+  """
+  tokens, mask = checked(tokens, attention_mask, stride)
+  rows = range(0, len(tokens), batch)
+  total = sum((score(model, params, tokens[i : i + batch], mask[i : i + batch]) for i in rows), Score(0, 0, 0, 0))
+  return total.perplexity
+
+
+def checked(tokens: Any, attention_mask: Any = None, stride: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and the mask of the tokens that count, both `[n, length]`, or ValueError."""
+  tokens = np.asarray(tokens)
+  if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(f"tokens are [n, length] integers; found {tokens.dtype}{list(tokens.shape)}")
+  n, length = tokens.shape
+  if n < 1 or length < 2:
+    raise ValueError(f"tokens of shape {list(tokens.shape)} leave nothing to predict; give rows of 2 tokens or more")
+  real = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+  if real.shape != tokens.shape:
+    raise ValueError(f"attention_mask has shape {list(real.shape)}, the tokens {list(tokens.shape)}")
+  counted = real.copy()
+  if stride is not None:
+    if not 1 <= stride <= length:
+      raise ValueError(f"stride={stride}: from 1 to the window's length of {length}")
+    counted[1:, : length - stride] = False
+  if not (counted[:, 1:] & real[:, :-1]).any():
+    raise ValueError("the masks leave no token to predict")
+  return tokens, np.stack([real, counted]).transpose(1, 0, 2)  # type: ignore[return-value]
+
+
+def score(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None) -> Score:
+  """Sums over a batch; `masks` from `checked`, `reference` the original's log-probabilities."""
+  return Score(*(float(x) for x in _score(model, params, tokens, masks, reference)))
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _score(model: Any, params: Params, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
+  real, counted = masks[:, 0], masks[:, 1]
+  logp = _log_probabilities(model, params, tokens, real)
+  keep = counted[:, 1:] & real[:, :-1]
+  nll = -jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+  count = jnp.sum(keep)
+  if reference is None:
+    return jnp.sum(jnp.where(keep, nll, 0.0)), 0.0, count, count
+  kl = jnp.sum(jnp.exp(reference) * (reference - logp), axis=-1)
+  agree = jnp.argmax(reference, axis=-1) == jnp.argmax(logp, axis=-1)
+  return jnp.sum(jnp.where(keep, nll, 0.0)), jnp.sum(jnp.where(keep, kl, 0.0)), jnp.sum(agree & keep), count
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def log_probabilities(model: Any, params: Params, tokens: jax.Array, masks: jax.Array) -> jax.Array:
+  """Next-token log-probabilities `[batch, length - 1, vocab]` float32."""
+  return _log_probabilities(model, params, tokens, masks[:, 0])
+
+
+def _log_probabilities(model: Any, params: Params, tokens: jax.Array, real: jax.Array) -> jax.Array:
+  logits = model.apply(params, tokens, attention_mask=real)
+  return jax.nn.log_softmax(logits[:, :-1], axis=-1)
+
+
+def compare(
+  model: Any, original: Params, others: Mapping[str, Params], tokens: Any, done: Mapping[int, Any] | None = None
+) -> Iterator[tuple[int, dict[str, Score]]]:
+  """Scores several trees against the original, window by window, so that no text's logits are ever kept.
+
+  Args:
+    original: the tree that the others are compared with.
+    others: trees by name (the original may be among them).
+    tokens: `[n, length]`.
+    done: windows to skip, by row number: a run that continues.
+
+  Yields:
+    `(row, {name: Score})`.
+  """
+  tokens, masks = checked(tokens)
+  for row in range(len(tokens)):
+    if done and row in done:
+      continue
+    t, m = tokens[row : row + 1], masks[row : row + 1]
+    reference = log_probabilities(model, original, t, m)
+    yield row, {name: score(model, params, t, m, reference) for name, params in others.items()}

@@ -1,0 +1,280 @@
+"""Checkpoints: a manifest that says what each leaf is, and aligned safetensors that are mapped, not read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lmcompress
+from lmcompress import tree
+from lmcompress.arrays import E2M1, NF4, Float8, Integer, MaskedArray, Packed, QuantizedArray, Table
+from lmcompress.data.tokenizer import Tokenizer
+from lmcompress.io import safetensors
+from lmcompress.models import ARCHITECTURES, Rope
+from lmcompress.types import FormatError, Params
+
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+FORMAT = 1
+
+_KINDS = {c.__name__: c for c in (QuantizedArray, MaskedArray, Packed)}
+_VALUES = {c.__name__: c for c in (Integer, Float8, Table)}
+_TABLES = {t.name: t for t in (NF4, E2M1)}
+_MAX_MANIFEST = 64 << 20
+
+
+# ---------------------------------------------------------------------------------------- describing leaves
+
+
+def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`{path: description}` and the arrays by name: what a manifest says of a tree, and what the file holds."""
+  arrays: dict[str, Any] = {}
+
+  def visit(name: str, node: Any) -> Any:
+    if node is None or isinstance(node, (bool, int, float, str)):
+      return node
+    kind = type(node).__name__
+    if kind in _KINDS:
+      return {"kind": kind, **{f.name: visit(f"{name}.{f.name}", getattr(node, f.name)) for f in dataclasses.fields(node)}}
+    if kind in _VALUES:
+      if isinstance(node, Table) and node == _TABLES.get(node.name):
+        return {"kind": "Table", "name": node.name}
+      return {"kind": kind, **{f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init}}
+    if not safetensors.is_supported(node.dtype):
+      raise ValueError(f"{name}: arrays of {node.dtype} cannot be stored")
+    arrays[name] = node
+    return {"array": name, "dtype": str(np.dtype(node.dtype)), "shape": list(node.shape)}
+
+  leaves = {path: visit(path, leaf) for path, leaf in tree.flatten(params).items()}
+  return leaves, arrays
+
+
+def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path) -> Any:
+  """Undoes `describe` for one leaf.
+
+  Raises:
+    FormatError: the description is not one that `describe` gives.
+  """
+  if not isinstance(description, dict):
+    if description is None or isinstance(description, (bool, int, float, str)):
+      return description
+    raise FormatError(f"{where}: {path} is described by {type(description).__name__}")
+  if "array" in description:
+    return read(description["array"])
+  name = description.get("kind")
+  given = {k: v for k, v in description.items() if k != "kind"}
+  if name == "Table" and set(given) == {"name"} and given["name"] in _TABLES:
+    return _TABLES[given["name"]]
+  cls = _KINDS.get(name) or _VALUES.get(name)
+  wanted = {f.name for f in dataclasses.fields(cls) if f.init} if cls else set()
+  if cls is None or set(given) != wanted:
+    raise FormatError(f"{where}: {path} has kind {name!r} with fields {sorted(given)}; {sorted(wanted) or 'it is unknown here'}")
+  if cls is Table:
+    return Table(str(given["name"]), tuple(float(v) for v in given["values"]))
+  return cls(**{k: rebuild(v, read, f"{path}.{k}", where) for k, v in given.items()})
+
+
+def tree_hash(params: Params) -> str:
+  """sha256 over paths, forms and bytes of a tree: equal hashes mean equal trees, to the bit."""
+  leaves, arrays = describe(params)
+  digest = hashlib.sha256(_canonical(leaves))
+  for name in sorted(arrays):
+    digest.update(np.ascontiguousarray(np.asarray(arrays[name])).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def weights_size(params: Params) -> int:
+  """Bytes of the weights file that `save` would write, header and padding counted."""
+  return safetensors.layout(describe(params)[1])[1]
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def save(folder: str | os.PathLike, model: Any, params: Params, tokenizer: Tokenizer | None = None, *,
+         recipe: Any = None) -> Path:
+  """Writes model, tree and tokenizer to a folder that `load` reads back, bitwise.
+
+  The folder appears whole or not at all; a checkpoint already there is replaced.
+
+  Args:
+    recipe: what made the tree, kept in the manifest.
+
+  Raises:
+    FileExistsError: the folder holds something that is not a checkpoint.
+  """
+  folder = Path(folder)
+  if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    raise FileExistsError(f"{folder} holds files and no {MANIFEST}; it is not overwritten, choose another folder")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir()
+  try:
+    leaves, arrays = describe(params)
+    digests = safetensors.write(partial / WEIGHTS, arrays)
+    if tokenizer is not None:
+      tokenizer.save(partial)
+    files = {
+      p.name: _file_digest(digests) if p.name == WEIGHTS else hashlib.sha256(p.read_bytes()).hexdigest()
+      for p in sorted(partial.iterdir())
+    }
+    body = {
+      "format": FORMAT,
+      "versions": {"lmcompress": lmcompress.__version__, "jax": jax.__version__},
+      "model": {"architecture": model.architecture, "config": dataclasses.asdict(model.config)},
+      "recipe": recipe,
+      "leaves": leaves,
+      "shapes": {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()},
+      "header": digests.pop(""),
+      "arrays": digests,
+      "files": files,
+    }
+    text = _canonical(body)
+    (partial / MANIFEST).write_bytes(_canonical({"body": body, "digest": hashlib.sha256(text).hexdigest()}) + b"\n")
+    _swap(partial, folder)
+  except OSError as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    raise OSError(error.errno, f"saving {folder} failed: {error.strerror}; {free} bytes are free there", str(folder)) from error
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  return folder
+
+
+def _swap(partial: Path, folder: Path) -> None:
+  if not folder.exists():
+    os.rename(partial, folder)
+    return
+  old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+  os.rename(folder, old)
+  os.rename(partial, folder)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _canonical(value: Any) -> bytes:
+  return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _file_digest(digests: Mapping[str, str]) -> str:
+  """The weights file's digest, of its parts' digests: the header's and each array's, in order."""
+  return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+  """The manifest's body, checked against its own digest.
+
+  Raises:
+    FormatError: damaged, or of another format.
+  """
+  path = folder / MANIFEST
+  if not path.is_file():
+    raise FormatError(f"{path}: missing; {folder} is no lmcompress checkpoint")
+  if path.stat().st_size > _MAX_MANIFEST:
+    raise FormatError(f"{path}: over {_MAX_MANIFEST} bytes")
+  raw = path.read_bytes()
+  try:
+    whole = json.loads(raw)
+    body, digest = whole["body"], whole["digest"]
+    intact = raw == _canonical(whole) + b"\n" and hashlib.sha256(_canonical(body)).hexdigest() == digest
+  except (ValueError, KeyError, TypeError, RecursionError):
+    intact = False
+  if not intact:
+    raise FormatError(f"{path}: damaged (its digest does not fit); restore the file or save the model again")
+  if body.get("format") != FORMAT:
+    raise FormatError(f"{path}: format {body.get('format')!r}, this version reads {FORMAT}; use a matching lmcompress")
+  return body
+
+
+def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Tokenizer | None]:
+  """Model, tree and tokenizer of a saved folder; arrays are placed from a memory map, nothing goes dense.
+
+  Every file and every array is checked against the manifest's digests first.
+
+  Args:
+    mesh: places each leaf sharded, reading only what each device needs.
+
+  Raises:
+    FormatError: names the file, and the array, that is damaged.
+  """
+  folder = Path(folder)
+  body = read_manifest(folder)
+  extra = {p.name for p in folder.iterdir() if p.is_file()} - {MANIFEST, *body["files"]}
+  if extra:
+    raise FormatError(f"{folder / sorted(extra)[0]}: not part of this checkpoint; remove it")
+  for name, digest in body["files"].items():
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+      raise FormatError(f"{folder}: the file {name!r} is missing")
+    if name != WEIGHTS and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+      raise FormatError(f"{path}: damaged (its digest does not fit); restore the file or save the model again")
+  file = _verified(folder / WEIGHTS, body)
+  model = _model(body["model"], folder / MANIFEST)
+
+  def read(name: str) -> Any:
+    return file.read(name)
+
+  leaves = {}
+  for path, description in body["leaves"].items():
+    leaf = rebuild(description, read, path, folder / MANIFEST)
+    if list(leaf.shape) != body["shapes"].get(path):
+      raise FormatError(f"{folder / MANIFEST}: {path} has shape {list(leaf.shape)}, recorded is {body['shapes'].get(path)}")
+    leaves[path] = leaf
+  params = tree.unflatten(leaves)
+  if mesh is None:
+    params = jax.device_put(params)
+  else:
+    from lmcompress.distributed import shard
+
+    params = shard(model, params, mesh)
+  tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+  return model, params, tokenizer
+
+
+def _verified(path: Path, body: Mapping[str, Any]) -> safetensors.File:
+  """The weights file after every digest has been checked; padding must be zeros."""
+  size = path.stat().st_size
+  if size >= 8:
+    length = int.from_bytes(path.open("rb").read(8), "little")
+    if length <= size - 8:
+      with path.open("rb") as f:
+        header = hashlib.sha256(f.read(8 + length)).hexdigest()
+      if header != body["header"]:
+        raise FormatError(f"{path}: the header is damaged (its digest does not fit)")
+  file = safetensors.open_file(path)
+  end = max((e.end for e in file.entries.values()), default=file.header_end)
+  if end != size:
+    raise FormatError(f"{path}: {size} bytes, {end} expected; the file is cut or something was appended")
+  for name, entry in file.entries.items():
+    raw = file.data[entry.start : entry.end]
+    if name.startswith(safetensors.PAD):
+      if raw.any():
+        raise FormatError(f"{path}: the padding {name!r} is damaged")
+    elif hashlib.sha256(raw).hexdigest() != body["arrays"].get(name):
+      raise FormatError(f"{path}: array {name!r} is damaged (its digest does not fit); save the model again")
+  if missing := set(body["arrays"]) - set(file.entries):
+    raise FormatError(f"{path}: array {sorted(missing)[0]!r} is missing")
+  return file
+
+
+def _model(description: Mapping[str, Any], where: Path) -> Any:
+  known = ARCHITECTURES.get(description["architecture"])
+  if known is None:
+    raise FormatError(f"{where}: architecture {description['architecture']!r} is unknown here; known: {sorted(ARCHITECTURES)}")
+  model, config = known
+  fields = dict(description["config"])
+  if "rope" in fields:
+    fields["rope"] = Rope(**fields["rope"])
+  return model(config(**fields))

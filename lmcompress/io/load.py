@@ -1,0 +1,49 @@
+"""load: a name, a GGUF file, a Hugging Face folder or a saved folder to a model, its tree and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lmcompress.io import checkpoint, hub
+from lmcompress.types import FormatError, Params
+
+
+def load(name: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Any]:
+  """Loads a model.
+
+  Args:
+    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, or of a
+      folder that `save` wrote.
+    mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
+
+  Returns:
+    `(model, params, tokenizer)`; the tokenizer is None where the source has none.
+
+  Raises:
+    SourceError: there is no such model.
+    FormatError: the file is damaged or of a form not known here; the message names it.
+  """
+  path = Path(hub.resolve_model(str(name)))
+  if path.is_file():
+    with path.open("rb") as f:
+      magic = f.read(4)
+    if magic != b"GGUF":
+      raise FormatError(f"{path}: starts with {magic!r}, not with b'GGUF'; files are GGUF, other forms are folders")
+    from lmcompress.io.gguf import load_gguf
+
+    return _placed(*load_gguf(path), mesh)
+  if (path / checkpoint.MANIFEST).is_file():
+    return checkpoint.load_checkpoint(path, mesh)
+  from lmcompress.io.huggingface import load_folder
+
+  return _placed(*load_folder(path), mesh)
+
+
+def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any) -> tuple[Any, Params, Any]:
+  if mesh is not None:
+    from lmcompress.distributed import shard
+
+    params = shard(model, params, mesh)
+  return model, params, tokenizer
