@@ -47,8 +47,8 @@ _PATTERNS = {
   **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
   **dict.fromkeys(("qwen2", "stablelm2", "megrez", "deepseek-r1-qwen"), (_QWEN2,)),
 }
+# A word that is itself a token needs no merges, and sequences begin with a token unless told otherwise.
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
-_BEGIN_BY_DEFAULT = _WHOLE_WORDS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _NORMAL = 1
@@ -71,7 +71,7 @@ class Tokenizer:
     self,
     backend: tokenizers.Tokenizer,
     *,
-    tokens: Mapping[str, str] | None = None,
+    tokens: Mapping[str, str | None] | None = None,
     stop_ids: Iterable[int] = (),
     chat_template: str | None = None,
     wants_bos: bool = False,
@@ -90,7 +90,10 @@ class Tokenizer:
     backend.encode_special_tokens = True
     self._plain = backend
     self._special: tokenizers.Tokenizer | None = None
-    self._tokens = {role: token for role, token in (tokens or {}).items() if token}
+    self._tokens = {
+      role: token for role, token in (tokens or {}).items()
+      if token is not None and backend.token_to_id(token) is not None
+    }
     self.bos_id = self._id("bos_token")
     self.eos_id = self._id("eos_token")
     turn_ids = {
@@ -148,8 +151,8 @@ class Tokenizer:
       FormatError: there is no template, or it fails.
     """
     if self.chat_template is None:
-      raise FormatError("the tokenizer has no chat template; give the prompt as plain text, or use an instruct "
-                        "model")
+      raise FormatError("the tokenizer has no chat template; give the prompt as plain text, or use an "
+                        "instruct model")
     if len(self.chat_template) > MAX_TEMPLATE_CHARACTERS:
       raise FormatError(f"the chat template has {len(self.chat_template)} characters, "
                         f"{MAX_TEMPLATE_CHARACTERS} are allowed")
@@ -190,7 +193,7 @@ class Tokenizer:
       FormatError: the tokenizer is of another kind, or its parts do not fit together.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model not in _BUILDERS:
+    if not isinstance(model, str) or model not in _BUILDERS:
       raise FormatError(f"{source}: tokenizer.ggml.model is {str(model)[:80]!r}; supported are "
                         f"{', '.join(_BUILDERS)}. Export the model with a tokenizer.json instead")
     vocabulary = _Vocabulary(metadata, source)
@@ -206,8 +209,7 @@ class Tokenizer:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
       raise FormatError(f"{source}: tokenizer.chat_template is no string; fetch the file again")
-    return cls(backend, tokens={role: token for role, token in tokens.items() if token is not None},
-                     stop_ids=stop_ids, chat_template=template, wants_bos=wants_bos)
+    return cls(backend, tokens=tokens, stop_ids=stop_ids, chat_template=template, wants_bos=wants_bos)
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -238,16 +240,18 @@ class Tokenizer:
       ends = _ids(settings.get("eos_token_id"))
       stop_ids.update(ends)
       for role, ids in (("eos_token", ends), ("bos_token", _ids(settings.get("bos_token_id")))):
-        if role not in tokens and role not in config and ids and (token := backend.id_to_token(ids[0])) is not None:
-          tokens[role] = token
+        token = backend.id_to_token(ids[0]) if ids and role not in config else None
+        if token is not None:
+          tokens.setdefault(role, token)
     template = _read(folder / "chat_template.jinja")
+    if template is None:
+      template = _default_template(config.get("chat_template"))
     wants_bos = config.get("add_bos_token")
     if wants_bos is None:
       with _library(f"{path} cannot encode"):
         first = backend.encode("").ids[:1]
       wants_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
-    return cls(backend, tokens=tokens, stop_ids=stop_ids, wants_bos=bool(wants_bos),
-                     chat_template=_default_template(config.get("chat_template")) if template is None else template)
+    return cls(backend, tokens=tokens, stop_ids=stop_ids, chat_template=template, wants_bos=bool(wants_bos))
 
   def _id(self, role: str) -> int | None:
     token = self._tokens.get(role)
@@ -308,7 +312,7 @@ class _Vocabulary:
     self.ids = {token: i for i, token in enumerate(self.tokens)}
     self.types = self.numbers("token_type", default=_NORMAL)
     if len(self.ids) != len(self.tokens):
-      raise self.fail(f"tokenizer.ggml.tokens has {len(self.tokens)} entries, {len(self.ids)} of them distinct")
+      raise self.fail(f"tokenizer.ggml.tokens has {len(self.tokens)} entries, {len(self.ids)} distinct ones")
     longest = max(map(len, self.tokens), default=0)
     if longest > MAX_TOKEN_CHARACTERS:
       raise self.fail(f"a token has {longest} characters, {MAX_TOKEN_CHARACTERS} are allowed")
@@ -347,7 +351,8 @@ class _Vocabulary:
     return None if index is None else self.tokens[index]
 
   def flag(self, key: str, default: bool) -> bool:
-    return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+    value = self.metadata.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, bool) else default
 
   def merges(self) -> list[tuple[str, str]]:
     pairs = []
@@ -365,26 +370,29 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
   name = vocabulary.metadata.get("tokenizer.ggml.pre", "default")
-  if name not in _PATTERNS:
+  if not isinstance(name, str) or name not in _PATTERNS:
     raise FormatError(f"{vocabulary.source}: tokenizer.ggml.pre is {str(name)[:80]!r}; supported are "
                       f"{', '.join(sorted(_PATTERNS))}. Export the model with a tokenizer.json instead")
-  *cuts, last = _PATTERNS[name]
-  own = last == _GPT2
-  splits = [pre_tokenizers.Digits(individual_digits=True) if pattern == _DIGIT
-            else pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (cuts if own else (*cuts, last))]
+  patterns = _PATTERNS[name]
+  own = patterns[-1] == _GPT2  # ByteLevel cuts by this pattern itself
+  splits = [
+    pre_tokenizers.Digits(individual_digits=True) if pattern == _DIGIT
+    else pre_tokenizers.Split(Regex(pattern), "isolated")
+    for pattern in (patterns[:-1] if own else patterns)
+  ]
   backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(),
                                  ignore_merges=name in _WHOLE_WORDS))
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)])
   backend.decoder = decoders.ByteLevel()
-  return backend, name in _BEGIN_BY_DEFAULT
+  return backend, name in _WHOLE_WORDS
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
   """BPE over characters with scores, bytes for what the vocabulary lacks, as of Llama 2."""
   from tokenizers import Tokenizer, decoders, models, normalizers
 
-  unknown = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN]
+  unknown = [vocabulary.tokens[i] for i, kind in enumerate(vocabulary.types) if kind == _UNKNOWN]
   backend = Tokenizer(models.BPE(
     vocab=vocabulary.ids, merges=_merges_by_score(vocabulary), byte_fallback=True, fuse_unk=True,
     unk_token=unknown[0] if unknown else vocabulary.role("unknown")))
@@ -430,9 +438,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
 def _begin(backend: tokenizers.Tokenizer, token: str) -> None:
   from tokenizers import processors
 
-  with _library(f"token {token!r} cannot begin a sequence"):
-    backend.post_processor = processors.TemplateProcessing(
-      single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, backend.token_to_id(token))])
+  name, index = "BOS", backend.token_to_id(token)
+  backend.post_processor = processors.TemplateProcessing(
+    single=f"{name} $A", pair=f"{name} $A {name} $B:1",
+    special_tokens=[{"id": name, "ids": [index], "tokens": [token]}])
 
 
 def _read(path: Path) -> str | None:

@@ -276,5 +276,5 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
   model, config = known
   fields = dict(description["config"])
   if "rope" in fields:
-    fields["rope"] = Rope(**fields["rope"])
+    fields["rope"] = Rope(**{**fields["rope"], "factors": tuple(fields["rope"]["factors"])})
   return model(config(**fields))

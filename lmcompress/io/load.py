@@ -31,7 +31,7 @@ def load(name: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Any]:
       magic = f.read(4)
     if magic != b"GGUF":
       raise FormatError(f"{path}: starts with {magic!r}, not with b'GGUF'; files are GGUF, other forms are folders")
-    from lmcompress.io.gguf import load_gguf
+    from lmcompress.io.gguf_model import load_gguf
 
     return _placed(*load_gguf(path), mesh)
   if (path / checkpoint.MANIFEST).is_file():
@@ -39,6 +39,16 @@ def load(name: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Any]:
   from lmcompress.io.huggingface import load_folder
 
   return _placed(*load_folder(path), mesh)
+
+
+def origin(name: str | os.PathLike) -> str:
+  """What the weights of a model are, for tables: `float32`, or what float32 was dequantized from."""
+  path = Path(hub.resolve_model(str(name)))
+  if path.is_file():
+    from lmcompress.io.gguf_model import describe
+
+    return describe(path)
+  return "as saved" if (path / checkpoint.MANIFEST).is_file() else "float32"
 
 
 def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any) -> tuple[Any, Params, Any]:

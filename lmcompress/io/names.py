@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,8 @@ LLAMA = (
   Name("head/table", "lm_head.weight", "output.weight", True),
 )
 
-IGNORED = (r"rope_freqs\.weight", r".*\.rotary_emb\.inv_freq", r"rope_factors_(long|short)\.weight")
+IGNORED = (r".*\.rotary_emb\.inv_freq",)
+"""Tensors that hold nothing the config does not say."""
 
 
 def plan(names: Iterable[Name], field: str, found: Iterable[str], layers: int, where: str) -> dict[str, str]:
@@ -111,6 +111,3 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
       expect(path, shape[-2], tree.get(params, source).shape[-1], "inputs")
     elif path == "head/table":
       expect(path, shape[-1], features, "features")
-
-
-Load = Callable[[str], Any]

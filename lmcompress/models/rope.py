@@ -23,6 +23,7 @@ class Rope:
     low, high: `llama3`'s frequency factors, or `yarn`'s slow and fast rotations (beta_slow, beta_fast).
     attention_factor: `yarn`'s scale of cos and sin; None computes it.
     truncate: whether `yarn` rounds the ends of its ramp to whole dimensions.
+    factors: per frequency, what divides it; empty for none (GGUF stores `llama3` scaling so).
   """
 
   theta: float = 10000.0
@@ -33,6 +34,7 @@ class Rope:
   high: float = 4.0
   attention_factor: float | None = None
   truncate: bool = True
+  factors: tuple[float, ...] = ()
 
   def cos_sin(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin `[batch, length, head_dim / 2]` float32 of `positions: [batch, length]`."""
@@ -47,6 +49,8 @@ class Rope:
       stretch = self.factor * length / self.original_length - (self.factor - 1)
       return 1.0 / (self.theta * stretch ** (head_dim / (head_dim - 2))) ** jnp.asarray(exponents), 1.0
     base = (1.0 / self.theta ** exponents.astype(np.float64)).astype(np.float32)
+    if self.factors:
+      base = base / np.asarray(self.factors, np.float32)
     if self.kind == "linear":
       base = base / self.factor
     elif self.kind == "llama3":
