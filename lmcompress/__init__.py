@@ -1,1 +1,55 @@
-"""lmcompress."""
+"""Compression of language models as composable transformations of a parameter tree."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+  "load": "lmcompress.io.load",
+  "save": "lmcompress.io.checkpoint",
+  "compress": "lmcompress.calibration.compress",
+  "generate": "lmcompress.generation.generate",
+  "perplexity": "lmcompress.evaluate.perplexity",
+  "summary": "lmcompress.summary",
+  **dict.fromkeys(("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"),
+  "freeze": "lmcompress.transforms.freeze",
+  "magnitude": "lmcompress.transforms.magnitude",
+  "round_to_nearest": "lmcompress.transforms.round_to_nearest",
+  **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.types"),
+}
+
+if TYPE_CHECKING:
+  from lmcompress.calibration.compress import compress
+  from lmcompress.evaluate.perplexity import perplexity
+  from lmcompress.generation.generate import generate
+  from lmcompress.io.checkpoint import save
+  from lmcompress.io.load import load
+  from lmcompress.summary import summary
+  from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
+  from lmcompress.transforms.freeze import freeze
+  from lmcompress.transforms.magnitude import magnitude
+  from lmcompress.transforms.round_to_nearest import round_to_nearest
+  from lmcompress.types import ConfigError, FormatError, LmcompressError, SourceError, WeightError
+
+__all__ = [
+  "ConfigError", "FormatError", "LmcompressError", "SourceError", "WeightError", "at", "chain", "compress", "freeze",
+  "generate", "leafwise", "load", "magnitude", "named_chain", "partition", "perplexity", "round_to_nearest", "save",
+  "scheduled", "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+  """Names are fetched from their home at first use, so that importing the package is cheap."""
+  home = _HOMES.get(name)
+  if home is None:
+    raise AttributeError(f"module 'lmcompress' has no attribute {name!r}")
+  value = getattr(importlib.import_module(home), name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_HOMES])

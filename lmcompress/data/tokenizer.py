@@ -124,12 +124,14 @@ class Tokenizer:
         user wrote.
       add_special: adds what the tokenizer's own template adds, such as BERT's `[CLS]` and `[SEP]`.
     """
-    if add_bos and self.bos_id is None:
-      raise ValueError("encode(add_bos=True): this tokenizer has no token that begins a sequence; leave it "
-                       "off")
     with _library("the tokenizer cannot encode the text"):
       ids = self._parser(parse_special).encode(text, add_special_tokens=add_special).ids
-    return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
+    if not add_bos:
+      return ids
+    if self.bos_id is None:
+      raise ValueError("encode(add_bos=True): this tokenizer has no token that begins a sequence; leave it "
+                       "off")
+    return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Ids to text; bytes that are no UTF-8 become U+FFFD."""
@@ -202,8 +204,8 @@ class Tokenizer:
       _add_tokens(backend, vocabulary)
     tokens = {role: vocabulary.role(key) for role, key in (
       ("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
-    wants_bos = vocabulary.flag("add_bos_token", wants_bos) and tokens["bos_token"] is not None
-    if wants_bos:
+    wants_bos = vocabulary.flag("add_bos_token", wants_bos)
+    if wants_bos and tokens["bos_token"] is not None:
       _begin(backend, tokens["bos_token"])
     stop_ids = [index for index in (vocabulary.index("eot"), vocabulary.index("eom")) if index is not None]
     template = metadata.get("tokenizer.chat_template")
@@ -310,12 +312,12 @@ class _Vocabulary:
     # llama.cpp's spelling of tokens that have none.
     self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.strings("tokens"))]
     self.ids = {token: i for i, token in enumerate(self.tokens)}
-    self.types = self.numbers("token_type", default=_NORMAL)
     if len(self.ids) != len(self.tokens):
       raise self.fail(f"tokenizer.ggml.tokens has {len(self.tokens)} entries, {len(self.ids)} distinct ones")
     longest = max(map(len, self.tokens), default=0)
     if longest > MAX_TOKEN_CHARACTERS:
       raise self.fail(f"a token has {longest} characters, {MAX_TOKEN_CHARACTERS} are allowed")
+    self.types = self.numbers("token_type", default=_NORMAL)
 
   def fail(self, what: str) -> FormatError:
     return FormatError(f"{self.source}: {what}; fetch the file again, or export the model with a "

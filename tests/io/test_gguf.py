@@ -1,4 +1,4 @@
-"""GGUF: tensors equal those of the gguf package bit by bit, and no file makes the reader fail in another way."""
+"""GGUF: tensors equal those of the gguf package bit by bit, and a bad file is refused in one way."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def entry(name="w", extents=(32,), code=F32, offset=0):
   return string(name) + struct.pack("<I", len(extents)) + dims + struct.pack("<IQ", code, offset)
 
 
-def build(keys=(), entries=(), nbytes=0, *, version=3, n_keys=None, n_tensors=None, magic=b"GGUF", alignment=32):
+def build(keys=(), entries=(), nbytes=0, *, version=3, n_keys=None, n_tensors=None, magic=b"GGUF",
+          alignment=32):
   """A file byte by byte, so that it can say what no writer would."""
   counts = (len(entries) if n_tensors is None else n_tensors, len(keys) if n_keys is None else n_keys)
   head = magic + struct.pack("<IQQ", version, *counts) + b"".join(keys) + b"".join(entries)
@@ -89,7 +90,8 @@ def put(tmp_path):
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
 def test_a_quantized_tensor_equals_the_gguf_package_bit_by_bit(tmp_path, kind):
   rng = np.random.default_rng(0)
-  path = write(tmp_path / "model.gguf", {"a": (stored(kind, rng), kind), "b": (stored(kind, rng, (256,)), kind)})
+  tensors = {"a": (stored(kind, rng), kind), "b": (stored(kind, rng, (256,)), kind)}
+  path = write(tmp_path / "model.gguf", tensors)
   header = read_header(path)
   assert header.tensors["a"].shape == (6, 512) and header.tensors["b"].shape == (256,)
   with np.errstate(all="ignore"):
@@ -136,12 +138,14 @@ def test_metadata_equals_the_gguf_package(tmp_path):
   writer.add_float64("f64", 0.1), writer.add_bool("yes", True), writer.add_string("text", "naïve 🙂")
   writer.add_array("words", ["a", "", "中文"]), writer.add_array("scores", [0.5, -1.0])
   writer.add_array("types", [1, 3, 6]), writer.add_array("flags", [True, False])
-  writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+  writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+  writer.close()
   metadata = read_header(path).metadata
   expected = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
   for name, value in metadata.items():
     assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected[name], name
-  assert type(metadata["u32"]) is int and type(metadata["yes"]) is bool and metadata["types"].dtype == np.int32
+  assert type(metadata["u32"]) is int and type(metadata["yes"]) is bool
+  assert metadata["types"].dtype == np.int32
 
 
 def test_version_2_and_an_alignment_are_read(put):
@@ -167,14 +171,14 @@ REFUSED = {
   "huge tensor count": (build(n_tensors=HUGE), "tensors, 65536 are allowed"),
   "key count": (build(n_keys=(1 << 16) + 1), "65537 metadata keys, 65536 are allowed"),
   "missing keys": (build(n_keys=3), "is truncated"),
-  "missing tensors": (build(n_tensors=3), "is truncated"),
+  "missing tensors": (build(n_tensors=3, alignment=1), "is truncated"),
   "string beyond the cap": (
     build([key("k", STRING, string(b"a" * ((1 << 20) + 1)))]), "1048577 bytes, 1048576 are allowed"),
   "string beyond the file": (build([key("k", STRING, struct.pack("<Q", 5000))]), "is truncated: a string of"),
   "huge string": (build([key("k", STRING, struct.pack("<Q", HUGE))]), f"{HUGE} bytes"),
   "string that is no UTF-8": (build([key("k", STRING, string(b"\xff\xfe"))]), "not UTF-8"),
   "value type": (build([key("k", 13)]), "'k' has value type 13"),
-  "array beyond the cap": (build([key("k", ARRAY, array(UINT8, (1 << 24) + 1))]), "16777217 entries, 16777216"),
+  "array beyond the cap": (build([key("k", ARRAY, array(UINT8, (1 << 24) + 1))]), "16777217 entries"),
   "huge array": (build([key("k", ARRAY, array(STRING, HUGE))]), "entries, 16777216 are allowed"),
   "array of numbers beyond the file": (build([key("k", ARRAY, array(UINT64, 1 << 24))]), "is truncated"),
   "array of strings beyond the file": (build([key("k", ARRAY, array(STRING, 1 << 24))]), "is truncated"),
@@ -186,19 +190,19 @@ REFUSED = {
   "alignment 48": (build([key("general.alignment", UINT32, struct.pack("<I", 48))]), "alignment is 48"),
   "alignment 128 KiB": (build([key("general.alignment", UINT32, struct.pack("<I", 1 << 17))]), "is 131072"),
   "alignment as text": (build([key("general.alignment", STRING, string("32"))]), "alignment is '32'"),
-  "five dimensions": (build(entries=[entry(extents=(1,) * 5)], nbytes=4), "'w' has 5 dimensions, 4 are allowed"),
-  "huge dimension count": (build(entries=[string("w") + struct.pack("<I", 1 << 31)]), "2147483648 dimensions"),
+  "five dimensions": (build(entries=[entry(extents=(1,) * 5)], nbytes=4), "5 dimensions, 4 are allowed"),
+  "huge dimension count": (build(entries=[string("w") + struct.pack("<I", 1 << 31)]), "4 are allowed"),
   "product beyond 64 bits": (build(entries=[entry(extents=(1 << 32, 1 << 32, 1 << 32))]), "is truncated"),
   "product that wraps to 0": (build(entries=[entry(extents=(1 << 32, 1 << 32))]), "is truncated"),
   "huge extent times 0": (build(entries=[entry(extents=(1 << 62, 0))]), "is truncated"),
   "tensor type": (build(entries=[entry(code=99)], nbytes=128), "type 99, which gguf does not know"),
   "removed tensor type": (build(entries=[entry(code=4)], nbytes=128), "type 4, which gguf does not know"),
   "row no multiple of a block": (
-    build(entries=[entry(extents=(33,), code=Q8_0)], nbytes=68), "rows of 33 weights, Q8_0 needs a multiple of 32"),
-  "offset beyond the file": (build(entries=[entry(offset=1 << 40)], nbytes=128), "is truncated: tensor 'w' ends"),
+    build(entries=[entry(extents=(33,), code=Q8_0)], nbytes=68), "rows of 33 weights, Q8_0 needs"),
+  "offset beyond the file": (build(entries=[entry(offset=1 << 40)], nbytes=128), "tensor 'w' ends"),
   "huge offset": (build(entries=[entry(offset=HUGE - 31)], nbytes=128), "is truncated"),
   "offset not aligned": (build(entries=[entry(offset=4)], nbytes=256), "not a multiple of 32"),
-  "weights cut off": (build(entries=[entry()], nbytes=127), r"'w' ends at byte 192, the file has 191 bytes; fetch"),
+  "weights cut off": (build(entries=[entry()], nbytes=127), "byte 192, the file has 191 bytes; fetch"),
   "duplicate tensor": (build(entries=[entry(), entry(offset=128)], nbytes=256), "tensor 'w' is there twice"),
   "overlapping tensors": (build(entries=[entry(), entry("v", offset=96)], nbytes=256), "inside tensor 'w'"),
   "empty name": (build(entries=[entry("")], nbytes=128), "name that is empty"),
@@ -229,7 +233,7 @@ def test_a_small_file_that_claims_much_is_refused_at_once(put):
 
 def test_what_is_no_file_is_refused(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  for name, message in {"absent": "No such file", ".": "not a regular file", "pipe": "not a regular file"}.items():
+  for name, message in (("absent", "No such"), (".", "not a regular file"), ("pipe", "not a regular file")):
     with pytest.raises(FormatError, match=f"cannot be read.*{message}"):
       read_header(tmp_path / name)
 
@@ -276,7 +280,8 @@ def test_mutants_are_read_or_refused_quickly(tmp_path):
   # The head is where the reader decides; weights may hold any bytes.
   head = read_header(path).tensors["blk.0.w"].offset
   content = path.read_bytes()
-  for mutant in itertools.chain(mutants(content, 0, 100), (m + content[head:] for m in mutants(content[:head], 1, 400))):
+  damaged_heads = (mutant + content[head:] for mutant in mutants(content[:head], 1, 400))
+  for mutant in itertools.chain(mutants(content, 0, 100), damaged_heads):
     path.write_bytes(mutant)
     start = time.perf_counter()
     try:

@@ -1,0 +1,223 @@
+"""Configs: one YAML file, `extends` and dotted overrides, checked by frozen types. It is data, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from lmcompress import recipe as recipes
+from lmcompress.types import ConfigError
+
+_MAX_BYTES, _MAX_DEPTH = 1 << 20, 50
+
+
+class _Table(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Tokens(_Table):
+  """Tokens of a text: `windows` blocks of `length` tokens."""
+
+  text: str
+  windows: int = pydantic.Field(32, ge=1)
+  length: int = pydantic.Field(512, ge=2)
+
+
+class Evaluate(_Table):
+  """Perplexity and KL on held-out texts."""
+
+  texts: tuple[str, ...] = pydantic.Field(("pydoc", "grimm"), strict=False)
+  windows: int = pydantic.Field(16, ge=1)
+  length: int = pydantic.Field(512, ge=2)
+
+
+class Bench(_Table):
+  """Latency of every stage; `rounds: 0` leaves it out."""
+
+  prefill: int = pydantic.Field(512, ge=1)
+  decode: int = pydantic.Field(16, ge=1)
+  rounds: int = pydantic.Field(2, ge=0)
+
+
+class Generate(_Table):
+  """One continuation before and after."""
+
+  prompt: str = "The capital of France is"
+  max_new_tokens: int = pydantic.Field(32, ge=1)
+  chat: bool = False
+
+
+class MeshSizes(_Table):
+  """Devices that share the work; one size may be -1."""
+
+  data: int = 1
+  tensor: int = 1
+
+
+class Config(_Table):
+  """A run: what is compressed, how, and what is measured."""
+
+  name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+  description: str = ""
+  seed: int = pydantic.Field(0, ge=0, lt=2**32)
+  model: str
+  recipe: tuple[dict[str, Any], ...] = pydantic.Field(strict=False)
+  calibration: Tokens | None = None
+  evaluate: Evaluate = Evaluate()
+  bench: Bench = Bench()
+  generate: Generate | None = Generate()
+  mesh: MeshSizes | None = None
+
+  @property
+  def hash(self) -> str:
+    """Eight hex digits that change with anything that changes the result."""
+    return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:8]
+
+  @property
+  def folder(self) -> str:
+    """`<name>-<hash>`."""
+    return f"{self.name}-{self.hash}"
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML without anchors, aliases, duplicate keys or deep nesting, with YAML 1.2 floats such as 1e-4."""
+
+  depth = 0
+
+  def compose_node(self, parent: Any, index: Any) -> Any:
+    event = self.peek_event()
+    if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+      raise ConfigError(f"line {event.start_mark.line + 1}: anchors and aliases are not allowed; write it out")
+    self.depth += 1
+    if self.depth > _MAX_DEPTH:
+      raise ConfigError(f"nested deeper than {_MAX_DEPTH} levels")
+    node = super().compose_node(parent, index)
+    self.depth -= 1
+    return node
+
+  def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+      key = self.construct_object(key_node, deep=True)
+      if not isinstance(key, str):
+        raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not a text")
+      if key in seen:
+        raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+      seen.add(key)
+    return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+  first: [pair for pair in resolvers if pair[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null")]
+  for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+  "tag:yaml.org,2002:float",
+  re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"),
+  list("-+0123456789."),
+)
+
+
+def parse(text: str, where: str) -> Any:
+  """The value of a YAML text, or ConfigError naming `where`."""
+  if len(text.encode("utf-8", "replace")) > _MAX_BYTES:
+    raise ConfigError(f"{where}: over {_MAX_BYTES} bytes; a config is a small file")
+  try:
+    return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}") from None
+  except (yaml.YAMLError, ValueError, RecursionError) as error:
+    mark = getattr(error, "problem_mark", None)
+    line = f" line {mark.line + 1}:" if mark else ""
+    raise ConfigError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or type(error).__name__})") from None
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+  """The table of a file merged over those it extends (tables merge by key, anything else is replaced)."""
+  path = path.resolve()
+  if path in seen:
+    raise ConfigError(f"{path.name}: extends itself through {' -> '.join(p.name for p in (*seen, path))}")
+  if not path.is_file():
+    raise ConfigError(f"{path}: no such config file; `lmcompress ls` lists those there are")
+  try:
+    table = parse(path.read_text("utf-8"), path.name)
+  except UnicodeDecodeError:
+    raise ConfigError(f"{path.name}: not UTF-8 text") from None
+  if not isinstance(table, dict):
+    raise ConfigError(f"{path.name}: a config is a table of keys; found {type(table).__name__}")
+  base = table.pop("extends", None)
+  if base is None:
+    return table
+  if not isinstance(base, str):
+    raise ConfigError(f"{path.name}: extends is the path of one file; found {base!r}")
+  return merge(read(path.parent / base, (*seen, path)), table)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+  """`over` on `base`: tables key by key, everything else whole."""
+  out = dict(base)
+  for key, value in over.items():
+    both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+    out[key] = merge(out[key], value) if both else value
+  return out
+
+
+def override(table: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+  """Applies `evaluate.windows=4`, `recipe.0.sparsity=0.3`; the value is YAML."""
+  for text in assignments:
+    dotted, equals, raw = text.partition("=")
+    if not equals or not dotted:
+      raise ConfigError(f"override {text!r}: write key.path=value, e.g. evaluate.windows=4")
+    table = _set(table, dotted.split("."), parse(raw, f"override {text!r}"), text)
+  return table
+
+
+def _set(node: Any, keys: list[str], value: Any, text: str) -> Any:
+  if not keys:
+    return value
+  key, rest = keys[0], keys[1:]
+  if isinstance(node, (list, tuple)):
+    if not key.isdigit() or int(key) >= len(node):
+      raise ConfigError(f"override {text!r}: {key!r} is no index of a list of {len(node)}")
+    return [_set(item, rest, value, text) if i == int(key) else item for i, item in enumerate(node)]
+  if node is not None and not isinstance(node, dict):
+    raise ConfigError(f"override {text!r}: {key!r} is below {node!r}, which is no table")
+  return {**(node or {}), key: _set((node or {}).get(key), rest, value, text)}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+  """The resolved, checked config of a file.
+
+  Raises:
+    ConfigError: one line that says where, what was found and what would do.
+  """
+  return check(override(read(Path(path)), overrides), Path(path).name)
+
+
+def check(table: Mapping[str, Any], where: str) -> Config:
+  """A `Config` of a table, its recipe built once to check it."""
+  unknown = set(table) - set(Config.model_fields)
+  if unknown:
+    raise ConfigError(f"{where}: no key {sorted(unknown)[0]!r}; keys are extends, {', '.join(Config.model_fields)}")
+  try:
+    config = Config(**table)
+  except pydantic.ValidationError as error:
+    raise ConfigError(f"{where}: {recipes.explain(error)}") from None
+  try:
+    if config.recipe:
+      recipes.build(config.recipe)
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}") from None
+  return config
+
+
+def dump(config: Config) -> str:
+  """The resolved config as YAML."""
+  return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

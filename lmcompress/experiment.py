@@ -1,0 +1,366 @@
+"""Experiments: a config to a run folder, step by step, so that a run that was cut off continues."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+import lmcompress
+from lmcompress import recipe as recipes
+from lmcompress import tree
+from lmcompress.calibration import compress
+from lmcompress.config import Config, check, dump, parse
+from lmcompress.data.text import load_text, windows
+from lmcompress.evaluate.latency import backend, latency
+from lmcompress.evaluate.memory import peak_bytes, reset_peak
+from lmcompress.evaluate.measures import compression_efficiency
+from lmcompress.evaluate.perplexity import Score, compare
+from lmcompress.evaluate.size import sizes
+from lmcompress.generation import generate
+from lmcompress.io import checkpoint, hub
+from lmcompress.io.load import load, origin
+from lmcompress.types import ConfigError, FormatError, Params, SourceError
+
+RESULT, METRICS, CONFIG, MODEL = "result.json", "metrics.jsonl", "config.yaml", "model"
+_HISTOGRAM_BINS = 80
+
+
+class Watcher(Protocol):
+  """Told how a run gets on."""
+
+  def step(self, what: str, done: int, total: int) -> None: ...
+
+  def note(self, text: str) -> None: ...
+
+
+class Silent:
+  """A watcher that says nothing."""
+
+  def step(self, what: str, done: int, total: int) -> None:
+    return
+
+  def note(self, text: str) -> None:
+    return
+
+
+@dataclasses.dataclass
+class _Stage:
+  name: str
+  params: Params
+  seconds: float
+  peak_memory_bytes: int
+
+
+def run(config: Config, results: Path, command: str, watcher: Watcher | None = None) -> dict[str, Any]:
+  """Runs a config in `results/<name>-<hash>`, continuing what is already there, and returns its result.
+
+  Compression is repeated (it gives the same bits), while scores that were written are kept. The folder holds
+  `config.yaml`, `metrics.jsonl`, `model/`, `result.json`, `report.html` and TensorBoard events.
+
+  Args:
+    results: the folder of run folders.
+    command: what repeats the run, for the record.
+    watcher: told of progress.
+
+  Raises:
+    LmcompressError: the config, the model, a text or a weight is not as needed; nothing half-written is left.
+  """
+  watcher = watcher or Silent()
+  folder = results / config.folder
+  if (folder / RESULT).is_file():
+    watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
+    return read_result(folder)
+
+  mesh = _mesh(config)
+  watcher.note(f"loading {config.model}")
+  reset_peak()
+  begun = time.perf_counter()
+  model, params, tokenizer = load(config.model, mesh)
+  stages = [_Stage("original", params, time.perf_counter() - begun, peak_bytes())]
+  texts = {name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
+           for name in config.evaluate.texts}
+  calibration = None
+  if config.calibration is not None:
+    c = config.calibration
+    calibration = windows(tokenizer, load_text(c.text), c.windows, c.length)
+  vocab = params["embed"]["table"].shape[0]
+  for name, tokens in texts.items():
+    if int(tokens.max()) >= vocab:
+      raise ConfigError(f"text {name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}")
+
+  rows = []
+  if config.recipe:
+    rows = _compress(config, model, params, calibration, stages, watcher)
+  folder.mkdir(parents=True, exist_ok=True)
+  _write(folder / CONFIG, dump(config))
+  records = _Records(folder / METRICS)
+  digest = checkpoint.tree_hash(stages[-1].params)
+  if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
+    raise FormatError(f"{folder / METRICS}: it was written for another tree; remove {folder} and run again")
+  if not records.found("tree"):
+    records.add({"kind": "tree", "tree_hash": digest})
+  if not (folder / MODEL / checkpoint.MANIFEST).is_file():
+    watcher.note("saving the model")
+    checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe))
+
+  scores = _scores(model, stages, texts, records, watcher)
+  speeds = _speeds(config, model, stages, records, watcher)
+  generation = _generation(config, model, stages, tokenizer, watcher)
+  result = {
+    "format": 1,
+    "name": config.name, "description": config.description, "config_hash": config.hash, "seed": config.seed,
+    "model": config.model, "original": origin(config.model),
+    "versions": versions(), "device": device(), "tree_hash": digest, "command": command,
+    "config": config.model_dump(mode="json"),
+    "stages": [
+      _stage_row(stage, stages[0], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
+      for i, stage in enumerate(stages)
+    ],
+    "weights": rows,
+    "histograms": _histograms(stages[0].params, stages[-1].params),
+    "generation": generation,
+  }
+  from lmcompress import report
+
+  report.write_tensorboard(result, folder / "tensorboard")
+  report.write_html(result, folder / "report.html")
+  _write(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
+  return result
+
+
+def _mesh(config: Config) -> Any:
+  if config.mesh is None:
+    return None
+  from lmcompress.distributed import make_mesh
+
+  return make_mesh(config.mesh.data, config.mesh.tensor)
+
+
+def _compress(
+  config: Config, model: Any, params: Params, calibration: Any, stages: list[_Stage], watcher: Watcher
+) -> list[dict[str, Any]]:
+  """Appends a stage for each link; returns the report's rows."""
+  clock = [time.perf_counter()]
+
+  def after(name: str, tree_: Params) -> None:
+    jax.block_until_ready(tree_)
+    stages.append(_Stage(name, tree_, time.perf_counter() - clock[0], peak_bytes()))
+    reset_peak()
+    clock[0] = time.perf_counter()
+
+  reset_peak()
+  _, report = compress(
+    model, params, recipes.build(config.recipe), calibration, jax.random.key(config.seed),
+    progress=watcher.step, on_link=after,
+  )
+  return report.rows
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+class _Records:
+  """The lines of `metrics.jsonl`: written one by one and flushed, so that nothing measured is lost."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self.rows: list[dict[str, Any]] = []
+    if path.is_file():
+      whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]  # a cut last line is dropped
+      try:
+        self.rows = [json.loads(line) for line in whole]
+      except ValueError:
+        raise FormatError(f"{path}: not JSON lines; remove the file and resume") from None
+      _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+  def found(self, kind: str) -> list[dict[str, Any]]:
+    return [row for row in self.rows if row.get("kind") == kind]
+
+  def add(self, row: dict[str, Any]) -> None:
+    self.rows.append(row)
+    with self.path.open("a", encoding="utf-8") as file:
+      file.write(json.dumps(row) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+
+def _key(stages: Sequence[_Stage], i: int) -> str:
+  return f"{i}:{stages[i].name}"
+
+
+def _scores(
+  model: Any, stages: list[_Stage], texts: dict[str, np.ndarray], records: _Records, watcher: Watcher
+) -> dict[str, dict[str, Score]]:
+  """Per stage and text; every window is one record, and windows on record are not scored again."""
+  trees = {_key(stages, i): stage.params for i, stage in enumerate(stages)}
+  total = {name: dict.fromkeys(texts, Score(0, 0, 0, 0)) for name in trees}
+  for text, tokens in texts.items():
+    done = {row["window"]: row["scores"] for row in records.found("score") if row["text"] == text}
+    for scores in done.values():
+      for name, values in scores.items():
+        total[name][text] += Score(*values)
+    count = len(done)
+    for window, scores in compare(model, stages[0].params, trees, tokens, done):
+      records.add({"kind": "score", "text": text, "window": window, "scores": scores})
+      for name, value in scores.items():
+        total[name][text] += value
+      count += 1
+      watcher.step(f"perplexity on {Path(text).name}", count, len(tokens))
+  return total
+
+
+def _speeds(
+  config: Config, model: Any, stages: list[_Stage], records: _Records, watcher: Watcher
+) -> dict[str, dict[str, float]]:
+  found = {row["stage"]: row["tokens_per_s"] for row in records.found("latency")}
+  b = config.bench
+  for i, stage in enumerate(stages):
+    name = _key(stages, i)
+    if b.rounds and name not in found:
+      watcher.step("latency", i, len(stages))
+      measured = latency(model, stage.params, prefill=b.prefill, decode=b.decode, rounds=b.rounds)
+      found[name] = {"prefill": measured["prefill"], "decode": measured["decode"]}
+      records.add({"kind": "latency", "stage": name, "tokens_per_s": found[name], "detail": measured})
+      watcher.step("latency", i + 1, len(stages))
+  return found
+
+
+def _generation(config: Config, model: Any, stages: list[_Stage], tokenizer: Any, watcher: Watcher) -> dict | None:
+  if config.generate is None or tokenizer is None:
+    return None
+  g = config.generate
+  watcher.note("generating")
+  before, after = (
+    generate(model, params, tokenizer, g.prompt, g.max_new_tokens, chat=g.chat)
+    for params in (stages[0].params, stages[-1].params)
+  )
+  return {"prompt": g.prompt, "before": before, "after": after}
+
+
+def _stage_row(
+  stage: _Stage, original: _Stage, scores: dict[str, Score], speed: dict[str, float]
+) -> dict[str, Any]:
+  size = sizes(stage.params)
+  disk = checkpoint.weights_size(stage.params)
+  summaries = {text: score.summary() for text, score in scores.items()}
+  return {
+    "name": stage.name,
+    "parameters": int(size["parameters"]),
+    "bits_per_weight": size["bits_per_weight"],
+    "bytes_on_disk": disk,
+    "bytes_in_memory": int(size["bytes_in_memory"]),
+    "compression_efficiency": compression_efficiency(checkpoint.weights_size(original.params), disk),
+    "perplexity": {text: s["perplexity"] for text, s in summaries.items()},
+    "kl": {text: s["kl"] for text, s in summaries.items()},
+    "top1": {text: s["top1"] for text, s in summaries.items()},
+    "tokens_per_s": speed,
+    "backend": backend(),
+    "seconds": stage.seconds,
+    "peak_memory_bytes": stage.peak_memory_bytes,
+  }
+
+
+def _histograms(before: Params, after: Params, count: int = 4) -> dict[str, Any]:
+  """Histograms of a few weights that changed, spread over the depth."""
+  old, new = tree.weights(before), tree.weights(after)
+  changed = [p for p in new if p in old and new[p] is not old[p] and new[p].shape == old[p].shape and p.endswith("kernel")]
+  chosen = changed[:: max(1, len(changed) // count)][:count]
+  found = {}
+  for path in chosen:
+    w0, w1 = (np.asarray(x if isinstance(x, jax.Array) else x.materialize(), np.float32).ravel() for x in (old[path], new[path]))
+    reach = float(np.quantile(np.abs(w0), 0.999)) or 1.0
+    edges = np.linspace(-reach, reach, _HISTOGRAM_BINS + 1)
+    found[path] = {
+      "edges": [round(float(e), 6) for e in edges],
+      "before": np.histogram(w0, edges)[0].tolist(), "after": np.histogram(w1, edges)[0].tolist(),
+    }
+  return found
+
+
+# ---------------------------------------------------------------------------------------- records of a run
+
+
+def versions() -> dict[str, str]:
+  """Versions of what decides a result."""
+  from importlib.metadata import version
+
+  return {"lmcompress": lmcompress.__version__, "python": platform.python_version(),
+          **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}}
+
+
+def device() -> dict[str, Any]:
+  """The devices that ran."""
+  first = jax.devices()[0]
+  return {"platform": first.platform, "kind": first.device_kind, "devices": jax.device_count(),
+          "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+  """The result of a run folder.
+
+  Raises:
+    SourceError: the run is not complete; says how to continue it.
+    FormatError: the file is damaged.
+  """
+  path = folder / RESULT
+  if not path.is_file():
+    hint = f"`lmcompress resume {folder}` continues it" if (folder / CONFIG).is_file() else "it is no run folder"
+    raise SourceError(f"{folder} has no {RESULT}; {hint}")
+  try:
+    result = json.loads(path.read_text("utf-8"))
+    _ = result["stages"], result["name"]
+  except (ValueError, KeyError, TypeError):
+    raise FormatError(f"{path}: not a result; remove it and resume the run") from None
+  return result
+
+
+def read_run(folder: Path) -> Config:
+  """The config of a run folder."""
+  path = folder / CONFIG
+  if not path.is_file():
+    raise SourceError(f"{folder} has no {CONFIG}; resume takes a run folder such as results/quickstart-1a2b3c4d")
+  table = parse(path.read_text("utf-8"), str(path))
+  if not isinstance(table, dict):
+    raise ConfigError(f"{path}: a config is a table of keys")
+  return check(table, str(path))
+
+
+def prepare(config: Config, results: Path) -> Path:
+  """Makes the run folder and writes the config, so that `resume` finds it whatever happens next."""
+  if not Path(config.model).exists() and config.model not in hub.MODELS:
+    hub.resolve_model(config.model)  # raises with the names that there are
+  folder = results / config.folder
+  folder.mkdir(parents=True, exist_ok=True)
+  _write(folder / CONFIG, dump(config))
+  return folder
+
+
+def _write(path: Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    with partial.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    raise
+
+
+def run_folders(results: Path) -> Iterator[Path]:
+  """The run folders below `results`, newest last."""
+  if results.is_dir():
+    yield from sorted((p for p in results.iterdir() if (p / CONFIG).is_file()), key=lambda p: p.stat().st_mtime)

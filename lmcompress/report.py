@@ -1,0 +1,471 @@
+"""A run's result as a table in the terminal, a self-contained HTML page with plots, and TensorBoard events.
+
+Everything here reads the dict of a run's `result.json`. A part that is missing or empty is left out, a number
+that is missing shows as `-`, and one that is not finite as `nan` or `inf`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+  from rich.table import Table
+
+Result = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+MAX_HISTOGRAMS = 24
+MAX_PERPLEXITY = 1e7
+"""Worse is not drawn: an even guess over any vocabulary does better, and the scale would hide the rest."""
+
+_HASH_LENGTH = 8
+_LAYER = re.compile(r"^(?P<prefix>.*?)(?:^|/)layers/(?P<depth>\d+)/(?P<linear>.+)$")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # Okabe and Ito
+_MARKERS = "osD^vPX"
+_LINES = ("-", "--", ":")
+
+
+def table(result: Result) -> Table:
+  """One row per stage: size, quality, speed and cost."""
+  shown = _table(_run_name(result), _caption(result))
+  shown.add_column("stage", overflow="fold")
+  columns = _stage_columns(result)
+  for column in columns:
+    shown.add_column(column.head, justify="right", no_wrap=True)
+  for stage in _stages(result):
+    name = _text(stage.get("name", "-"))
+    shown.add_row(_literal(name.replace(" at ", "\nat ")), *(column.cell(stage) for column in columns))
+  return shown
+
+
+def compare_table(results: Sequence[Result]) -> Table:
+  """One row per run: its last stage, with the texts that every run was scored on."""
+  lasts = [stages[-1] if (stages := _stages(result)) else {} for result in results]
+  everyone = [_texts([last], "perplexity") for last in lasts]
+  texts = [text for text in (everyone[0] if everyone else []) if all(text in other for other in everyone)]
+  left_out = sorted({text for other in everyone for text in other} - set(texts))
+  machines = {_text((result.get("device") or {}).get("name", "-")) for result in results}
+  notes = [f"left out, not in every run: {', '.join(left_out)}"] if left_out else []
+  if len(machines) > 1:
+    notes.append(f"speeds are not comparable, they come from {', '.join(sorted(machines))}")
+  shown = _table("", "\n".join(notes))
+  shown.add_column("run", overflow="fold")
+  shown.add_column("model", overflow="fold")
+  scores = [_score(measure, text) for measure in ("perplexity", "kl") for text in texts]
+  columns = [_BITS, _SIZE, *scores, _DECODE]
+  for column in columns:
+    shown.add_column(column.head, justify="right", no_wrap=True)
+  for result, last in zip(results, lasts, strict=True):
+    shown.add_row(_literal(_run_name(result)), _literal(_text(result.get("model", "-"))),
+                  *(column.cell(last) for column in columns))
+  return shown
+
+
+def html(result: Result) -> str:
+  """The result as one page that needs nothing else: no script, no network; equal results give equal bytes."""
+  import importlib.resources
+
+  import jinja2
+
+  source = importlib.resources.files("lmcompress").joinpath("report.html.j2").read_text(encoding="utf-8")
+  template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                                undefined=jinja2.StrictUndefined).from_string(source)
+  stages, columns = _stages(result), _stage_columns(result, agreement=True)
+  weights = _last_rows(result)
+  quality, errors, histograms = _plots(result, stages, weights)
+  return template.render(
+    name=_run_name(result),
+    description=_text(result.get("description", "")),
+    facts=_facts(result, stages),
+    command=_text(result.get("command", "")),
+    caption=_caption(result, description=False),
+    heads=[column.head for column in columns],
+    stages=[(_text(stage.get("name", "-")), [column.cell(stage) for column in columns]) for stage in stages],
+    generation=_continuations(result.get("generation") or {}),
+    quality=quality,
+    errors=errors,
+    not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line
+               if not _drawn(x, y)],
+    outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items()
+             if not _LAYER.match(path)],
+    histograms=histograms,
+    histograms_left_out=max(0, len(result.get("histograms") or {}) - MAX_HISTOGRAMS),
+    weights=[_weight_cells(row) for row in result.get("weights") or []],
+    config=_yaml(result.get("config") or {}),
+    origin=_origin(result),
+  )
+
+
+def write_html(result: Result, path: str | os.PathLike[str]) -> None:
+  """Writes the page of `html` whole or not at all."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    temporary.write_text(html(result), encoding="utf-8")
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
+  """Writes one event file.
+
+  The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>` and `tokens_per_s/<phase>` is the stage's
+  index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers. Numbers
+  that are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard
+  shows both.
+  """
+  from tensorboardX import SummaryWriter
+
+  with SummaryWriter(logdir=os.fspath(folder)) as writer:
+    def scalar(tag: str, value: Any, step: int) -> None:
+      number = _float(value)
+      if not math.isnan(number):
+        writer.add_scalar(tag, number, step)
+
+    for step, stage in enumerate(_stages(result)):
+      scalar("bits_per_weight", stage.get("bits_per_weight"), step)
+      for measure in ("perplexity", "kl", "tokens_per_s"):
+        for key, value in (stage.get(measure) or {}).items():
+          scalar(f"{measure}/{key}", value, step)
+    for path, row in _last_rows(result).items():
+      linear, depth = _split(path)
+      scalar(f"weight_error/{linear}", row.get("weight_error"), depth or 0)
+    indented = "\n".join(f"    {line}" for line in _yaml(result.get("config") or {}).splitlines())
+    writer.add_text("config", indented)  # four spaces are a code block in TensorBoard's Markdown
+
+
+# What a stage shows
+
+
+class _Column(NamedTuple):
+  head: str
+  cell: Callable[[Row], str]
+
+
+def _number(head: str, key: str, digits: int, unit: float = 1) -> _Column:
+  return _Column(head, lambda stage: _show(stage.get(key), digits, unit))
+
+
+def _score(measure: str, text: str) -> _Column:
+  head, digits = {"perplexity": ("ppl", 2), "kl": ("KL", 4), "top1": ("top-1", 3)}[measure]
+  return _Column(f"{head}\n{text}", lambda stage: _show((stage.get(measure) or {}).get(text), digits))
+
+
+def _speed(phase: str) -> _Column:
+  return _Column(f"{phase}\ntok/s", lambda stage: _show((stage.get("tokens_per_s") or {}).get(phase), 1))
+
+
+_BITS = _number("bits/\nweight", "bits_per_weight", 2)
+_SIZE = _number("disk\nMB", "bytes_on_disk", 1, 1e6)
+_SAVED = _number("effi-\nciency", "compression_efficiency", 3)
+_DECODE = _speed("decode")
+
+
+def _stage_columns(result: Result, agreement: bool = False) -> list[_Column]:
+  stages = _stages(result)
+  measures = ("perplexity", "kl", "top1") if agreement else ("perplexity", "kl")
+  scores = [_score(measure, text) for measure in measures for text in _texts(stages, measure)]
+  return [_BITS, _SIZE, _SAVED, *scores, _speed("prefill"), _DECODE, _number("time\ns", "seconds", 1),
+          _number("peak\nMB", "peak_memory_bytes", 0, 1e6)]
+
+
+def _facts(result: Result, stages: Sequence[Row]) -> list[tuple[str, str]]:
+  """What the page's head says: the model, and each headline number before and after."""
+  facts = [("model", _text(result.get("model", "-")))]
+  if not stages:
+    return facts
+  columns = [("bits per weight", _BITS), ("MB on disk", _SIZE)]
+  columns += [(f"perplexity, {text}", _score("perplexity", text)) for text in _texts(stages, "perplexity")]
+  columns += [("decode, tokens/s", _DECODE)]
+  pairs = [(label, column.cell(stages[0]), column.cell(stages[-1])) for label, column in columns]
+  return facts + [(label, f"{was} → {now}") for label, was, now in pairs if (was, now) != ("-", "-")]
+
+
+def _continuations(generation: Row) -> dict[str, str]:
+  """The prompt and what each model wrote after it."""
+  prompt = _text(generation.get("prompt", ""))
+  parts = {key: _text(generation.get(key, "")).removeprefix(prompt) for key in ("before", "after")}
+  return {"prompt": prompt, **parts} if any(parts.values()) else {}
+
+
+def _weight_cells(row: Row) -> list[str]:
+  shape = " × ".join(map(str, row.get("shape") or []))
+  numbers = [_show(row.get(key), digits) for key, digits in
+             (("bits", 3), ("sparsity", 3), ("weight_error", 4), ("seconds", 2))]
+  return [*(_text(row.get(key, "-")) for key in ("path", "link", "kind")), shape, *numbers]
+
+
+def _origin(result: Result) -> list[tuple[str, str]]:
+  """What a repetition has to share: hashes, seed, versions and the machine."""
+  versions = (result.get("versions") or {}).items()
+  keys = ("config_hash", "tree_hash", "seed", "original")
+  rows = [(key.replace("_", " "), result.get(key)) for key in keys]
+  rows += [("versions", ", ".join(f"{name} {version}" for name, version in versions))]
+  rows += [(f"device {key}", value) for key, value in (result.get("device") or {}).items()]
+  return [(key, _text(value)) for key, value in rows if value not in (None, "")]
+
+
+# Plots
+
+
+def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str]:
+  """SVG of perplexity against size, of error against depth, and of the weights' values; "" where no data."""
+  import matplotlib
+
+  with matplotlib.rc_context():
+    matplotlib.rcdefaults()  # not the reader's matplotlibrc, or equal results would give unequal bytes
+    matplotlib.rcParams.update({
+      "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
+      "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
+      "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.edgecolor": "#888888", "legend.frameon": False,
+    })
+    return _plot_quality(stages), _plot_errors(weights), _plot_histograms(result.get("histograms") or {})
+
+
+def _quality(stages: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
+  """By text: stage, bits per weight and perplexity, where the text was scored."""
+  return {
+    text: [(n, _float(stage.get("bits_per_weight")), _float(stage["perplexity"][text]))
+           for n, stage in enumerate(stages) if text in (stage.get("perplexity") or {})]
+    for text in _texts(stages, "perplexity")
+  }
+
+
+def _drawn(bits: float, perplexity: float) -> bool:
+  return 0 < bits < math.inf and 0 < perplexity < MAX_PERPLEXITY
+
+
+def _plot_quality(stages: Sequence[Row]) -> str:
+  lines = {text: [(n, x, y) for n, x, y in line if _drawn(x, y)] for text, line in _quality(stages).items()}
+  points = [point for line in lines.values() for point in line]
+  if not points:
+    return ""
+  figure, axes = _figure(4.2)
+  for n, (text, line) in enumerate(lines.items()):
+    axes.plot([x for _, x, _ in line], [y for _, _, y in line], label=text, color=_COLORS[n % len(_COLORS)],
+              marker=_MARKERS[n % len(_MARKERS)], markersize=5, linewidth=1.4)
+  _log_if_wide(axes, "x", [x for _, x, _ in points], 4, (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32))
+  values = [y for _, _, y in points]
+  steps = (1, 2, 5) if max(values) < 1e3 * min(values) else (1,)
+  _log_if_wide(axes, "y", values, 10, [step * 10**n for n in range(8) for step in steps])
+  axes.margins(0.08)
+  for line in lines.values():
+    _number_points(axes, line)
+  axes.set(xlabel="bits per weight", ylabel="perplexity")
+  _legend(axes)
+  return _svg(figure, "quality")
+
+
+def _plot_errors(weights: Mapping[str, Row]) -> str:
+  lines: dict[str, list[tuple[int, float]]] = {}
+  for path, row in weights.items():
+    linear, depth = _split(path)
+    error = _float(row.get("weight_error"))
+    if depth is not None and math.isfinite(error):
+      lines.setdefault(linear, []).append((depth, error))
+  if not lines:
+    return ""
+  from matplotlib.ticker import MaxNLocator
+
+  figure, axes = _figure(max(3.6, 0.2 * len(lines)))
+  for n, (linear, points) in enumerate(sorted(lines.items())):
+    xs, ys = zip(*sorted(points), strict=True)
+    axes.plot(xs, ys, label=linear, color=_COLORS[n % len(_COLORS)], marker=_MARKERS[n % len(_MARKERS)],
+              markersize=3.5, linewidth=1.2, linestyle=_LINES[n // len(_COLORS) % len(_LINES)])
+  axes.set(xlabel="layer", ylabel="relative weight error")
+  axes.set_ylim(0, 1.08 * max(error for points in lines.values() for _, error in points) or 1)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  _legend(axes)
+  return _svg(figure, "errors")
+
+
+def _plot_histograms(histograms: Mapping[str, Row]) -> str:
+  shown = [(path, edges, before, after) for path, histogram in list(histograms.items())[:MAX_HISTOGRAMS]
+           for edges, before, after in [[list(map(_float, histogram.get(key) or [])) for key in
+                                         ("edges", "before", "after")]]
+           if len(edges) - 1 == len(before) == len(after) and all(map(math.isfinite, edges + before + after))]
+  if not shown:
+    return ""
+  from matplotlib.figure import Figure
+
+  columns = min(3, len(shown))
+  rows = -(-len(shown) // columns)
+  figure = Figure(figsize=(8.6 if columns > 1 else 4.6, 0.5 + 2.1 * rows), layout="constrained")
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes, (path, edges, before, after) in zip(grid, shown, strict=False):
+    was = axes.stairs(before, edges, fill=True, color="#c3c8cf")
+    now = axes.stairs(after, edges, color=_COLORS[0], linewidth=0.9)
+    axes.set_title(path)
+    counts = [count for count in before + after if count > 0]
+    if counts:
+      axes.set_yscale("log", nonpositive="clip")
+      axes.set_ylim(0.7 * min(counts), 1.6 * max(counts))
+      _plain_ticks(axes.yaxis, [10.0**n for n in range(-12, 16)])
+    axes.tick_params(labelsize=7)
+    axes.locator_params(axis="x", nbins=5)
+  for axes in grid[len(shown):]:
+    axes.set_axis_off()
+  figure.legend([was, now], ["before", "after"], loc="outside upper right", ncols=2)
+  return _svg(figure, "histograms")
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8.6, height), layout="constrained")
+  return figure, figure.subplots()
+
+
+def _legend(axes: Axes) -> None:
+  axes.figure.legend(loc="outside right upper")
+
+
+def _log_if_wide(
+  axes: Axes, which: str, values: Sequence[float], ratio: float, ticks: Iterable[float]
+) -> None:
+  """A logarithmic axis with plain numbers at those of `ticks` in view, where the values span over `ratio`."""
+  if max(values) > ratio * min(values):
+    getattr(axes, f"set_{which}scale")("log")
+    _plain_ticks(getattr(axes, f"{which}axis"), ticks)
+
+
+def _plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
+  from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+  axis.set_major_locator(FixedLocator(list(ticks)))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+  axis.set_minor_locator(NullLocator())
+
+
+def _number_points(axes: Axes, line: Sequence[tuple[int, float, float]], near: float = 0.03) -> None:
+  """Writes each point's stage number beside it; points that would share a place share a label."""
+  axes.autoscale_view()
+  groups: list[tuple[list[int], Any]] = []
+  for n, x, y in line:
+    place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+    beside = next((group for group, other in groups if max(abs(place - other)) < near), None)
+    if beside is None:
+      groups.append(([n], place))
+    else:
+      beside.append(n)
+  positions = {n: (x, y) for n, x, y in line}
+  for group, _ in groups:
+    axes.annotate(", ".join(map(str, group)), positions[group[0]], xytext=(5, 5), textcoords="offset points",
+                  fontsize=8, color="#333333")
+
+
+def _svg(figure: Figure, salt: str) -> str:
+  """The figure's `<svg>` element, without dates, addresses or ids that a second figure could share."""
+  import io
+
+  import matplotlib
+
+  matplotlib.rcParams["svg.hashsalt"] = salt
+  file = io.StringIO()
+  figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+  element = file.getvalue()
+  element = element[element.index("<svg"):]
+  return re.sub(r'<g id="[^"]*"', "<g", element)
+
+
+# Reading a result
+
+
+def _stages(result: Result) -> list[Row]:
+  return list(result.get("stages") or [])
+
+
+def _texts(stages: Iterable[Row], measure: str) -> list[str]:
+  return list(dict.fromkeys(text for stage in stages for text in stage.get(measure) or {}))
+
+
+def _last_rows(result: Result) -> dict[str, Row]:
+  """Each weight's latest row, by path: its state at the end of the run."""
+  return {_text(row.get("path", "-")): row for row in result.get("weights") or []}
+
+
+def _split(path: str) -> tuple[str, int | None]:
+  """A weight's kind of linear and its layer.
+
+  >>> _split("layers/3/attn/q/kernel"), _split("embed/kernel")
+  (('attn/q', 3), ('embed', None))
+  """
+  path = path.removesuffix("/kernel")
+  match = _LAYER.match(path)
+  if match is None:
+    return path, None
+  return "/".join(filter(None, (match["prefix"], match["linear"]))), int(match["depth"])
+
+
+def _run_name(result: Result) -> str:
+  parts = _text(result.get("name")), _text(result.get("config_hash"))[:_HASH_LENGTH]
+  return "-".join(filter(None, parts))
+
+
+def _caption(result: Result, description: bool = True) -> str:
+  """What the numbers are relative to, and what computed them."""
+  backends = list(dict.fromkeys(_text(stage["backend"]) for stage in _stages(result) if stage.get("backend")))
+  original = _text(result.get("original", ""))
+  parts = [f"original: {original}" if original else "", f"backend: {', '.join(backends)}" if backends else ""]
+  lines = [_text(result.get("description", "")) if description else "", "; ".join(filter(None, parts))]
+  return "\n".join(filter(None, lines))
+
+
+def _yaml(config: Any) -> str:
+  import yaml
+
+  return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _text(value: Any) -> str:
+  return "" if value is None else str(value).strip("\n")
+
+
+def _float(value: Any) -> float:
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return math.nan
+
+
+def _show(value: Any, digits: int, unit: float = 1) -> str:
+  """A number in about six characters; `-` where there is none.
+
+  >>> _show(9.1234, 2), _show(2e-5, 2), _show(123456.7, 1), _show(1e9, 1), _show(None, 2)
+  ('9.12', '2e-05', '123457', '1.0e+09', '-')
+  """
+  if value is None:
+    return "-"
+  number = _float(value) / unit
+  if not math.isfinite(number):
+    return str(number)
+  if 0 < abs(number) < 0.5 * 10**-digits:
+    return f"{number:.0e}"
+  if abs(number) >= 1e6:
+    return f"{number:.1e}"
+  return f"{number:.{0 if abs(number) >= 1000 else digits}f}"
+
+
+def _table(title: str, caption: str) -> Table:
+  from rich import box
+  from rich.table import Table
+
+  return Table(title=_literal(title) if title else None, caption=_literal(caption) if caption else None,
+               box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+               caption_justify="left")
+
+
+def _literal(text: str) -> Any:
+  """Text in which `[...]`, as in `layers/[0-3]`, is no markup."""
+  from rich.text import Text
+
+  return Text(text)

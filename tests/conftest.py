@@ -1,0 +1,24 @@
+"""Every test runs on eight virtual CPU devices, and shares one small Llama."""
+
+from __future__ import annotations
+
+import os
+
+_EIGHT = "--xla_force_host_platform_device_count=8"
+if _EIGHT not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test compiles what it tests
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from lmcompress.models import Llama, LlamaConfig, LlamaSizes  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """`(model, params)`: two layers, grouped queries, an untied head; embed 32, mlp 64, vocab 64."""
+  sizes = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2, tied=False)
+  model = Llama(LlamaConfig(head_dim=8), sizes)
+  return model, model.init(jax.random.key(0))
