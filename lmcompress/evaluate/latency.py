@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress.generation.cache import init_cache
-from lmcompress.generation.generate import _prefill, _step
+from lmcompress.generation.generate import prefill as read_prompt
+from lmcompress.generation.generate import step as write_token
 from lmcompress.generation.sampling import Sampler
 from lmcompress.types import Params
 
@@ -55,12 +56,12 @@ def latency(
     cache = init_cache(model, params, batch, prefill + decode, cache_dtype)
     jax.block_until_ready(cache)
     begun = time.perf_counter()
-    current, cache, key = jax.block_until_ready(_prefill(model, greedy, params, tokens, mask, cache, key))
+    current, cache, key = jax.block_until_ready(read_prompt(model, greedy, params, tokens, mask, cache, key))
     if n:
       prefill_s.append(time.perf_counter() - begun)
     for _ in range(decode if n else 2):
       begun = time.perf_counter()
-      current, cache, key = jax.block_until_ready(_step(model, greedy, params, current, cache, key))
+      current, cache, key = jax.block_until_ready(write_token(model, greedy, params, current, cache, key))
       if n:
         step_s.append(time.perf_counter() - begun)
   step = statistics.median(step_s)

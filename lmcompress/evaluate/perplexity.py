@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -85,15 +84,15 @@ def checked(tokens: Any, attention_mask: Any = None, stride: int | None = None) 
 
 def score(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None) -> Score:
   """Sums over a batch; `masks` from `checked`, `reference` the original's log-probabilities."""
-  return Score(*(float(x) for x in _score(model, params, tokens, masks, reference)))
+  logits = model.apply(params, tokens, attention_mask=masks[:, 0])  # layers jit one by one: one compilation for all
+  return Score(*(float(x) for x in _sums(logits, tokens, masks, reference)))
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _score(model: Any, params: Params, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
-  real, counted = masks[:, 0], masks[:, 1]
-  logp = _log_probabilities(model, params, tokens, real)
-  keep = counted[:, 1:] & real[:, :-1]
-  nll = -jnp.take_along_axis(logp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+@jax.jit
+def _sums(logits: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
+  logp = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+  keep = masks[:, 1, 1:] & masks[:, 0, :-1]
+  nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
   count = jnp.sum(keep)
   if reference is None:
     return jnp.sum(jnp.where(keep, nll, 0.0)), 0.0, count, count
@@ -102,14 +101,13 @@ def _score(model: Any, params: Params, tokens: jax.Array, masks: jax.Array, refe
   return jnp.sum(jnp.where(keep, nll, 0.0)), jnp.sum(jnp.where(keep, kl, 0.0)), jnp.sum(agree & keep), count
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def log_probabilities(model: Any, params: Params, tokens: jax.Array, masks: jax.Array) -> jax.Array:
+def log_probabilities(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray) -> jax.Array:
   """Next-token log-probabilities `[batch, length - 1, vocab]` float32."""
-  return _log_probabilities(model, params, tokens, masks[:, 0])
+  return _log_softmax(model.apply(params, tokens, attention_mask=masks[:, 0]))
 
 
-def _log_probabilities(model: Any, params: Params, tokens: jax.Array, real: jax.Array) -> jax.Array:
-  logits = model.apply(params, tokens, attention_mask=real)
+@jax.jit
+def _log_softmax(logits: jax.Array) -> jax.Array:
   return jax.nn.log_softmax(logits[:, :-1], axis=-1)
 
 

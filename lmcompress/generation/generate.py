@@ -136,20 +136,19 @@ def decode(
     t[width - len(row) :], m[width - len(row) :] = row, True
   key = jax.random.key(0) if key is None else key
   cache = init_cache(model, params, len(ids), slots, cache_dtype)
-  current, cache, key = _prefill(model, sampler, params, tokens, mask, cache, key)
-  for step in range(max_new_tokens):
-    last = step == max_new_tokens - 1
-    following = None if last else _step(model, sampler, params, current, cache, key)
+  current, cache, key = prefill(model, sampler, params, tokens, mask, cache, key)
+  for n in range(max_new_tokens):
+    last = n == max_new_tokens - 1
+    following = None if last else step(model, sampler, params, current, cache, key)
     yield [int(t) for t in np.asarray(current)]
     if following is not None:
       current, cache, key = following
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames=("cache",))
-def _prefill(
-  model: Any, sampler: Sampler, params: Params, tokens: jax.Array, mask: jax.Array, cache: KVCache, key: jax.Array
+def prefill(
+  model: Any, sampler: Sampler, params: Params, tokens: Any, mask: Any, cache: KVCache, key: jax.Array
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-  """Reads the prompts and draws the first token of each."""
+  """Reads the prompts, layer by compiled layer, and draws the first token of each."""
   carry = model.start(params, {"tokens": tokens, "attention_mask": mask, "cache": cache})
   for block in model.blocks(params):
     carry, _ = model.run(block, params, carry)
@@ -159,7 +158,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames=("cache",))
-def _step(
+def step(
   model: Any, sampler: Sampler, params: Params, tokens: jax.Array, cache: KVCache, key: jax.Array
 ) -> tuple[jax.Array, KVCache, jax.Array]:
   """Reads one token of each sequence and draws the next."""

@@ -1,0 +1,456 @@
+"""The conformance table of array types: one row each, and every promise of a compressed leaf checked for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lmcompress import ops, tree
+from lmcompress.arrays import MaskedArray, QuantizedArray, masked
+from lmcompress.distributed import make_mesh, shard
+from lmcompress.io import checkpoint, safetensors
+from lmcompress.transforms.round_to_nearest import quantize_matrix
+from lmcompress.types import CompressedArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One kind of array.
+
+  Attributes:
+    make: `(w, axis) -> leaf` from a dense float32 `w`.
+    bits: bits per entry of a `[64, 40]` kernel, counted by hand; None where it is not a round number.
+    inputs: extent of the contraction axis.
+    trains: data fields that gradients must reach.
+  """
+
+  name: str
+  make: Callable[[jax.Array, int], CompressedArray]
+  bits: float | None = None
+  inputs: int = 64
+  trains: tuple[str, ...] = ("scale",)
+
+
+def quantized(**options):
+  return lambda w, axis: quantize_matrix(w, axis=axis, **options)
+
+
+def pruned(make=None, **options):
+  """Every third entry removed, the values dense or quantized."""
+  def of(w, axis):
+    keep = (jnp.arange(w.size) % 3 != 0).reshape(w.shape)
+    return masked(quantize_matrix(w, axis=axis, **options) if options else w, keep, axis)
+
+  return of
+
+
+F32 = {"scale_dtype": "float32"}
+ROWS = [
+  Row("int8 row", quantized(bits=8, group_size=-1), 8 + 16 / 64),
+  Row("int8 tensor", quantized(bits=8, group_size="tensor", **F32), 8 + 32 / 2560),
+  Row("int5 g16", quantized(bits=5, group_size=16), 5 + 16 / 16),
+  Row("int4 g32", quantized(bits=4, group_size=32, **F32), 4 + 32 / 32),
+  Row("int4 g32 narrow", quantized(bits=4, group_size=32, convention="narrow", **F32), 5.0),
+  Row("int4 g32 signed", quantized(bits=4, group_size=32, convention="signed", **F32), 5.0),
+  Row("int4 ragged", quantized(bits=4, group_size=32), inputs=48),
+  Row("int4 ragged asym", quantized(bits=4, group_size=32, symmetric=False), inputs=48),
+  Row("int3 g32", quantized(bits=3, group_size=32), 3.5),
+  Row("int3 odd", quantized(bits=3, group_size=20, symmetric=False), inputs=50),
+  Row("int2 g16", quantized(bits=2, group_size=16), 3.0),
+  Row("int4 g32 zero", quantized(bits=4, group_size=32, symmetric=False), 4 + 16 / 32 + 4 / 32),
+  Row("int8 row zero", quantized(bits=8, group_size=-1, symmetric=False), 8 + 16 / 64 + 8 / 64),
+  Row("int4 g32 minimum", quantized(bits=4, group_size=32, symmetric=False, zero="real", **F32), 6.0,
+      trains=("scale", "minimum")),
+  Row("int4 g16 double", quantized(bits=4, group_size=16, scale_bits=8)),
+  Row("nf4 g32", quantized(grid="nf4", group_size=32), 4.5),
+  Row("nf4 g16 double", quantized(grid="nf4", group_size=16, scale_bits=8)),
+  Row("fp8_e4m3 row", quantized(grid="fp8_e4m3", group_size=-1), 8.25),
+  Row("fp8_e5m2 tensor", quantized(grid="fp8_e5m2", group_size="tensor", **F32), 8 + 32 / 2560),
+  Row("mxfp4", quantized(grid="mxfp4"), 4 + 8 / 32, trains=()),
+  Row("nvfp4", quantized(grid="nvfp4"), 4 + 8 / 16 + 32 / 2560),
+  Row("step", quantized(bits=8, step=2.0**-5), 8 + 32 / 2560),
+  Row("masked dense", pruned(), 32 + 1, trains=("values",)),
+  Row("masked int4", pruned(bits=4, group_size=32, **F32), 4 + 1 + 1, trains=("values",)),
+  Row("masked ragged min", pruned(bits=4, group_size=32, symmetric=False, zero="real"), inputs=48,
+      trains=("values",)),
+]
+OUT = 40
+AXES = [-2, -1]
+
+
+def fixed_groups(options):
+  return {"mxfp4": 32, "nvfp4": 16}.get(options.get("grid"))
+
+
+for _i, _row in enumerate(ROWS):  # the matrix function takes the group that the format fixes
+  if _row.name in ("mxfp4", "nvfp4"):
+    ROWS[_i] = dataclasses.replace(_row, make=quantized(grid=_row.name, group_size=fixed_groups({"grid": _row.name})))
+
+
+@functools.cache
+def weight(row: Row, axis: int, seed: int = 0, outputs: int = OUT) -> jax.Array:
+  shape = (row.inputs, outputs) if axis == -2 else (outputs, row.inputs)
+  return jnp.asarray(np.random.default_rng(seed).normal(0, 0.5, shape).astype(np.float32))
+
+
+@functools.cache
+def leaf_of(row: Row, axis: int, seed: int = 0, outputs: int = OUT) -> Any:
+  return row.make(weight(row, axis, seed, outputs), axis)
+
+
+@functools.cache
+def dense_of(row: Row, axis: int, seed: int = 0, outputs: int = OUT) -> np.ndarray:
+  return np.asarray(jax.jit(lambda leaf: leaf.materialize())(leaf_of(row, axis, seed, outputs)))
+
+
+def inputs_of(row, *lead, seed=7):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, row.inputs)).astype(np.float32))
+
+
+def product(axis):
+  """The door that reads a kernel or a table."""
+  return ops.linear if axis == -2 else ops.attend
+
+
+def expected(x, dense, axis):
+  return np.asarray(x, np.float64) @ (dense if axis == -2 else dense.T)
+
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+each_axis = pytest.mark.parametrize("axis", AXES, ids=["kernel", "table"])
+
+
+def close(a, b, tolerance=1e-4):
+  """Sums of about 64 products of order 1 in float32: 1e-4 is forty times their rounding."""
+  np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=tolerance)
+
+
+@each_row
+@each_axis
+def test_shape_dtype_bits(row, axis):
+  leaf, w = leaf_of(row, axis), weight(row, axis)
+  assert leaf.shape == w.shape and leaf.ndim == 2 and leaf.size == w.size and jnp.dtype(leaf.dtype) == w.dtype
+  assert leaf.nbits == sum(x.size * x.dtype.itemsize * 8 for x in jax.tree.leaves(leaf))
+  assert leaf.nbytes == leaf.nbits / 8
+  assert isinstance(leaf.kind, str) and leaf.kind and leaf.axis == axis
+  if row.bits is not None and axis == -2:
+    assert leaf.nbits / leaf.size == pytest.approx(row.bits, abs=1e-6)
+  for name in row.trains:
+    assert name in leaf.trainable_fields()
+
+
+@each_row
+@each_axis
+def test_materialize(row, axis):
+  """Eager equals jit; the value is near the weight that it stands for, and is what the invariant says."""
+  leaf, w, dense = leaf_of(row, axis), np.asarray(weight(row, axis)), dense_of(row, axis)
+  np.testing.assert_allclose(leaf.materialize(), dense, rtol=1e-6, atol=1e-7)
+  assert dense.shape == w.shape and dense.dtype == w.dtype and np.isfinite(dense).all()
+  kept = np.asarray(leaf.mask.unpack() != 0) if isinstance(leaf, MaskedArray) else np.ones(w.shape, bool)
+  assert (dense[~kept] == 0).all()
+  values = leaf.values if isinstance(leaf, MaskedArray) else leaf
+  error = np.linalg.norm((dense - w)[kept]) / np.linalg.norm(w[kept])
+  if isinstance(values, QuantizedArray):
+    assert error < {2: 0.6, 3: 0.3, 4: 0.16, 5: 0.07, 8: 0.06}[values.grid.bits]
+    np.testing.assert_allclose(np.where(kept, by_invariant(values), 0), dense, rtol=1e-6, atol=1e-6)
+  else:
+    assert error == 0
+
+
+def by_invariant(leaf):
+  """`(grid.decode(codes) - zero_point) * scale`, or `grid.decode(codes) * scale + minimum`, input by input."""
+  group = leaf.shape[leaf.axis] if leaf.group_size == -1 else leaf.group_size
+
+  def wide(part):
+    if not isinstance(part, (jax.Array, np.ndarray)):
+      part = part.materialize() if isinstance(part, CompressedArray) else part.unpack()
+    part = np.asarray(part).astype(np.float64)
+    if part.shape[leaf.axis] > 1:
+      part = np.repeat(part, group, axis=leaf.axis)
+      part = part[: leaf.shape[0]] if leaf.axis == -2 else part[:, : leaf.shape[1]]
+    return part
+
+  values = np.asarray(leaf.grid.decode(leaf.codes.unpack()), np.float64)
+  if leaf.zero_point is not None:
+    return (values - wide(leaf.zero_point)) * wide(leaf.scale)
+  return values * wide(leaf.scale) + (0 if leaf.minimum is None else wide(leaf.minimum))
+
+
+@each_row
+@each_axis
+def test_products(row, axis):
+  """`linear` and `attend` for few rows, many, more than one lead axis, and none; jit equals eager."""
+  leaf, dense, door = leaf_of(row, axis), dense_of(row, axis), product(axis)
+  xs = [inputs_of(row, *lead) for lead in ((1,), (3,), (20,), (2, 2), (0,), ())]
+  ys = jax.jit(lambda leaf, xs: [door(x, leaf) for x in xs])(leaf, xs)
+  for x, y in zip(xs, ys, strict=True):
+    assert y.shape == (*x.shape[:-1], OUT) and y.dtype == x.dtype
+    close(y, expected(x, dense, axis))
+  np.testing.assert_allclose(door(xs[1], leaf), ys[1], rtol=1e-5, atol=1e-5)
+
+
+@each_row
+@each_axis
+def test_tiles(row, axis):
+  """`columns(start, size)` is a slice of the dense value, in float32, wherever it starts."""
+  leaf, dense = leaf_of(row, axis), dense_of(row, axis)
+  cut = jax.jit(lambda leaf, start: leaf.columns(start, 7))
+  for start in (0, 5, OUT - 7):
+    tile = cut(leaf, start)
+    assert tile.dtype == jnp.float32
+    want = dense[:, start : start + 7] if axis == -2 else dense[start : start + 7]
+    np.testing.assert_allclose(tile, want, rtol=1e-6, atol=1e-7)
+
+
+@each_row
+def test_rows_and_embed(row):
+  leaf, dense = leaf_of(row, -1), dense_of(row, -1)
+  several = [jnp.asarray([3, 0, 3, OUT - 1]), jnp.asarray([[1, 2], [OUT - 1, 0]]), jnp.zeros((0,), jnp.int32),
+             jnp.int32(5)]
+  found = jax.jit(lambda leaf, several: [(leaf.rows(ids), ops.embed(ids, leaf)) for ids in several])(leaf, several)
+  for ids, (rows, embedded) in zip(several, found, strict=True):
+    assert rows.shape == embedded.shape == (*ids.shape, row.inputs)
+    assert rows.dtype == jnp.float32 and embedded.dtype == jnp.dtype(leaf.dtype)
+    np.testing.assert_allclose(rows, dense[np.asarray(ids)], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(embedded, dense[np.asarray(ids)], rtol=1e-6, atol=1e-7)
+
+
+@each_row
+@each_axis
+def test_stacked(row, axis):
+  """Under vmap and scan a stacked leaf is its layers, each with the right shape."""
+  door, leaves = product(axis), [leaf_of(row, axis, seed) for seed in (0, 1)]
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
+  assert stacked.shape == (2, *leaves[0].shape)
+  x = inputs_of(row, 3)
+
+  def seen(leaf):
+    assert leaf.shape == leaves[0].shape  # derived from the data, so it holds inside the loop
+    return door(x, leaf)
+
+  @jax.jit
+  def run(stacked):
+    return jax.vmap(seen)(stacked), jax.lax.scan(lambda _, leaf: (None, seen(leaf)), None, stacked)[1]
+
+  want = np.stack([expected(x, dense_of(row, axis, seed), axis) for seed in (0, 1)])
+  for got in run(stacked):
+    close(got, want)
+  np.testing.assert_allclose(
+    stacked.materialize(), np.stack([dense_of(row, axis, seed) for seed in (0, 1)]), rtol=1e-6, atol=1e-7
+  )
+
+
+@each_row
+@each_axis
+def test_gradients(row, axis):
+  """To x: `g @ dense.T`. To the fields that train: what autodiff through the dense value gives."""
+  door, leaf, dense = product(axis), leaf_of(row, axis), dense_of(row, axis)
+  train, rest = tree.partition({"kernel": leaf})
+  x, g = inputs_of(row, 3), jnp.asarray(np.random.default_rng(3).normal(size=(3, OUT)).astype(np.float32))
+
+  def through_the_door(x, train):
+    return jnp.sum(g * door(x, tree.combine(train, rest)["kernel"]))
+
+  def through_dense(train):
+    w = tree.combine(train, rest)["kernel"].materialize()
+    return jnp.sum(g * (x @ (w if axis == -2 else w.T)))
+
+  gx, got = jax.jit(jax.grad(through_the_door, (0, 1)))(x, train)
+  want = jax.jit(jax.grad(through_dense))(train)
+  close(gx, np.asarray(g, np.float64) @ (dense.T if axis == -2 else dense))
+  reached = jax.tree.leaves(got)
+  assert bool(reached) == bool(row.trains)
+  for a, b in zip(reached, jax.tree.leaves(want), strict=True):
+    assert jnp.issubdtype(a.dtype, jnp.floating) and bool(jnp.all(jnp.isfinite(a)))
+    # a gradient to a bfloat16 scale is itself bfloat16: 2**-8 relative
+    size = float(jnp.max(jnp.abs(b.astype(jnp.float32)))) or 1.0
+    close(a.astype(jnp.float32) / size, np.asarray(b, np.float32) / size, 1e-2 if a.dtype == jnp.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("axis", AXES, ids=["kernel", "table"])
+def test_gradient_of_a_scale_by_finite_difference(axis):
+  row = next(row for row in ROWS if row.name == "int4 g32 minimum")
+  leaf, x = leaf_of(row, axis), inputs_of(row, 3)
+  loss = jax.jit(lambda leaf: jnp.sum(jnp.sin(product(axis)(x, leaf))))
+  for name in row.trains:
+    value = getattr(leaf, name)
+    moved = lambda v, name=name: loss(dataclasses.replace(leaf, **{name: v}))  # noqa: E731
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=value.shape).astype(np.float32))
+    slope = float(jnp.vdot(jax.grad(moved)(value), direction))
+    h = 1e-3
+    numeric = float(moved(value + h * direction) - moved(value - h * direction)) / (2 * h)
+    assert slope == pytest.approx(numeric, rel=2e-2, abs=2e-2)
+
+
+COLUMN = types.SimpleNamespace(axes={"w/kernel": ("embed", "mlp"), "w/table": ("vocab", "embed")})
+"""Outputs, or table rows, over the devices."""
+BOTH = types.SimpleNamespace(axes={"w/kernel": ("mlp", "embed"), "w/table": ("embed", "mlp")})
+"""The contraction axis over the devices, where its blocks divide."""
+
+
+@each_row
+@each_axis
+def test_sharded(row, axis):
+  """On eight devices: the outputs split, nothing of the value changed, products equal."""
+  leaf, name = leaf_of(row, axis), "kernel" if axis == -2 else "table"
+  mesh = make_mesh(data=1, tensor=8)
+  placed = shard(COLUMN, {"w": {name: leaf}}, mesh)["w"][name]
+  chex.assert_trees_all_equal(placed, leaf)
+  chex.assert_tree_is_sharded(codes_of(placed), devices=jax.devices())
+  assert largest_shard(placed) <= codes_of(leaf).nbytes / 8
+  x = inputs_of(row, 3)
+  close(jax.jit(product(axis))(x, placed), expected(x, dense_of(row, axis), axis))
+
+
+def codes_of(leaf):
+  values = leaf.values if isinstance(leaf, MaskedArray) else leaf
+  return values if isinstance(values, jax.Array) else values.codes.data
+
+
+def largest_shard(leaf):
+  return max(s.data.nbytes for s in codes_of(leaf).addressable_shards)
+
+
+ROW_PARALLEL = [row for row in ROWS if row.name in
+                ("int8 row", "int4 g32", "int4 g32 zero", "int4 g32 minimum", "nf4 g16 double", "masked int4")]
+
+
+@pytest.mark.parametrize("row", ROW_PARALLEL, ids=lambda row: row.name.replace(" ", "-"))
+@each_axis
+def test_sharded_along_the_inputs(row, axis):
+  """Blocks and groups split with the contraction axis; no shard splits a byte or a group."""
+  row = dataclasses.replace(row, inputs=1024)
+  leaf, name = leaf_of(row, axis), "kernel" if axis == -2 else "table"
+  placed = shard(BOTH, {"w": {name: leaf}}, make_mesh(tensor=8))["w"][name]
+  assert largest_shard(placed) == codes_of(leaf).nbytes / 8
+  chex.assert_trees_all_equal(placed, leaf)
+  for m in (3, 20):
+    x = inputs_of(row, m)
+    y = jax.jit(product(axis))(x, placed)
+    np.testing.assert_allclose(y, expected(x, dense_of(row, axis), axis), rtol=1e-4, atol=1e-3)  # 1024 products
+
+
+@each_row
+@each_axis
+def test_sharding_like(row, axis):
+  """A spec for every array, of its rank, and none for what one value serves."""
+  leaf = leaf_of(row, axis)
+  specs = leaf.sharding_like(PartitionSpec("data", "tensor"))
+  flat = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+  arrays = jax.tree.leaves(leaf)
+  assert len(flat) == len(arrays)
+  for spec, x in zip(flat, arrays, strict=True):
+    assert isinstance(spec, PartitionSpec) and len(spec) == x.ndim
+    assert all(part is None for part, extent in zip(spec, x.shape, strict=True) if x.ndim == 2 and extent == 1)
+
+
+@each_row
+@each_axis
+def test_checkpoint_round_trip(row, axis, tmp_path):
+  """Bitwise, static fields and all; a rebuilt leaf multiplies without a new trace."""
+  leaf = leaf_of(row, axis)
+  descriptions, arrays = checkpoint.describe({"w": {"kernel": leaf}})
+  safetensors.write(tmp_path / "weights.safetensors", arrays)
+  file = safetensors.open_file(tmp_path / "weights.safetensors")
+  again = checkpoint.rebuild(descriptions["w/kernel"], file.read, "w/kernel", Path("manifest.json"))
+  again = jax.device_put(again)
+  assert jax.tree.structure(again) == jax.tree.structure(leaf)
+  for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(leaf), strict=True):
+    assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@each_row
+@each_axis
+def test_one_trace_for_two_leaves(row, axis):
+  """What is static is the same for two weights of a form, so a jitted function is traced once."""
+  chex.clear_trace_counter()
+  shape_of = jax.jit(chex.assert_max_traces(lambda leaf: jnp.asarray(leaf.shape), n=1))
+  for seed in (0, 1):
+    shape_of(leaf_of(row, axis, seed))
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "int4 g32 zero", "nf4 g32", "masked dense", "masked int4"])
+@each_axis
+def test_more_outputs_than_a_tile(name, axis):
+  """A whole tile, then what is left over."""
+  row = next(row for row in ROWS if row.name == name)
+  leaf, x = leaf_of(row, axis, outputs=200), inputs_of(row, 20)
+  close(jax.jit(product(axis))(x, leaf), expected(x, dense_of(row, axis, outputs=200), axis))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["int4 g32", "int4 g32 zero", "nf4 g32", "masked dense", "masked int4"])
+def test_low_precision_weights_and_inputs(name, dtype):
+  """The leaf keeps the weight's dtype, a product keeps x's; sums are in float32."""
+  row = next(row for row in ROWS if row.name == name)
+  leaf = row.make(weight(row, -2).astype(dtype), -2)
+  assert jnp.dtype(leaf.dtype) == dtype and leaf.materialize().dtype == dtype
+  x = inputs_of(row, 3).astype(dtype)
+  y = ops.linear(x, leaf)
+  assert y.dtype == dtype
+  dense = np.asarray(jax.jit(lambda leaf: leaf.columns(0, OUT))(leaf), np.float64)
+  # one rounding, of the output, to 8 bits of mantissa
+  np.testing.assert_allclose(np.asarray(y, np.float64), expected(x, dense, -2), rtol=2**-8, atol=2**-8)
+
+
+class UnknownArray(CompressedArray):
+  shape, dtype = (4, 4), jnp.float32
+
+
+@pytest.mark.parametrize("door", ["linear", "embed", "attend"])
+def test_a_type_without_a_rule_raises(door):
+  arguments = (jnp.zeros((2,), jnp.int32),) if door == "embed" else (jnp.zeros((2, 4)),)
+  with pytest.raises(TypeError, match=rf"ops\.{door} has no rule for UnknownArray; it knows .*QuantizedArray"):
+    getattr(ops, door)(*arguments, UnknownArray())
+
+
+def test_a_subtype_does_not_inherit_a_rule():
+  class Sub(QuantizedArray):
+    pass
+
+  leaf = leaf_of(ROWS[0], -2)
+  sub = Sub(**{f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
+  with pytest.raises(TypeError, match="no rule for Sub"):
+    ops.linear(jnp.zeros((1, 64)), sub)
+
+
+def test_a_numpy_weight_raises():
+  with pytest.raises(TypeError, match="no rule for ndarray"):
+    ops.linear(jnp.zeros((1, 4)), np.zeros((4, 4), np.float32))
+
+
+def test_masks_stand_outermost_and_are_replaced():
+  w = weight(ROWS[0], -2)
+  first, second = jnp.arange(w.size).reshape(w.shape) % 2 == 0, jnp.arange(w.size).reshape(w.shape) % 3 == 0
+  twice = masked(masked(w, first, -2), second, -2)
+  assert isinstance(twice.values, jax.Array)
+  np.testing.assert_array_equal(twice.materialize(), np.where(second, w, 0))
+  with pytest.raises(ValueError, match="does not fit values of shape"):
+    masked(w, first[:3], -2)
+
+
+def test_a_removed_value_gets_no_gradient():
+  w = weight(ROWS[0], -2)
+  keep = jnp.arange(w.size).reshape(w.shape) % 2 == 0
+  x = inputs_of(ROWS[0], 3)
+  gradient = jax.grad(lambda values: jnp.sum(ops.linear(x, masked(values, keep, -2))))(w)
+  assert bool(jnp.all(jnp.where(keep, True, gradient == 0))) and bool(jnp.any(gradient != 0))
+
+
+def test_the_backward_pass_holds_no_dense_weight():
+  """Gradients rebuild tiles: the temporaries of a product's gradient stay below the dense weight."""
+  leaf = quantize_matrix(jnp.ones((512, 2048)), bits=4, group_size=64)
+  x = jnp.ones((16, 512))
+  compiled = jax.jit(jax.grad(lambda x: jnp.sum(ops.linear(x, leaf) ** 2))).lower(x).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 512 * 2048 * 4
