@@ -18,7 +18,7 @@ _HOMES = {
   "freeze": "lmcompress.transforms.freeze",
   "magnitude": "lmcompress.transforms.magnitude",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
-  **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.types"),
+  **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
 }
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
   from lmcompress.transforms.freeze import freeze
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.round_to_nearest import round_to_nearest
-  from lmcompress.types import ConfigError, FormatError, LmcompressError, SourceError, WeightError
+  from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
 
 __all__ = [
   "ConfigError", "FormatError", "LmcompressError", "SourceError", "WeightError", "at", "chain", "compress", "freeze",

@@ -1,0 +1,425 @@
+"""The command line: a verb for each thing one does with runs and models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmcompress.errors import LmcompressError
+
+app = typer.Typer(
+  name="lmcompress",
+  help="Compresses language models: quantization, pruning and their compositions, from config files.\n\n"
+  "Start with: [bold]lmcompress run configs/smollm2/quickstart.yaml[/bold]",
+  no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str, typer.Argument(help="A config file, or its name as `lmcompress ls` shows it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. evaluate.windows=4 seed=1.")]
+ModelName = Annotated[str, typer.Argument(help="A known name, a GGUF file, a Hugging Face folder, or a saved folder.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders.")]
+RESULTS = Path("results")
+CONFIGS = Path("configs")
+
+
+def _console() -> Any:
+  from rich.console import Console
+
+  return Console()
+
+
+class _Progress:
+  """Shows a run's progress: bars in a terminal, a line for each part elsewhere."""
+
+  def __init__(self, console: Any):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    self.console = console
+    self.live = console.is_terminal
+    self.bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                         console=console, transient=False)
+    self.tasks: dict[str, Any] = {}
+
+  def __enter__(self) -> _Progress:
+    if self.live:
+      self.bars.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    if self.live:
+      self.bars.stop()
+
+  def step(self, what: str, done: int, total: int) -> None:
+    if not self.live:
+      if done == total:
+        self.console.print(f"{what}: {total} done", markup=False, highlight=False)
+      return
+    if what not in self.tasks:
+      self.tasks[what] = self.bars.add_task(what, total=total)
+    self.bars.update(self.tasks[what], completed=done)
+
+  def note(self, text: str) -> None:
+    self.console.print(text, markup=False, highlight=False)
+
+
+def _find_config(name: str) -> Path:
+  """A path, or a name below configs/ with or without `.yaml`."""
+  from lmcompress.errors import ConfigError
+
+  path = Path(name)
+  candidates = [path, CONFIGS / name, CONFIGS / f"{name}.yaml", *sorted(CONFIGS.glob(f"**/{name}.yaml"))]
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  raise ConfigError(f"{name}: no such config file; `lmcompress ls` lists those there are")
+
+
+@app.command()
+def run(
+  config: ConfigFile,
+  overrides: Overrides = None,
+  results: Results = RESULTS,
+) -> None:
+  """Runs a config: compresses, measures every stage, saves the model, writes the report.
+
+  Examples:
+
+    lmcompress run configs/smollm2/quickstart.yaml
+
+    lmcompress run configs/smollm2/quickstart.yaml evaluate.windows=4 recipe.1.bits=3 seed=1
+  """
+  from lmcompress.config import load_config
+
+  path = _find_config(config)
+  command = shlex.join(["lmcompress", "run", path.as_posix(), *(overrides or [])])
+  _run(load_config(path, overrides or []), results, command)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. results/quickstart-1a2b3c4d.")]) -> None:
+  """Continues a run that was cut off, keeping every score it had written.
+
+  Example:
+
+    lmcompress resume results/quickstart-1a2b3c4d
+  """
+  from lmcompress.experiment import read_run
+
+  config = read_run(folder)
+  _run(config, folder.resolve().parent if folder.name == config.folder else folder.parent, f"lmcompress resume {folder}")
+
+
+def _run(config: Any, results: Path, command: str) -> None:
+  from lmcompress import experiment, report
+
+  console = _console()
+  folder = experiment.prepare(config, results)
+  try:
+    with _Progress(console) as progress:
+      result = experiment.run(config, results, command, progress)
+  except KeyboardInterrupt:
+    console.print(f"\ninterrupted; what was measured is kept. Continue with: lmcompress resume {folder}", highlight=False)
+    raise typer.Exit(130) from None
+  except LmcompressError:
+    if not (folder / experiment.METRICS).exists():
+      shutil.rmtree(folder, ignore_errors=True)
+    raise
+  _wide(console).print(report.table(result))
+  if result.get("generation"):
+    g = result["generation"]
+    for label, text in (("prompt", g["prompt"]), ("before", g["before"]), ("after", g["after"])):
+      console.print(f"[bold]{label}[/bold]: ", end="")
+      console.print(text.strip(), markup=False, highlight=False)
+  for label, text in (("report", folder / "report.html"), ("model", folder / experiment.MODEL), ("repeat", result["command"])):
+    console.print(f"{label:>7}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _wide(console: Any) -> Any:
+  """Tables keep their columns where the output is no terminal."""
+  if not console.is_terminal:
+    console.width = max(console.width, 140)
+  return console
+
+
+@app.command()
+def validate(config: ConfigFile, overrides: Overrides = None) -> None:
+  """Checks a config and prints it resolved; runs nothing.
+
+  Example:
+
+    lmcompress validate configs/smollm2/quickstart.yaml recipe.1.bits=3
+  """
+  from lmcompress.config import dump, load_config
+
+  found = load_config(_find_config(config), overrides or [])
+  typer.echo(dump(found), nl=False)
+  typer.echo(f"# valid; runs in results/{found.folder}")
+
+
+@app.command(name="ls")
+def list_(results: Results = RESULTS) -> None:
+  """Lists configs, models, texts and runs.
+
+  Example:
+
+    lmcompress ls
+  """
+  from rich.table import Table
+
+  from lmcompress.data.text import TEXTS
+  from lmcompress.experiment import RESULT, run_folders
+  from lmcompress.io.hub import MODELS
+
+  console = _console()
+
+  def show(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for row in rows or [("(none)", "")]:
+      table.add_row(*row)
+    console.print(table)
+
+  configs = [(str(p), _first_line(p)) for p in sorted(CONFIGS.glob("**/*.yaml"))] if CONFIGS.is_dir() else []
+  show("configs", configs)
+  show("models", [(name, entry.description) for name, entry in MODELS.items()])
+  show("texts", list(TEXTS.items()))
+  show("runs", [(str(p), "complete" if (p / RESULT).is_file() else "cut off: lmcompress resume continues it")
+                for p in run_folders(results)])
+
+
+def _first_line(path: Path) -> str:
+  first = path.read_text("utf-8").split("\n", 1)[0]
+  return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+@app.command()
+def cp(config: ConfigFile, target: Annotated[Path, typer.Argument(help="The new config file.")]) -> None:
+  """Copies a config, resolved, as the start of your own.
+
+  Example:
+
+    lmcompress cp quickstart mine.yaml
+  """
+  from lmcompress.config import dump, load_config
+  from lmcompress.errors import ConfigError
+
+  source = _find_config(config)
+  if target.exists():
+    raise ConfigError(f"{target} exists already; it is not overwritten")
+  header = [line for line in source.read_text("utf-8").splitlines() if line.startswith("#")]
+  target.parent.mkdir(parents=True, exist_ok=True)
+  target.write_text("\n".join([*header, dump(load_config(source))]), "utf-8")
+  typer.echo(f"{target} written; run it with: lmcompress run {target}")
+
+
+@app.command(name="eval")
+def evaluate(
+  model: ModelName,
+  text: Annotated[list[str] | None, typer.Option("--text", help="A known text or a file; repeat for more.")] = None,
+  windows: Annotated[int, typer.Option(help="Blocks of tokens from each text.")] = 16,
+  length: Annotated[int, typer.Option(help="Tokens in a block.")] = 512,
+  against: Annotated[str | None, typer.Option(help="A model to compare with: adds KL and top-1 agreement.")] = None,
+) -> None:
+  """Measures perplexity, and with --against the KL to another model.
+
+  Examples:
+
+    lmcompress eval smollm2-135m
+
+    lmcompress eval results/quickstart-1a2b3c4d/model --against smollm2-135m --text pydoc --windows 4
+  """
+  from rich.table import Table
+
+  from lmcompress.data import text as texts
+  from lmcompress.evaluate.perplexity import Score, compare, perplexity
+  from lmcompress.evaluate.size import sizes
+  from lmcompress.io.load import load
+
+  net, params, tokenizer = load(model)
+  original = load(against)[1] if against else None
+  table = Table(title=f"{model}, {sizes(params)['bits_per_weight']:.3f} bits per weight")
+  for column in ("text", "perplexity", *(("KL", "top-1") if against else ())):
+    table.add_column(column, justify="left" if column == "text" else "right")
+  console = _console()
+  for name in text or ["pydoc", "grimm"]:
+    tokens = texts.windows(tokenizer, texts.load_text(name), windows, length)
+    if original is None:
+      table.add_row(name, f"{perplexity(net, params, tokens):.4f}")
+      continue
+    total = sum((scores["model"] for _, scores in compare(net, original, {"model": params}, tokens)), Score(0, 0, 0, 0))
+    s = total.summary()
+    table.add_row(name, f"{s['perplexity']:.4f}", f"{s['kl']:.5f}", f"{s['top1']:.1%}")
+  console.print(table)
+
+
+@app.command()
+def generate(
+  model: ModelName,
+  prompt: Annotated[str, typer.Argument(help="The text to continue; `-` reads it from standard input.")],
+  max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+  temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+  top_k: Annotated[int, typer.Option(help="0 is all tokens.")] = 0,
+  top_p: Annotated[float, typer.Option(help="1 is all tokens.")] = 1.0,
+  seed: Annotated[int, typer.Option()] = 0,
+  stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation; repeat for more.")] = None,
+  chat: Annotated[bool, typer.Option("--chat", help="Wraps the prompt in the model's chat template.")] = False,
+) -> None:
+  """Continues a prompt, streaming the text.
+
+  Examples:
+
+    lmcompress generate smollm2-135m "The capital of France is" -n 32
+
+    lmcompress generate results/quickstart-1a2b3c4d/model "Write a haiku about rain." --chat --temperature 0.7
+  """
+  import jax
+
+  import lmcompress as lmc
+
+  net, params, tokenizer = lmc.load(model)
+  text = sys.stdin.read() if prompt == "-" else prompt
+  lmc.generate(
+    net, params, tokenizer, text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+    key=jax.random.key(seed), stop=stop or (), chat=chat, on_text=lambda piece: typer.echo(piece, nl=False),
+  )
+  typer.echo()
+
+
+@app.command()
+def bench(
+  model: ModelName,
+  prefill: Annotated[int, typer.Option(help="Tokens of the prompt; decoding starts at this depth.")] = 512,
+  decode: Annotated[int, typer.Option(help="Tokens written in each round.")] = 32,
+  batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+  rounds: Annotated[int, typer.Option(help="Rounds that count, after a warm-up.")] = 3,
+  json_: Annotated[bool, typer.Option("--json", help="Prints JSON.")] = False,
+) -> None:
+  """Times prefill and decode: medians after a warm-up.
+
+  Example:
+
+    lmcompress bench smollm2-135m --prefill 512 --decode 32
+  """
+  import json
+
+  from lmcompress.evaluate.latency import latency
+  from lmcompress.io.load import load
+
+  net, params, _ = load(model)
+  found = latency(net, params, prefill=prefill, decode=decode, batch=batch, rounds=rounds)
+  if json_:
+    typer.echo(json.dumps(found))
+    return
+  ms = found["decode_ms"]
+  typer.echo(f"prefill {found['prefill']:.1f} tokens/s ({found['prefill_s'] * 1e3:.0f} ms to the first token)")
+  typer.echo(f"decode  {found['decode']:.1f} tokens/s ({ms['minimum']:.1f} / {ms['median']:.1f} / {ms['maximum']:.1f} ms "
+             f"a step: least, median, most) at depth {prefill}, batch {batch}, {found['cache_dtype']} cache")
+  typer.echo(f"backend {found['backend']}")
+
+
+@app.command()
+def inspect(
+  model: ModelName,
+  all_layers: Annotated[bool, typer.Option("--all", help="Shows every layer.")] = False,
+) -> None:
+  """Shows what a model holds: path, form, shape, bits, zeros, bytes, and errors where a run recorded them.
+
+  Example:
+
+    lmcompress inspect results/quickstart-1a2b3c4d/model
+  """
+  from lmcompress import experiment
+  from lmcompress.calibration import Report
+  from lmcompress.io.load import load
+  from lmcompress.summary import table
+
+  _, params, _ = load(model)
+  beside = Path(model).parent
+  report = None
+  if Path(model).is_dir() and (beside / experiment.RESULT).is_file():
+    report = Report(rows=experiment.read_result(beside)["weights"])
+  _wide(_console()).print(table(params, report, None if all_layers else 1))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A complete run folder.")]) -> None:
+  """Prints a run's table and writes its HTML report again.
+
+  Example:
+
+    lmcompress report results/quickstart-1a2b3c4d
+  """
+  from lmcompress import experiment
+  from lmcompress import report as reports
+
+  result = experiment.read_result(folder)
+  reports.write_html(result, folder / "report.html")
+  console = _wide(_console())
+  console.print(reports.table(result))
+  console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(folders: Annotated[list[Path], typer.Argument(help="Two complete run folders or more.")]) -> None:
+  """Puts runs side by side.
+
+  Example:
+
+    lmcompress compare results/quickstart-1a2b3c4d results/int8-5e6f7a8b
+  """
+  from lmcompress import experiment
+  from lmcompress import report as reports
+
+  _wide(_console()).print(reports.compare_table([experiment.read_result(folder) for folder in folders]))
+
+
+@app.command()
+def env() -> None:
+  """Shows what decides speed here: versions, devices, CUDA, compiler, instruction sets.
+
+  Example:
+
+    lmcompress env
+  """
+  from lmcompress.environment import facts
+
+  console = _console()
+  for name, value in facts().items():
+    console.print(f"{name:>12}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+  """What a user can mend is one line on standard error and exit code 2, never a traceback."""
+  try:
+    yield
+  except (LmcompressError, ValueError, FileExistsError, IsADirectoryError, PermissionError) as error:
+    _fail(str(error), 2)
+  except OSError as error:
+    _fail(str(error), 2 if error.errno in (28, 27) else 1)
+  except KeyboardInterrupt:
+    _fail("interrupted", 130)
+  except BrokenPipeError:
+    os._exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+  sys.stderr.write(f"lmcompress: {' '.join(message.split())}\n")
+  raise SystemExit(code)
+
+
+def main() -> None:
+  """The `lmcompress` command."""
+  with _one_line_errors():
+    app()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,62 @@
+"""environment: the versions, devices and instruction sets that decide what runs and how fast."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+_ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
+
+
+def facts() -> dict[str, str]:
+  """What `lmcompress env` prints, in order."""
+  import jax
+
+  from lmcompress.evaluate.latency import backend
+  from lmcompress.experiment import device, versions
+
+  devices = device()
+  gpus = [d for d in jax.devices() if d.platform == "gpu"]
+  return {
+    **versions(),
+    "devices": f"{devices['devices']} x {devices['kind']} ({devices['platform']}), {devices['cores']} cores",
+    "backend": backend(),
+    "cuda": _plugin("cuda") if gpus else "none in use" + ("; the extra `lmcompress[cuda]` brings it" if not _plugin("cuda") else ""),
+    "cudnn": _package("nvidia-cudnn-cu13") or _package("nvidia-cudnn-cu12") or "none",
+    "compiler": _compiler(),
+    "isa": " ".join(_flags()) or "unknown",
+    "machine": f"{platform.system()} {platform.machine()}",
+  }
+
+
+def _plugin(name: str) -> str:
+  return _package(f"jax-{name}13-plugin") or _package(f"jax-{name}12-plugin")
+
+
+def _package(name: str) -> str:
+  from importlib.metadata import PackageNotFoundError, version
+
+  try:
+    return f"{name} {version(name)}"
+  except PackageNotFoundError:
+    return ""
+
+
+def _compiler() -> str:
+  for name in ("c++", "g++", "clang++"):
+    found = shutil.which(name)
+    if found:
+      done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=10, check=False)
+      return done.stdout.splitlines()[0] if done.stdout else name
+  return "none"
+
+
+def _flags() -> list[str]:
+  try:
+    text = Path("/proc/cpuinfo").read_text()
+  except OSError:
+    return []
+  line = next((x for x in text.splitlines() if x.lower().startswith(("flags", "features"))), "")
+  return [flag for flag in _ISA if flag in line.split()]
