@@ -84,13 +84,15 @@ def checked(tokens: Any, attention_mask: Any = None, stride: int | None = None) 
 
 def score(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None) -> Score:
   """Sums over a batch; `masks` from `checked`, `reference` the original's log-probabilities."""
-  logits = model.apply(params, tokens, attention_mask=masks[:, 0])  # layers jit one by one: one compilation for all
-  return Score(*(float(x) for x in _sums(logits, tokens, masks, reference)))
+  return _score(log_probabilities(model, params, tokens, masks), tokens, masks, reference)
+
+
+def _score(logp: jax.Array, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None) -> Score:
+  return Score(*(float(x) for x in _sums(logp, tokens, masks, reference)))
 
 
 @jax.jit
-def _sums(logits: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
-  logp = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+def _sums(logp: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
   keep = masks[:, 1, 1:] & masks[:, 0, :-1]
   nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
   count = jnp.sum(keep)
@@ -102,7 +104,7 @@ def _sums(logits: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax
 
 
 def log_probabilities(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray) -> jax.Array:
-  """Next-token log-probabilities `[batch, length - 1, vocab]` float32."""
+  """Next-token log-probabilities `[batch, length - 1, vocab]` float32, layer by compiled layer."""
   return _log_softmax(model.apply(params, tokens, attention_mask=masks[:, 0]))
 
 
@@ -131,4 +133,7 @@ def compare(
       continue
     t, m = tokens[row : row + 1], masks[row : row + 1]
     reference = log_probabilities(model, original, t, m)
-    yield row, {name: score(model, params, t, m, reference) for name, params in others.items()}
+    yield row, {
+      name: _score(reference if params is original else log_probabilities(model, params, t, m), t, m, reference)
+      for name, params in others.items()
+    }

@@ -94,7 +94,7 @@ class _Attention(nn.Module):
       layer_cache = layer_cache.update(k, v, view["slot"])
       k, v = layer_cache.keys(), layer_cache.values()
     mixed = attention(q, k, v, view["visible"], head**-0.5)
-    self.sow("taps", "o", mixed)
+    self.sow("taps", "o_input", mixed)
     return dense(x.shape[-1], name="o")(mixed), layer_cache
 
 
@@ -107,7 +107,7 @@ class _Mlp(nn.Module):
     dense = functools.partial(Linear, use_bias=bool(s and s.mlp_bias))
     gate = nn.silu(dense(s.mlp if s else 0, name="gate")(x))
     hidden = gate * dense(s.mlp if s else 0, name="up")(x)
-    self.sow("taps", "down", hidden)
+    self.sow("taps", "down_input", hidden)
     return dense(x.shape[-1], name="down")(hidden)
 
 
@@ -118,11 +118,11 @@ class _Layer(nn.Module):
   @nn.compact
   def __call__(self, h: jax.Array, view: dict[str, Any], layer_cache: Any = None) -> tuple[jax.Array, Any]:
     x = RMSNorm(self.config.rms_epsilon, name="attn_norm")(h)
-    self.sow("taps", "qkv", x)
+    self.sow("taps", "qkv_input", x)
     mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
     h = h + mixed
     x = RMSNorm(self.config.rms_epsilon, name="mlp_norm")(h)
-    self.sow("taps", "gate_up", x)
+    self.sow("taps", "gate_up_input", x)
     return h + _Mlp(self.sizes, name="mlp")(x), layer_cache
 
 
@@ -139,7 +139,7 @@ def _run_layer(
 def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
   """The value sown under `name`, wherever in the layer."""
   for key, value in taps.items():
-    if key == name:
+    if key == f"{name}_input":
       return value[0]
     if isinstance(value, Mapping) and (found := _tap(value, name)) is not None:
       return found

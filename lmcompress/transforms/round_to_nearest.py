@@ -33,6 +33,9 @@ def round_to_nearest(
 ) -> Transform:
   """Rounds weights to the nearest point of a grid, group by group.
 
+  What a mask removed stays exactly 0. Every grid but one with a real minimum holds an exact 0, so its codes say
+  what the mask said and the mask is dropped; over a real minimum it stays.
+
   Args:
     bits: width of an integer code, 2 to 8; other grids have their own.
     group_size: inputs that share a scale; -1 for a whole row, `"tensor"` for one scale in all. The last group
@@ -79,9 +82,10 @@ def round_to_nearest(
         )
 
   def quantize(w: Any, *, axis: int) -> Any:
-    if isinstance(w, MaskedArray):
-      return MaskedArray(quantize_matrix(jnp.where(w.mask.unpack() != 0, w.values, 0), axis=axis, **options), w.mask)
-    return quantize_matrix(w, axis=axis, **options)
+    if not isinstance(w, MaskedArray):
+      return quantize_matrix(w, axis=axis, **options)
+    quantized = quantize_matrix(jnp.where(w.mask.unpack() != 0, w.values, 0), axis=axis, **options)
+    return quantized if quantized.minimum is None else MaskedArray(quantized, w.mask)
 
   return leafwise(quantize, name="round_to_nearest", check=check)
 
