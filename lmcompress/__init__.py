@@ -14,7 +14,9 @@ _HOMES = {
   "generate": "lmcompress.generation.generate",
   "perplexity": "lmcompress.evaluate.perplexity",
   "summary": "lmcompress.summary",
-  **dict.fromkeys(("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"),
+  **dict.fromkeys(
+    ("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"
+  ),
   "freeze": "lmcompress.transforms.freeze",
   "magnitude": "lmcompress.transforms.magnitude",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
@@ -23,6 +25,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
   from lmcompress.calibration.compress import compress
+  from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
   from lmcompress.evaluate.perplexity import perplexity
   from lmcompress.generation.generate import generate
   from lmcompress.io.checkpoint import save
@@ -32,12 +35,28 @@ if TYPE_CHECKING:
   from lmcompress.transforms.freeze import freeze
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.round_to_nearest import round_to_nearest
-  from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
 
 __all__ = [
-  "ConfigError", "FormatError", "LmcompressError", "SourceError", "WeightError", "at", "chain", "compress", "freeze",
-  "generate", "leafwise", "load", "magnitude", "named_chain", "partition", "perplexity", "round_to_nearest", "save",
-  "scheduled", "summary",
+  "ConfigError",
+  "FormatError",
+  "LmcompressError",
+  "SourceError",
+  "WeightError",
+  "at",
+  "chain",
+  "compress",
+  "freeze",
+  "generate",
+  "leafwise",
+  "load",
+  "magnitude",
+  "named_chain",
+  "partition",
+  "perplexity",
+  "round_to_nearest",
+  "save",
+  "scheduled",
+  "summary",
 ]
 
 

@@ -19,7 +19,10 @@ app = typer.Typer(
   name="lmcompress",
   help="Compresses language models: quantization, pruning and their compositions, from config files.\n\n"
   "Start with: [bold]lmcompress run configs/smollm2/quickstart.yaml[/bold]",
-  no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+  no_args_is_help=True,
+  add_completion=False,
+  rich_markup_mode="rich",
+  pretty_exceptions_enable=False,
 )
 
 ConfigFile = Annotated[str, typer.Argument(help="A config file, or its name as `lmcompress ls` shows it.")]
@@ -44,8 +47,14 @@ class _Progress:
 
     self.console = console
     self.live = console.is_terminal
-    self.bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                         console=console, transient=False)
+    self.bars = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      console=console,
+      transient=False,
+    )
     self.tasks: dict[str, Any] = {}
 
   def __enter__(self) -> _Progress:
@@ -114,7 +123,9 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. resul
   from lmcompress.experiment import read_run
 
   config = read_run(folder)
-  _run(config, folder.resolve().parent if folder.name == config.folder else folder.parent, f"lmcompress resume {folder}")
+  _run(
+    config, folder.resolve().parent if folder.name == config.folder else folder.parent, f"lmcompress resume {folder}"
+  )
 
 
 def _run(config: Any, results: Path, command: str) -> None:
@@ -126,7 +137,9 @@ def _run(config: Any, results: Path, command: str) -> None:
     with _Progress(console) as progress:
       result = experiment.run(config, results, command, progress)
   except KeyboardInterrupt:
-    console.print(f"\ninterrupted; what was measured is kept. Continue with: lmcompress resume {folder}", highlight=False)
+    console.print(
+      f"\ninterrupted; what was measured is kept. Continue with: lmcompress resume {folder}", highlight=False
+    )
     raise typer.Exit(130) from None
   except LmcompressError:
     if not (folder / experiment.METRICS).exists():
@@ -138,7 +151,11 @@ def _run(config: Any, results: Path, command: str) -> None:
     for label, text in (("prompt", g["prompt"]), ("before", g["before"]), ("after", g["after"])):
       console.print(f"[bold]{label}[/bold]: ", end="")
       console.print(text.strip(), markup=False, highlight=False)
-  for label, text in (("report", folder / "report.html"), ("model", folder / experiment.MODEL), ("repeat", result["command"])):
+  for label, text in (
+    ("report", folder / "report.html"),
+    ("model", folder / experiment.MODEL),
+    ("repeat", result["command"]),
+  ):
     console.print(f"{label:>7}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -190,8 +207,13 @@ def list_(results: Results = RESULTS) -> None:
   show("configs", configs)
   show("models", [(name, entry.description) for name, entry in MODELS.items()])
   show("texts", list(TEXTS.items()))
-  show("runs", [(str(p), "complete" if (p / RESULT).is_file() else "cut off: lmcompress resume continues it")
-                for p in run_folders(results)])
+  show(
+    "runs",
+    [
+      (str(p), "complete" if (p / RESULT).is_file() else "cut off: lmcompress resume continues it")
+      for p in run_folders(results)
+    ],
+  )
 
 
 def _first_line(path: Path) -> str:
@@ -286,8 +308,18 @@ def generate(
   net, params, tokenizer = lmc.load(model)
   text = sys.stdin.read() if prompt == "-" else prompt
   lmc.generate(
-    net, params, tokenizer, text, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-    key=jax.random.key(seed), stop=stop or (), chat=chat, on_text=lambda piece: typer.echo(piece, nl=False),
+    net,
+    params,
+    tokenizer,
+    text,
+    max_new_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    key=jax.random.key(seed),
+    stop=stop or (),
+    chat=chat,
+    on_text=lambda piece: typer.echo(piece, nl=False),
   )
   typer.echo()
 
@@ -319,8 +351,10 @@ def bench(
     return
   ms = found["decode_ms"]
   typer.echo(f"prefill {found['prefill']:.1f} tokens/s ({found['prefill_s'] * 1e3:.0f} ms to the first token)")
-  typer.echo(f"decode  {found['decode']:.1f} tokens/s ({ms['minimum']:.1f} / {ms['median']:.1f} / {ms['maximum']:.1f} ms "
-             f"a step: least, median, most) at depth {prefill}, batch {batch}, {found['cache_dtype']} cache")
+  typer.echo(
+    f"decode  {found['decode']:.1f} tokens/s ({ms['minimum']:.1f} / {ms['median']:.1f} / {ms['maximum']:.1f} ms "
+    f"a step: least, median, most) at depth {prefill}, batch {batch}, {found['cache_dtype']} cache"
+  )
   typer.echo(f"backend {found['backend']}")
 
 
@@ -402,12 +436,12 @@ def _one_line_errors() -> Iterator[None]:
     yield
   except (LmcompressError, ValueError, FileExistsError, IsADirectoryError, PermissionError) as error:
     _fail(str(error), 2)
+  except BrokenPipeError:
+    os._exit(0)
   except OSError as error:
     _fail(str(error), 2 if error.errno in (28, 27) else 1)
   except KeyboardInterrupt:
     _fail("interrupted", 130)
-  except BrokenPipeError:
-    os._exit(0)
 
 
 def _fail(message: str, code: int) -> None:

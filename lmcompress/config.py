@@ -70,9 +70,9 @@ class Config(_Table):
   model: str
   recipe: tuple[dict[str, Any], ...] = pydantic.Field(strict=False)
   calibration: Tokens | None = None
-  evaluate: Evaluate = Evaluate()
-  bench: Bench = Bench()
-  generate: Generate | None = Generate()
+  evaluate: Evaluate = pydantic.Field(default_factory=lambda: Evaluate.model_validate({}))
+  bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
+  generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   mesh: MeshSizes | None = None
 
   @property
@@ -115,12 +115,18 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-  first: [pair for pair in resolvers if pair[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null")]
+  first: [
+    pair
+    for pair in resolvers
+    if pair[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null")
+  ]
   for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
   "tag:yaml.org,2002:float",
-  re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"),
+  re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+  ),
   list("-+0123456789."),
 )
 
@@ -130,13 +136,15 @@ def parse(text: str, where: str) -> Any:
   if len(text.encode("utf-8", "replace")) > _MAX_BYTES:
     raise ConfigError(f"{where}: over {_MAX_BYTES} bytes; a config is a small file")
   try:
-    return yaml.load(text, _Loader)  # noqa: S506  (a subclass of SafeLoader)
+    return yaml.load(text, _Loader)  # a subclass of SafeLoader
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None
   except (yaml.YAMLError, ValueError, RecursionError) as error:
     mark = getattr(error, "problem_mark", None)
     line = f" line {mark.line + 1}:" if mark else ""
-    raise ConfigError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or type(error).__name__})") from None
+    raise ConfigError(
+      f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or type(error).__name__})"
+    ) from None
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

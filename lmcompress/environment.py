@@ -23,7 +23,9 @@ def facts() -> dict[str, str]:
     **versions(),
     "devices": f"{devices['devices']} x {devices['kind']} ({devices['platform']}), {devices['cores']} cores",
     "backend": backend(),
-    "cuda": _plugin("cuda") if gpus else "none in use" + ("; the extra `lmcompress[cuda]` brings it" if not _plugin("cuda") else ""),
+    "cuda": _plugin("cuda")
+    if gpus
+    else "none in use" + ("; the extra `lmcompress[cuda]` brings it" if not _plugin("cuda") else ""),
     "cudnn": _package("nvidia-cudnn-cu13") or _package("nvidia-cudnn-cu12") or "none",
     "compiler": _compiler(),
     "isa": " ".join(_flags()) or "unknown",

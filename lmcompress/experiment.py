@@ -22,8 +22,8 @@ from lmcompress.calibration import compress
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
 from lmcompress.evaluate.latency import backend, latency
-from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.measures import compression_efficiency
+from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.perplexity import Score, compare
 from lmcompress.evaluate.size import sizes
 from lmcompress.generation import generate
@@ -87,8 +87,10 @@ def run(config: Config, results: Path, command: str, watcher: Watcher | None = N
   begun = time.perf_counter()
   model, params, tokenizer = load(config.model, mesh)
   stages = [_Stage("original", params, time.perf_counter() - begun, peak_bytes())]
-  texts = {name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
-           for name in config.evaluate.texts}
+  texts = {
+    name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
+    for name in config.evaluate.texts
+  }
   calibration = None
   if config.calibration is not None:
     c = config.calibration
@@ -118,9 +120,16 @@ def run(config: Config, results: Path, command: str, watcher: Watcher | None = N
   generation = _generation(config, model, stages, tokenizer, watcher)
   result = {
     "format": 1,
-    "name": config.name, "description": config.description, "config_hash": config.hash, "seed": config.seed,
-    "model": config.model, "original": origin(config.model),
-    "versions": versions(), "device": device(), "tree_hash": digest, "command": command,
+    "name": config.name,
+    "description": config.description,
+    "config_hash": config.hash,
+    "seed": config.seed,
+    "model": config.model,
+    "original": origin(config.model),
+    "versions": versions(),
+    "device": device(),
+    "tree_hash": digest,
+    "command": command,
     "config": config.model_dump(mode="json"),
     "stages": [
       _stage_row(stage, stages[0], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
@@ -160,8 +169,13 @@ def _compress(
 
   reset_peak()
   _, report = compress(
-    model, params, recipes.build(config.recipe), calibration, jax.random.key(config.seed),
-    progress=watcher.step, on_link=after,
+    model,
+    params,
+    recipes.build(config.recipe),
+    calibration,
+    jax.random.key(config.seed),
+    progress=watcher.step,
+    on_link=after,
   )
   return report.rows
 
@@ -247,9 +261,7 @@ def _generation(config: Config, model: Any, stages: list[_Stage], tokenizer: Any
   return {"prompt": g.prompt, "before": before, "after": after}
 
 
-def _stage_row(
-  stage: _Stage, original: _Stage, scores: dict[str, Score], speed: dict[str, float]
-) -> dict[str, Any]:
+def _stage_row(stage: _Stage, original: _Stage, scores: dict[str, Score], speed: dict[str, float]) -> dict[str, Any]:
   size = sizes(stage.params)
   disk = checkpoint.weights_size(stage.params)
   summaries = {text: score.summary() for text, score in scores.items()}
@@ -273,16 +285,21 @@ def _stage_row(
 def _histograms(before: Params, after: Params, count: int = 4) -> dict[str, Any]:
   """Histograms of a few weights that changed, spread over the depth."""
   old, new = tree.weights(before), tree.weights(after)
-  changed = [p for p in new if p in old and new[p] is not old[p] and new[p].shape == old[p].shape and p.endswith("kernel")]
+  changed = [
+    p for p in new if p in old and new[p] is not old[p] and new[p].shape == old[p].shape and p.endswith("kernel")
+  ]
   chosen = changed[:: max(1, len(changed) // count)][:count]
   found = {}
   for path in chosen:
-    w0, w1 = (np.asarray(x if isinstance(x, jax.Array) else x.materialize(), np.float32).ravel() for x in (old[path], new[path]))
+    w0, w1 = (
+      np.asarray(x if isinstance(x, jax.Array) else x.materialize(), np.float32).ravel() for x in (old[path], new[path])
+    )
     reach = float(np.quantile(np.abs(w0), 0.999)) or 1.0
     edges = np.linspace(-reach, reach, _HISTOGRAM_BINS + 1)
     found[path] = {
       "edges": [round(float(e), 6) for e in edges],
-      "before": np.histogram(w0, edges)[0].tolist(), "after": np.histogram(w1, edges)[0].tolist(),
+      "before": np.histogram(w0, edges)[0].tolist(),
+      "after": np.histogram(w1, edges)[0].tolist(),
     }
   return found
 
@@ -294,15 +311,22 @@ def versions() -> dict[str, str]:
   """Versions of what decides a result."""
   from importlib.metadata import version
 
-  return {"lmcompress": lmcompress.__version__, "python": platform.python_version(),
-          **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")}}
+  return {
+    "lmcompress": lmcompress.__version__,
+    "python": platform.python_version(),
+    **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+  }
 
 
 def device() -> dict[str, Any]:
   """The devices that ran."""
   first = jax.devices()[0]
-  return {"platform": first.platform, "kind": first.device_kind, "devices": jax.device_count(),
-          "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+  return {
+    "platform": first.platform,
+    "kind": first.device_kind,
+    "devices": jax.device_count(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+  }
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -63,8 +63,9 @@ def compare_table(results: Sequence[Result]) -> Table:
   for column in columns:
     shown.add_column(column.head, justify="right", no_wrap=True)
   for result, last in zip(results, lasts, strict=True):
-    shown.add_row(_literal(_run_name(result)), _literal(_text(result.get("model", "-"))),
-                  *(column.cell(last) for column in columns))
+    shown.add_row(
+      _literal(_run_name(result)), _literal(_text(result.get("model", "-"))), *(column.cell(last) for column in columns)
+    )
   return shown
 
 
@@ -75,8 +76,9 @@ def html(result: Result) -> str:
   import jinja2
 
   source = importlib.resources.files("lmcompress").joinpath("report.html.j2").read_text(encoding="utf-8")
-  template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                                undefined=jinja2.StrictUndefined).from_string(source)
+  template = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+  ).from_string(source)
   stages, columns = _stages(result), _stage_columns(result, agreement=True)
   weights = _last_rows(result)
   quality, errors, histograms = _plots(result, stages, weights)
@@ -91,10 +93,8 @@ def html(result: Result) -> str:
     generation=_continuations(result.get("generation") or {}),
     quality=quality,
     errors=errors,
-    not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line
-               if not _drawn(x, y)],
-    outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items()
-             if not _LAYER.match(path)],
+    not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not _drawn(x, y)],
+    outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items() if not _LAYER.match(path)],
     histograms=histograms,
     histograms_left_out=max(0, len(result.get("histograms") or {}) - MAX_HISTOGRAMS),
     weights=[_weight_cells(row) for row in result.get("weights") or []],
@@ -126,6 +126,7 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
   from tensorboardX import SummaryWriter
 
   with SummaryWriter(logdir=os.fspath(folder)) as writer:
+
     def scalar(tag: str, value: Any, step: int) -> None:
       number = _float(value)
       if not math.isnan(number):
@@ -174,8 +175,16 @@ def _stage_columns(result: Result, agreement: bool = False) -> list[_Column]:
   stages = _stages(result)
   measures = ("perplexity", "kl", "top1") if agreement else ("perplexity", "kl")
   scores = [_score(measure, text) for measure in measures for text in _texts(stages, measure)]
-  return [_BITS, _SIZE, _SAVED, *scores, _speed("prefill"), _DECODE, _number("time\ns", "seconds", 1),
-          _number("peak\nMB", "peak_memory_bytes", 0, 1e6)]
+  return [
+    _BITS,
+    _SIZE,
+    _SAVED,
+    *scores,
+    _speed("prefill"),
+    _DECODE,
+    _number("time\ns", "seconds", 1),
+    _number("peak\nMB", "peak_memory_bytes", 0, 1e6),
+  ]
 
 
 def _facts(result: Result, stages: Sequence[Row]) -> list[tuple[str, str]]:
@@ -199,8 +208,9 @@ def _continuations(generation: Row) -> dict[str, str]:
 
 def _weight_cells(row: Row) -> list[str]:
   shape = " × ".join(map(str, row.get("shape") or []))
-  numbers = [_show(row.get(key), digits) for key, digits in
-             (("bits", 3), ("sparsity", 3), ("weight_error", 4), ("seconds", 2))]
+  numbers = [
+    _show(row.get(key), digits) for key, digits in (("bits", 3), ("sparsity", 3), ("weight_error", 4), ("seconds", 2))
+  ]
   return [*(_text(row.get(key, "-")) for key in ("path", "link", "kind")), shape, *numbers]
 
 
@@ -223,19 +233,33 @@ def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) ->
 
   with matplotlib.rc_context():
     matplotlib.rcdefaults()  # not the reader's matplotlibrc, or equal results would give unequal bytes
-    matplotlib.rcParams.update({
-      "svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
-      "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
-      "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.edgecolor": "#888888", "legend.frameon": False,
-    })
+    matplotlib.rcParams.update(
+      {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.edgecolor": "#888888",
+        "legend.frameon": False,
+      }
+    )
     return _plot_quality(stages), _plot_errors(weights), _plot_histograms(result.get("histograms") or {})
 
 
 def _quality(stages: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
   """By text: stage, bits per weight and perplexity, where the text was scored."""
   return {
-    text: [(n, _float(stage.get("bits_per_weight")), _float(stage["perplexity"][text]))
-           for n, stage in enumerate(stages) if text in (stage.get("perplexity") or {})]
+    text: [
+      (n, _float(stage.get("bits_per_weight")), _float(stage["perplexity"][text]))
+      for n, stage in enumerate(stages)
+      if text in (stage.get("perplexity") or {})
+    ]
     for text in _texts(stages, "perplexity")
   }
 
@@ -251,8 +275,15 @@ def _plot_quality(stages: Sequence[Row]) -> str:
     return ""
   figure, axes = _figure(4.2)
   for n, (text, line) in enumerate(lines.items()):
-    axes.plot([x for _, x, _ in line], [y for _, _, y in line], label=text, color=_COLORS[n % len(_COLORS)],
-              marker=_MARKERS[n % len(_MARKERS)], markersize=5, linewidth=1.4)
+    axes.plot(
+      [x for _, x, _ in line],
+      [y for _, _, y in line],
+      label=text,
+      color=_COLORS[n % len(_COLORS)],
+      marker=_MARKERS[n % len(_MARKERS)],
+      markersize=5,
+      linewidth=1.4,
+    )
   _log_if_wide(axes, "x", [x for _, x, _ in points], 4, (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32))
   values = [y for _, _, y in points]
   steps = (1, 2, 5) if max(values) < 1e3 * min(values) else (1,)
@@ -279,8 +310,16 @@ def _plot_errors(weights: Mapping[str, Row]) -> str:
   figure, axes = _figure(max(3.6, 0.2 * len(lines)))
   for n, (linear, points) in enumerate(sorted(lines.items())):
     xs, ys = zip(*sorted(points), strict=True)
-    axes.plot(xs, ys, label=linear, color=_COLORS[n % len(_COLORS)], marker=_MARKERS[n % len(_MARKERS)],
-              markersize=3.5, linewidth=1.2, linestyle=_LINES[n // len(_COLORS) % len(_LINES)])
+    axes.plot(
+      xs,
+      ys,
+      label=linear,
+      color=_COLORS[n % len(_COLORS)],
+      marker=_MARKERS[n % len(_MARKERS)],
+      markersize=3.5,
+      linewidth=1.2,
+      linestyle=_LINES[n // len(_COLORS) % len(_LINES)],
+    )
   axes.set(xlabel="layer", ylabel="relative weight error")
   axes.set_ylim(0, 1.08 * max(error for points in lines.values() for _, error in points) or 1)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -289,10 +328,12 @@ def _plot_errors(weights: Mapping[str, Row]) -> str:
 
 
 def _plot_histograms(histograms: Mapping[str, Row]) -> str:
-  shown = [(path, edges, before, after) for path, histogram in list(histograms.items())[:MAX_HISTOGRAMS]
-           for edges, before, after in [[list(map(_float, histogram.get(key) or [])) for key in
-                                         ("edges", "before", "after")]]
-           if len(edges) - 1 == len(before) == len(after) and all(map(math.isfinite, edges + before + after))]
+  shown = [
+    (path, edges, before, after)
+    for path, histogram in list(histograms.items())[:MAX_HISTOGRAMS]
+    for edges, before, after in [[list(map(_float, histogram.get(key) or [])) for key in ("edges", "before", "after")]]
+    if len(edges) - 1 == len(before) == len(after) and all(map(math.isfinite, edges + before + after))
+  ]
   if not shown:
     return ""
   from matplotlib.figure import Figure
@@ -312,7 +353,7 @@ def _plot_histograms(histograms: Mapping[str, Row]) -> str:
       _plain_ticks(axes.yaxis, [10.0**n for n in range(-12, 16)])
     axes.tick_params(labelsize=7)
     axes.locator_params(axis="x", nbins=5)
-  for axes in grid[len(shown):]:
+  for axes in grid[len(shown) :]:
     axes.set_axis_off()
   figure.legend([was, now], ["before", "after"], loc="outside upper right", ncols=2)
   return _svg(figure, "histograms")
@@ -329,9 +370,7 @@ def _legend(axes: Axes) -> None:
   axes.figure.legend(loc="outside right upper")
 
 
-def _log_if_wide(
-  axes: Axes, which: str, values: Sequence[float], ratio: float, ticks: Iterable[float]
-) -> None:
+def _log_if_wide(axes: Axes, which: str, values: Sequence[float], ratio: float, ticks: Iterable[float]) -> None:
   """A logarithmic axis with plain numbers at those of `ticks` in view, where the values span over `ratio`."""
   if max(values) > ratio * min(values):
     getattr(axes, f"set_{which}scale")("log")
@@ -359,8 +398,14 @@ def _number_points(axes: Axes, line: Sequence[tuple[int, float, float]], near: f
       beside.append(n)
   positions = {n: (x, y) for n, x, y in line}
   for group, _ in groups:
-    axes.annotate(", ".join(map(str, group)), positions[group[0]], xytext=(5, 5), textcoords="offset points",
-                  fontsize=8, color="#333333")
+    axes.annotate(
+      ", ".join(map(str, group)),
+      positions[group[0]],
+      xytext=(5, 5),
+      textcoords="offset points",
+      fontsize=8,
+      color="#333333",
+    )
 
 
 def _svg(figure: Figure, salt: str) -> str:
@@ -373,7 +418,7 @@ def _svg(figure: Figure, salt: str) -> str:
   file = io.StringIO()
   figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
   element = file.getvalue()
-  element = element[element.index("<svg"):]
+  element = element[element.index("<svg") :]
   return re.sub(r'<g id="[^"]*"', "<g", element)
 
 
@@ -459,9 +504,15 @@ def _table(title: str, caption: str) -> Table:
   from rich import box
   from rich.table import Table
 
-  return Table(title=_literal(title) if title else None, caption=_literal(caption) if caption else None,
-               box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
-               caption_justify="left")
+  return Table(
+    title=_literal(title) if title else None,
+    caption=_literal(caption) if caption else None,
+    box=box.SIMPLE_HEAD,
+    pad_edge=False,
+    padding=(0, 1, 0, 0),
+    title_justify="left",
+    caption_justify="left",
+  )
 
 
 def _literal(text: str) -> Any:

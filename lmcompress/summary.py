@@ -18,8 +18,13 @@ def rows(params: Params, report: Any = None) -> list[dict[str, Any]]:
   errors = {} if report is None else {path: row["weight_error"] for path, row in report.last().items()}
   return [
     {
-      "path": path, "kind": kind(leaf), "shape": tuple(leaf.shape), "bits": tree.leaf_nbits(leaf) / max(1, leaf.size),
-      "sparsity": float(_zeros(leaf)), "bytes": tree.leaf_nbits(leaf) / 8, "error": errors.get(path),
+      "path": path,
+      "kind": kind(leaf),
+      "shape": tuple(leaf.shape),
+      "bits": tree.leaf_nbits(leaf) / max(1, leaf.size),
+      "sparsity": float(_zeros(leaf)),
+      "bytes": tree.leaf_nbits(leaf) / 8,
+      "error": errors.get(path),
     }
     for path, leaf in tree.flatten(params).items()
   ]
@@ -64,9 +69,18 @@ def table(params: Params, report: Any = None, depth: int | None = None) -> Any:
       hidden = True
       continue
     error = "" if row["error"] is None else f"{row['error']:.4f}"
-    out.add_row(row["path"], row["kind"], "x".join(map(str, row["shape"])), f"{row['bits']:.3f}",
-                f"{row['sparsity']:.1%}", f"{row['bytes'] / 1e3:,.1f}", error)
+    out.add_row(
+      row["path"],
+      row["kind"],
+      "x".join(map(str, row["shape"])),
+      f"{row['bits']:.3f}",
+      f"{row['sparsity']:.1%}",
+      f"{row['bytes'] / 1e3:,.1f}",
+      error,
+    )
   total = sizes(params)
-  out.caption = (f"{int(total['parameters']):,} parameters, {total['bits_per_weight']:.3f} bits per weight, "
-                 f"{total['nbits'] / 8e6:,.2f} MB")
+  out.caption = (
+    f"{int(total['parameters']):,} parameters, {total['bits_per_weight']:.3f} bits per weight, "
+    f"{total['nbits'] / 8e6:,.2f} MB"
+  )
   return out

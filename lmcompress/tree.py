@@ -14,7 +14,7 @@ import numpy as np
 from lmcompress.types import CompressedArray, Params, WeightError
 
 CONTRACTION_AXIS = {"kernel": -2, "table": -1}
-"""The axis along which a weight is summed over, by the leaf's name: kernels are `[in, out]`, tables `[vocab, features]`."""
+"""The axis that a product sums over, by the leaf's name: kernels are `[in, out]`, tables `[vocab, features]`."""
 
 
 def is_leaf(x: Any) -> bool:

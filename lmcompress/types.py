@@ -10,8 +10,22 @@ import jax
 
 from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
 
-__all__ = ["Block", "CompressedArray", "ConfigError", "Evidence", "FormatError", "LmcompressError", "Model", "Params",
-           "SourceError", "Stage", "State", "Tokens", "Transform", "WeightError"]
+__all__ = [
+  "Block",
+  "CompressedArray",
+  "ConfigError",
+  "Evidence",
+  "FormatError",
+  "LmcompressError",
+  "Model",
+  "Params",
+  "SourceError",
+  "Stage",
+  "State",
+  "Tokens",
+  "Transform",
+  "WeightError",
+]
 
 Params = dict[str, Any]
 """A nested dict with string keys whose leaves are `jax.Array` or `CompressedArray`; paths join the keys by `/`."""
@@ -56,6 +70,14 @@ class CompressedArray:
 
   def materialize(self) -> jax.Array:
     """The dense value `[...shape]` in `dtype`."""
+    raise NotImplementedError
+
+  def columns(self, start: Any, size: int) -> jax.Array:
+    """`size` outputs (rows of a table) from `start` on, dense float32: a tile of the weight."""
+    raise NotImplementedError
+
+  def rows(self, ids: jax.Array) -> jax.Array:
+    """Rows `[*ids.shape, features]` of a table, dense float32."""
     raise NotImplementedError
 
   def sharding_like(self, spec: Any) -> Any:
@@ -148,8 +170,16 @@ class Model(Protocol):
 
   def init(self, key: jax.Array) -> Params: ...
 
-  def apply(self, params: Params, tokens: Tokens, *, attention_mask: Any = None, token_type_ids: Any = None,
-            decoder_input_ids: Any = None, cache: Any = None) -> Any: ...
+  def apply(
+    self,
+    params: Params,
+    tokens: Tokens,
+    *,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    decoder_input_ids: Any = None,
+    cache: Any = None,
+  ) -> Any: ...
 
   def start(self, params: Params, inputs: Any) -> Any: ...
 

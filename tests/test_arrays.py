@@ -1,4 +1,4 @@
-"""The conformance table of array types: one row each, and every promise of a compressed leaf checked for it."""
+"""The conformance table of array types: one row each, every promise of a compressed leaf checked for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lmcompress import ops, tree
-from lmcompress.arrays import MaskedArray, QuantizedArray, masked
+from lmcompress.arrays import MaskedArray, Packed, QuantizedArray, masked
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.transforms.round_to_nearest import quantize_matrix
@@ -111,6 +111,10 @@ def inputs_of(row, *lead, seed=7):
   return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, row.inputs)).astype(np.float32))
 
 
+def row_of(name):
+  return next(row for row in ROWS if row.name == name)
+
+
 def product(axis):
   """The door that reads a kernel or a table."""
   return ops.linear if axis == -2 else ops.attend
@@ -123,7 +127,7 @@ def expected(x, dense, axis):
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
 each_form = pytest.mark.parametrize(
   "row, axis", [(row, axis) for row in ROWS if not row.alike for axis in AXES],
-  ids=lambda value: value.name.replace(" ", "-") if isinstance(value, Row) else ["kernel", "table"][value + 2],
+  ids=lambda x: x.name.replace(" ", "-") if isinstance(x, Row) else ["kernel", "table"][x + 2],
 )
 each_axis = pytest.mark.parametrize("axis", AXES, ids=["kernel", "table"])
 
@@ -152,9 +156,10 @@ def test_shape_dtype_bits(row, axis):
 def test_materialize(row, axis):
   """Eager equals jit; the value is near the weight that it stands for, and is what the invariant says."""
   leaf, w, dense = leaf_of(row, axis), np.asarray(weight(row, axis)), dense_of(row, axis)
-  np.testing.assert_allclose(leaf.materialize(), dense, rtol=1e-6, atol=1e-7)
+  if not row.alike:
+    np.testing.assert_allclose(leaf.materialize(), dense, rtol=1e-6, atol=1e-7)
   assert dense.shape == w.shape and dense.dtype == w.dtype and np.isfinite(dense).all()
-  kept = np.asarray(leaf.mask.unpack() != 0) if isinstance(leaf, MaskedArray) else np.ones(w.shape, bool)
+  kept = np.asarray(unpack(leaf.mask)) != 0 if isinstance(leaf, MaskedArray) else np.ones(w.shape, bool)
   assert (dense[~kept] == 0).all()
   values = leaf.values if isinstance(leaf, MaskedArray) else leaf
   error = np.linalg.norm((dense - w)[kept]) / np.linalg.norm(w[kept])
@@ -165,20 +170,23 @@ def test_materialize(row, axis):
     assert error == 0
 
 
+unpack = jax.jit(Packed.unpack)
+
+
 def by_invariant(leaf):
-  """`(grid.decode(codes) - zero_point) * scale`, or `grid.decode(codes) * scale + minimum`, input by input."""
+  """`(values - zero_point) * scale` or `values * scale + minimum`, the parts repeated for each input."""
   group = leaf.shape[leaf.axis] if leaf.group_size == -1 else leaf.group_size
 
   def wide(part):
-    if not isinstance(part, (jax.Array, np.ndarray)):
-      part = part.materialize() if isinstance(part, CompressedArray) else part.unpack()
+    if not isinstance(part, jax.Array):
+      part = by_invariant(part) if isinstance(part, QuantizedArray) else unpack(part)
     part = np.asarray(part).astype(np.float64)
     if part.shape[leaf.axis] > 1:
       part = np.repeat(part, group, axis=leaf.axis)
       part = part[: leaf.shape[0]] if leaf.axis == -2 else part[:, : leaf.shape[1]]
     return part
 
-  values = np.asarray(leaf.grid.decode(leaf.codes.unpack()), np.float64)
+  values = np.asarray(leaf.grid.decode(unpack(leaf.codes)), np.float64)
   if leaf.zero_point is not None:
     return (values - wide(leaf.zero_point)) * wide(leaf.scale)
   return values * wide(leaf.scale) + (0 if leaf.minimum is None else wide(leaf.minimum))
@@ -200,7 +208,7 @@ def test_products(row, axis):
 @each_axis
 def test_leading_axes(axis):
   """Any number of them, none included, on either side of where the loop changes."""
-  row = next(row for row in ROWS if row.name == "int4 g32")
+  row = row_of("int4 g32")
   leaf, dense = leaf_of(row, axis), dense_of(row, axis)
   for lead in ((), (2, 2), (2, 3, 4), (2, 0, 3)):
     x = inputs_of(row, *lead)
@@ -223,14 +231,14 @@ def test_tiles(row, axis):
 @each_row
 def test_rows_and_embed(row):
   leaf, dense = leaf_of(row, -1), dense_of(row, -1)
-  several = [jnp.asarray([3, 0, 3, OUT - 1]), jnp.asarray([[1, 2], [OUT - 1, 0]]), jnp.zeros((0,), jnp.int32),
-             jnp.int32(5)]
-  found = jax.jit(lambda leaf, several: [(leaf.rows(ids), ops.embed(ids, leaf)) for ids in several])(leaf, several)
+  several = [np.array([3, 0, 3, OUT - 1]), np.array([[1, 2], [OUT - 1, 0]]), np.zeros((0,), int), np.array(5)]
+  both = jax.jit(lambda leaf, several: [(leaf.rows(ids), ops.embed(ids, leaf)) for ids in several])
+  found = both(leaf, several)
   for ids, (rows, embedded) in zip(several, found, strict=True):
     assert rows.shape == embedded.shape == (*ids.shape, row.inputs)
     assert rows.dtype == jnp.float32 and embedded.dtype == jnp.dtype(leaf.dtype)
-    np.testing.assert_allclose(rows, dense[np.asarray(ids)], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(embedded, dense[np.asarray(ids)], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(rows, dense[ids], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(embedded, dense[ids], rtol=1e-6, atol=1e-7)
 
 
 @each_form
@@ -247,14 +255,14 @@ def test_stacked(row, axis):
 
   @jax.jit
   def run(stacked):
-    return jax.vmap(seen)(stacked), jax.lax.scan(lambda _, leaf: (None, seen(leaf)), None, stacked)[1]
+    scanned = jax.lax.scan(lambda _, leaf: (None, seen(leaf)), None, stacked)[1]
+    return jax.vmap(seen)(stacked), scanned, stacked.materialize()
 
   want = np.stack([expected(x, dense_of(row, axis, seed), axis) for seed in (0, 1)])
-  for got in run(stacked):
-    close(got, want)
-  np.testing.assert_allclose(
-    stacked.materialize(), np.stack([dense_of(row, axis, seed) for seed in (0, 1)]), rtol=1e-6, atol=1e-7
-  )
+  mapped, scanned, dense = run(stacked)
+  close(mapped, want)
+  close(scanned, want)
+  np.testing.assert_allclose(dense, np.stack([dense_of(row, axis, n) for n in (0, 1)]), rtol=1e-6, atol=1e-7)
 
 
 @each_form
@@ -280,19 +288,20 @@ def test_gradients(row, axis):
     assert jnp.issubdtype(a.dtype, jnp.floating) and bool(jnp.all(jnp.isfinite(a)))
     # a gradient to a bfloat16 scale is itself bfloat16: 2**-8 relative
     size = float(jnp.max(jnp.abs(b.astype(jnp.float32)))) or 1.0
-    close(a.astype(jnp.float32) / size, np.asarray(b, np.float32) / size, 1e-2 if a.dtype == jnp.bfloat16 else 1e-4)
+    tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-4
+    close(a.astype(jnp.float32) / size, np.asarray(b, np.float32) / size, tolerance)
 
 
 @pytest.mark.parametrize("axis", AXES, ids=["kernel", "table"])
 def test_gradient_of_a_scale_by_finite_difference(axis):
-  row = next(row for row in ROWS if row.name == "int4 g32 minimum")
+  row = row_of("int4 g32 minimum")
   leaf, x = leaf_of(row, axis), inputs_of(row, 3)
   loss = jax.jit(lambda leaf: jnp.sum(jnp.sin(product(axis)(x, leaf))))
   for name in row.trains:
     value = getattr(leaf, name)
     moved = lambda v, name=name: loss(dataclasses.replace(leaf, **{name: v}))  # noqa: E731
     direction = jnp.asarray(np.random.default_rng(0).normal(size=value.shape).astype(np.float32))
-    slope = float(jnp.vdot(jax.grad(moved)(value), direction))
+    slope = float(jnp.vdot(jax.jit(jax.grad(moved))(value), direction))
     h = 1e-3
     numeric = float(moved(value + h * direction) - moved(value - h * direction)) / (2 * h)
     assert slope == pytest.approx(numeric, rel=2e-2, abs=2e-2)
@@ -300,7 +309,7 @@ def test_gradient_of_a_scale_by_finite_difference(axis):
 
 COLUMN = types.SimpleNamespace(axes={"w/kernel": ("embed", "mlp"), "w/table": ("vocab", "embed")})
 """Outputs, or table rows, over the devices."""
-BOTH = types.SimpleNamespace(axes={"w/kernel": ("mlp", "embed"), "w/table": ("embed", "mlp")})
+INPUTS = types.SimpleNamespace(axes={"w/kernel": ("mlp", "embed"), "w/table": ("embed", "mlp")})
 """The contraction axis over the devices, where its blocks divide."""
 
 
@@ -326,23 +335,18 @@ def largest_shard(leaf):
   return max(s.data.nbytes for s in codes_of(leaf).addressable_shards)
 
 
-ROW_PARALLEL = [row for row in ROWS if row.name in
-                ("int8 row", "int4 g32", "int4 g32 zero", "int4 g32 minimum", "nf4 g16 double", "masked int4")]
-
-
-@pytest.mark.parametrize("row", ROW_PARALLEL, ids=lambda row: row.name.replace(" ", "-"))
+@pytest.mark.parametrize("name", ["int8 row", "int4 g32 zero", "masked int4"])
 @each_axis
-def test_sharded_along_the_inputs(row, axis):
+def test_sharded_along_the_inputs(name, axis):
   """Blocks and groups split with the contraction axis; no shard splits a byte or a group."""
-  row = dataclasses.replace(row, inputs=1024)
+  row = dataclasses.replace(row_of(name), inputs=1024)
   leaf, name = leaf_of(row, axis), "kernel" if axis == -2 else "table"
-  placed = shard(BOTH, {"w": {name: leaf}}, make_mesh(tensor=8))["w"][name]
+  placed = shard(INPUTS, {"w": {name: leaf}}, make_mesh(tensor=8))["w"][name]
   assert largest_shard(placed) == codes_of(leaf).nbytes / 8
   chex.assert_trees_all_equal(placed, leaf)
-  for m in (3, 20):
-    x = inputs_of(row, m)
-    y = jax.jit(product(axis))(x, placed)
-    np.testing.assert_allclose(y, expected(x, dense_of(row, axis), axis), rtol=1e-4, atol=1e-3)  # 1024 products
+  x = inputs_of(row, 3)
+  y = jax.jit(product(axis))(x, placed)
+  close(y, expected(x, dense_of(row, axis), axis), 1e-3)  # sums of 1024 products
 
 
 @each_row
@@ -356,7 +360,8 @@ def test_sharding_like(row, axis):
   assert len(flat) == len(arrays)
   for spec, x in zip(flat, arrays, strict=True):
     assert isinstance(spec, PartitionSpec) and len(spec) == x.ndim
-    assert all(part is None for part, extent in zip(spec, x.shape, strict=True) if x.ndim == 2 and extent == 1)
+    if x.ndim == 2:  # a scale or a minimum
+      assert all(part is None for part, extent in zip(spec, x.shape, strict=True) if extent == 1)
 
 
 @each_row
@@ -384,22 +389,22 @@ def test_one_trace_for_two_leaves(row, axis):
     shape_of(leaf_of(row, axis, seed))
 
 
-@pytest.mark.parametrize("name", ["int4 g32", "int4 g32 zero", "nf4 g32", "masked dense", "masked int4"])
+@pytest.mark.parametrize("name", ["int4 g32 zero", "masked dense"])
 @each_axis
 def test_more_outputs_than_a_tile(name, axis):
   """A whole tile, then what is left over."""
-  row = next(row for row in ROWS if row.name == name)
+  row = row_of(name)
   leaf, x = leaf_of(row, axis, outputs=200), inputs_of(row, 20)
   close(jax.jit(product(axis))(x, leaf), expected(x, dense_of(row, axis, outputs=200), axis))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["int4 g32", "int4 g32 zero", "nf4 g32", "masked dense", "masked int4"])
+@pytest.mark.parametrize("name", ["int4 g32 zero", "nf4 g32", "masked dense"])
 def test_low_precision_weights_and_inputs(name, dtype):
   """The leaf keeps the weight's dtype, a product keeps x's; sums are in float32."""
-  row = next(row for row in ROWS if row.name == name)
+  row = row_of(name)
   leaf = row.make(weight(row, -2).astype(dtype), -2)
-  assert jnp.dtype(leaf.dtype) == dtype and leaf.materialize().dtype == dtype
+  assert jnp.dtype(leaf.dtype) == dtype and jax.eval_shape(leaf.materialize).dtype == dtype
   x = inputs_of(row, 3).astype(dtype)
   y = ops.linear(x, leaf)
   assert y.dtype == dtype
@@ -415,7 +420,7 @@ class UnknownArray(CompressedArray):
 @pytest.mark.parametrize("door", ["linear", "embed", "attend"])
 def test_a_type_without_a_rule_raises(door):
   arguments = (jnp.zeros((2,), jnp.int32),) if door == "embed" else (jnp.zeros((2, 4)),)
-  with pytest.raises(TypeError, match=rf"ops\.{door} has no rule for UnknownArray; it knows .*QuantizedArray"):
+  with pytest.raises(TypeError, match=rf"ops\.{door} has no rule for UnknownArray; it knows .*Quantized"):
     getattr(ops, door)(*arguments, UnknownArray())
 
 

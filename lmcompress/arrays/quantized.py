@@ -100,7 +100,11 @@ class QuantizedArray(CompressedArray):
     zero = None if self.zero_point is None else self.zero_point.sharding_like(along(self.zero_point.shape))
     minimum = None if self.minimum is None else along(self.minimum.shape)
     return dataclasses.replace(
-      self, codes=self.codes.sharding_like(spec), scale=scale, zero_point=zero, minimum=minimum  # type: ignore
+      self,
+      codes=self.codes.sharding_like(spec),
+      scale=scale,
+      zero_point=zero,
+      minimum=minimum,  # type: ignore
     )
 
   def _scale(self) -> jax.Array:
@@ -110,7 +114,7 @@ class QuantizedArray(CompressedArray):
   def _zero(self) -> jax.Array | None:
     return None if self.zero_point is None else self.zero_point.unpack().astype(jnp.float32)
 
-  def _decode(self, codes: Packed, scale: jax.Array, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
+  def _decode(self, codes: Packed, scale: Any, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
     """The invariant, block by block: parts of a block decoded and put side by side, in float32."""
     axis = self.axis
     values = jnp.concatenate([self.grid.decode(f) for f in fields(codes.data, codes.bits, axis)], axis=axis)
@@ -122,7 +126,7 @@ class QuantizedArray(CompressedArray):
     return _affine(merge_blocks(values, axis, codes.pad), wide(scale), wide(zero), wide(minimum))
 
 
-def _affine(values: jax.Array, scale: jax.Array, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
+def _affine(values: jax.Array, scale: Any, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
   if zero is not None:
     return (values - zero) * scale
   return values * scale if minimum is None else values * scale + minimum

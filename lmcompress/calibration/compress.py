@@ -131,11 +131,18 @@ def _rows(
       continue
     same = path in first and first[path].shape == leaf.shape
     error, zeros = _error(leaf, first[path] if same else leaf)
-    rows.append({
-      "link": name, "path": path, "kind": kind(leaf), "shape": list(leaf.shape),
-      "bits": tree.leaf_nbits(leaf) / leaf.size, "sparsity": float(zeros),
-      "weight_error": float(error) if same else float("nan"), "seconds": seconds.get(path, 0.0),
-    })
+    rows.append(
+      {
+        "link": name,
+        "path": path,
+        "kind": kind(leaf),
+        "shape": list(leaf.shape),
+        "bits": tree.leaf_nbits(leaf) / leaf.size,
+        "sparsity": float(zeros),
+        "weight_error": float(error) if same else float("nan"),
+        "seconds": seconds.get(path, 0.0),
+      }
+    )
   return rows
 
 

@@ -18,7 +18,12 @@ from lmcompress.types import Block, Evidence, Params, Transform, WeightError
 
 
 def block_by_block(
-  model: Any, params: Params, link: Transform, state: Any, evidence: Evidence, tokens: np.ndarray,
+  model: Any,
+  params: Params,
+  link: Transform,
+  state: Any,
+  evidence: Evidence,
+  tokens: np.ndarray,
   progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Params, dict[str, float]]:
   """Applies a link that needs statistics to each block in turn.
@@ -43,9 +48,9 @@ def block_by_block(
   for n, block in enumerate(blocks):
     begun = time.perf_counter()
     collected = _collect(model, block, params, carries, wanted)
-    subtree = tree.unflatten({
-      path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(f"{block.path}/")
-    })
+    subtree = tree.unflatten(
+      {path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(f"{block.path}/")}
+    )
     done, state = link.apply(subtree, state, dataclasses.replace(evidence, statistics=collected))
     for path, leaf in tree.flatten(done).items():
       params = tree.put(params, path, leaf)
@@ -69,7 +74,9 @@ def _collect(
     _, inputs = model.run(block, params, carry, taps)
     for name in taps:
       if inputs.get(name) is None:
-        raise WeightError(f"{block.path}: stage {name!r} returned no input; the model must tap every stage it publishes")
+        raise WeightError(
+          f"{block.path}: stage {name!r} returned no input; the model must tap every stage it publishes"
+        )
       states[name] = _update(wanted, states.get(name), inputs[name])
     count += inputs[taps[0]].shape[0] * inputs[taps[0]].shape[1]
   found = {}
@@ -77,7 +84,9 @@ def _collect(
     values = {w: STATISTICS[w].finish(s, jnp.float32(count)) for w, s in zip(wanted, states[stage.name], strict=True)}
     for name, value in values.items():
       if not bool(jnp.all(jnp.isfinite(value))):
-        raise WeightError(f"{name} of {block.path}/{stage.linears[0]} is not finite: the calibration text drives the model to infinity")
+        raise WeightError(
+          f"{name} of {block.path}/{stage.linears[0]} is not finite: the calibration text drives the model to infinity"
+        )
     for linear in stage.linears:
       found[f"{block.path}/{linear}/kernel"] = values
   return found

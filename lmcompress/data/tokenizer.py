@@ -19,22 +19,35 @@ MAX_FILE_NBYTES = 64 << 20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_TOKEN_CHARACTERS = 1 << 10
 
-END_OF_TURN = frozenset({
-  "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-  "<EOT>", "<｜end▁of▁sentence｜>",
-})
+END_OF_TURN = frozenset(
+  {
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "<｜end▁of▁sentence｜>",
+  }
+)
 """Special tokens that end a reply, whatever the file calls its end of sequence."""
 
 # The pre-tokenizers of llama.cpp's src/llama-vocab.cpp: each pattern cuts the pieces that others left.
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-          r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+  r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = _WORDS.format(digits="{1,3}")
 _QWEN2 = _WORDS.format(digits="")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-           r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_TEKKEN = (
+  rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+  r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
 _PATTERNS = {
@@ -42,8 +55,7 @@ _PATTERNS = {
   "falcon": _FALCON,
   "tekken": (_TEKKEN,),
   **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "roberta-bpe"), (_GPT2,)),
-  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-                  (_DIGIT, _GPT2)),
+  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (_DIGIT, _GPT2)),
   **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
   **dict.fromkeys(("qwen2", "stablelm2", "megrez", "deepseek-r1-qwen"), (_QWEN2,)),
 }
@@ -91,13 +103,15 @@ class Tokenizer:
     self._plain = backend
     self._special: tokenizers.Tokenizer | None = None
     self._tokens = {
-      role: token for role, token in (tokens or {}).items()
+      role: token
+      for role, token in (tokens or {}).items()
       if token is not None and backend.token_to_id(token) is not None
     }
     self.bos_id = self._id("bos_token")
     self.eos_id = self._id("eos_token")
     turn_ids = {
-      token_id for token_id, token in backend.get_added_tokens_decoder().items()
+      token_id
+      for token_id, token in backend.get_added_tokens_decoder().items()
       if token.special and token.content in END_OF_TURN
     }
     self.stop_ids = frozenset({*stop_ids, *turn_ids, *(() if self.eos_id is None else (self.eos_id,))})
@@ -113,8 +127,9 @@ class Tokenizer:
     """The wrapped tokenizer, set to read special tokens in a text as text."""
     return self._plain
 
-  def encode(self, text: str, add_bos: bool = False, *, parse_special: bool = False,
-             add_special: bool = False) -> list[int]:
+  def encode(
+    self, text: str, add_bos: bool = False, *, parse_special: bool = False, add_special: bool = False
+  ) -> list[int]:
     """Text to ids.
 
     Args:
@@ -129,8 +144,7 @@ class Tokenizer:
     if not add_bos:
       return ids
     if self.bos_id is None:
-      raise ValueError("encode(add_bos=True): this tokenizer has no token that begins a sequence; leave it "
-                       "off")
+      raise ValueError("encode(add_bos=True): this tokenizer has no token that begins a sequence; leave it off")
     return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -153,15 +167,17 @@ class Tokenizer:
       FormatError: there is no template, or it fails.
     """
     if self.chat_template is None:
-      raise FormatError("the tokenizer has no chat template; give the prompt as plain text, or use an "
-                        "instruct model")
+      raise FormatError("the tokenizer has no chat template; give the prompt as plain text, or use an instruct model")
     if len(self.chat_template) > MAX_TEMPLATE_CHARACTERS:
-      raise FormatError(f"the chat template has {len(self.chat_template)} characters, "
-                        f"{MAX_TEMPLATE_CHARACTERS} are allowed")
+      raise FormatError(
+        f"the chat template has {len(self.chat_template)} characters, {MAX_TEMPLATE_CHARACTERS} are allowed"
+      )
     try:
       return _template(self.chat_template).render(
-        messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt,
-        bos_token=self._tokens.get("bos_token", ""), eos_token=self._tokens.get("eos_token", ""),
+        messages=[dict(message) for message in messages],
+        add_generation_prompt=add_generation_prompt,
+        bos_token=self._tokens.get("bos_token", ""),
+        eos_token=self._tokens.get("eos_token", ""),
       )
     except Exception as error:
       raise FormatError(f"the chat template fails: {error or type(error).__name__}") from error
@@ -196,14 +212,18 @@ class Tokenizer:
     """
     model = metadata.get("tokenizer.ggml.model")
     if not isinstance(model, str) or model not in _BUILDERS:
-      raise FormatError(f"{source}: tokenizer.ggml.model is {str(model)[:80]!r}; supported are "
-                        f"{', '.join(_BUILDERS)}. Export the model with a tokenizer.json instead")
+      raise FormatError(
+        f"{source}: tokenizer.ggml.model is {str(model)[:80]!r}; supported are "
+        f"{', '.join(_BUILDERS)}. Export the model with a tokenizer.json instead"
+      )
     vocabulary = _Vocabulary(metadata, source)
     with _library(f"{source}: the tokenizer cannot be built"):
       backend, wants_bos = _BUILDERS[model](vocabulary)
       _add_tokens(backend, vocabulary)
-    tokens = {role: vocabulary.role(key) for role, key in (
-      ("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
+    tokens = {
+      role: vocabulary.role(key)
+      for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+    }
     wants_bos = vocabulary.flag("add_bos_token", wants_bos)
     if wants_bos and tokens["bos_token"] is not None:
       _begin(backend, tokens["bos_token"])
@@ -230,8 +250,10 @@ class Tokenizer:
     path = folder / "tokenizer.json"
     text = _read(path)
     if text is None:
-      raise FormatError(f"{folder} has no tokenizer.json; save one with transformers: "
-                        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)")
+      raise FormatError(
+        f"{folder} has no tokenizer.json; save one with transformers: "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+      )
     with _library(f"{path} is no tokenizer that the tokenizers library reads"):
       backend = Backend.from_str(text)
     config = _read_json(folder / "tokenizer_config.json")
@@ -295,12 +317,12 @@ class TextStream:
     return text
 
   def _take(self, final: bool) -> str:
-    before = self._tokenizer.decode(self._window[:self._given], self._skip_special)
+    before = self._tokenizer.decode(self._window[: self._given], self._skip_special)
     text = self._tokenizer.decode(self._window, self._skip_special)
     if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
       return ""
-    self._window, self._given = self._window[self._given:], len(self._window) - self._given
-    return text[len(before):]
+    self._window, self._given = self._window[self._given :], len(self._window) - self._given
+    return text[len(before) :]
 
 
 class _Vocabulary:
@@ -320,8 +342,7 @@ class _Vocabulary:
     self.types = self.numbers("token_type", default=_NORMAL)
 
   def fail(self, what: str) -> FormatError:
-    return FormatError(f"{self.source}: {what}; fetch the file again, or export the model with a "
-                       "tokenizer.json")
+    return FormatError(f"{self.source}: {what}; fetch the file again, or export the model with a tokenizer.json")
 
   def strings(self, key: str) -> list[str]:
     values = self.metadata.get(f"tokenizer.ggml.{key}")
@@ -334,8 +355,11 @@ class _Vocabulary:
     if values is None:
       return [default] * len(self.tokens)
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list) or len(values) != len(self.tokens) \
-        or not all(isinstance(value, int | float) for value in values):
+    if (
+      not isinstance(values, list)
+      or len(values) != len(self.tokens)
+      or not all(isinstance(value, int | float) for value in values)
+    ):
       raise self.fail(f"tokenizer.ggml.{key} is no list of {len(self.tokens)} numbers, one for each token")
     return values
 
@@ -344,8 +368,9 @@ class _Vocabulary:
     if value is None:
       return None
     if type(value) is not int or not 0 <= value < len(self.tokens):
-      raise self.fail(f"tokenizer.ggml.{key}_token_id is {str(value)[:80]}, the vocabulary has "
-                      f"{len(self.tokens)} tokens")
+      raise self.fail(
+        f"tokenizer.ggml.{key}_token_id is {str(value)[:80]}, the vocabulary has {len(self.tokens)} tokens"
+      )
     return value
 
   def role(self, key: str) -> str | None:
@@ -363,7 +388,7 @@ class _Vocabulary:
       cut = merge.find(" ", 1)
       if cut < 0:
         raise self.fail(f"merge {merge[:40]!r} is no pair of tokens")
-      pairs.append((merge[:cut], merge[cut + 1:]))
+      pairs.append((merge[:cut], merge[cut + 1 :]))
     return pairs
 
 
@@ -373,19 +398,22 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
 
   name = vocabulary.metadata.get("tokenizer.ggml.pre", "default")
   if not isinstance(name, str) or name not in _PATTERNS:
-    raise FormatError(f"{vocabulary.source}: tokenizer.ggml.pre is {str(name)[:80]!r}; supported are "
-                      f"{', '.join(sorted(_PATTERNS))}. Export the model with a tokenizer.json instead")
+    raise FormatError(
+      f"{vocabulary.source}: tokenizer.ggml.pre is {str(name)[:80]!r}; supported are "
+      f"{', '.join(sorted(_PATTERNS))}. Export the model with a tokenizer.json instead"
+    )
   patterns = _PATTERNS[name]
   own = patterns[-1] == _GPT2  # ByteLevel cuts by this pattern itself
   splits = [
-    pre_tokenizers.Digits(individual_digits=True) if pattern == _DIGIT
+    pre_tokenizers.Digits(individual_digits=True)
+    if pattern == _DIGIT
     else pre_tokenizers.Split(Regex(pattern), "isolated")
     for pattern in (patterns[:-1] if own else patterns)
   ]
-  backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(),
-                                 ignore_merges=name in _WHOLE_WORDS))
+  backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(), ignore_merges=name in _WHOLE_WORDS))
   backend.pre_tokenizer = pre_tokenizers.Sequence(
-    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)])
+    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)]
+  )
   backend.decoder = decoders.ByteLevel()
   return backend, name in _WHOLE_WORDS
 
@@ -395,15 +423,27 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]
   from tokenizers import Tokenizer, decoders, models, normalizers
 
   unknown = [vocabulary.tokens[i] for i, kind in enumerate(vocabulary.types) if kind == _UNKNOWN]
-  backend = Tokenizer(models.BPE(
-    vocab=vocabulary.ids, merges=_merges_by_score(vocabulary), byte_fallback=True, fuse_unk=True,
-    unk_token=unknown[0] if unknown else vocabulary.role("unknown")))
+  backend = Tokenizer(
+    models.BPE(
+      vocab=vocabulary.ids,
+      merges=_merges_by_score(vocabulary),
+      byte_fallback=True,
+      fuse_unk=True,
+      unk_token=unknown[0] if unknown else vocabulary.role("unknown"),
+    )
+  )
   prefix = vocabulary.flag("add_space_prefix", True)
   backend.normalizer = normalizers.Sequence(
-    [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)])
+    [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)]
+  )
   backend.decoder = decoders.Sequence(
-    [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
-     *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    [
+      decoders.Replace(_SPACE, " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      *([decoders.Strip(" ", 1, 0)] if prefix else []),
+    ]
+  )
   return backend, True
 
 
@@ -442,8 +482,8 @@ def _begin(backend: tokenizers.Tokenizer, token: str) -> None:
 
   name, index = "BOS", backend.token_to_id(token)
   backend.post_processor = processors.TemplateProcessing(
-    single=f"{name} $A", pair=f"{name} $A {name} $B:1",
-    special_tokens=[{"id": name, "ids": [index], "tokens": [token]}])
+    single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[{"id": name, "ids": [index], "tokens": [token]}]
+  )
 
 
 def _read(path: Path) -> str | None:
@@ -505,8 +545,9 @@ def _template(text: str) -> Any:
   def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
-  environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                              extensions=["jinja2.ext.loopcontrols"])
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
   environment.filters["tojson"] = to_json
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)

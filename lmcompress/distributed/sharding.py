@@ -63,10 +63,12 @@ def shardings(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   parts = (*spec, *([None] * (len(shape) - len(spec))))
-  return PartitionSpec(*(
-    name if name is not None and extent % mesh.shape[name] == 0 else None
-    for name, extent in zip(parts, shape, strict=True)
-  ))
+  return PartitionSpec(
+    *(
+      name if name is not None and extent % mesh.shape[name] == 0 else None
+      for name, extent in zip(parts, shape, strict=True)
+    )
+  )
 
 
 def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:

@@ -4,5 +4,13 @@ from lmcompress.evaluate.measures import compression_efficiency, pruning_sensiti
 from lmcompress.evaluate.perplexity import Score, compare, perplexity
 from lmcompress.evaluate.size import sizes
 
-__all__ = ["Score", "compare", "compression_efficiency", "perplexity", "pruning_sensitivity", "quantization_error",
-           "sizes", "speedup"]
+__all__ = [
+  "Score",
+  "compare",
+  "compression_efficiency",
+  "perplexity",
+  "pruning_sensitivity",
+  "quantization_error",
+  "sizes",
+  "speedup",
+]

@@ -26,7 +26,13 @@ def backend() -> str:
 
 
 def latency(
-  model: Any, params: Params, *, prefill: int = 512, decode: int = 32, batch: int = 1, rounds: int = 3,
+  model: Any,
+  params: Params,
+  *,
+  prefill: int = 512,
+  decode: int = 32,
+  batch: int = 1,
+  rounds: int = 3,
   cache_dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
   """Times reading a prompt and writing tokens after it.
@@ -47,7 +53,9 @@ def latency(
   if min(prefill, decode, batch, rounds) < 1:
     raise ValueError(f"latency(prefill={prefill}, decode={decode}, batch={batch}, rounds={rounds}): at least 1 each")
   if prefill + decode > model.config.max_length:
-    raise ValueError(f"prefill {prefill} + decode {decode} are more than the model's context of {model.config.max_length}")
+    raise ValueError(
+      f"prefill {prefill} + decode {decode} are more than the model's context of {model.config.max_length}"
+    )
   vocab = params["embed"]["table"].shape[0]
   tokens = np.random.default_rng(0).integers(0, vocab, (batch, prefill), np.int32)
   mask, greedy, key = np.ones(tokens.shape, bool), Sampler(), jax.random.key(0)
@@ -70,6 +78,9 @@ def latency(
     "decode": batch / step,
     "prefill_s": statistics.median(prefill_s),
     "decode_ms": {"minimum": min(step_s) * 1e3, "median": step * 1e3, "maximum": max(step_s) * 1e3},
-    "depth": prefill, "batch": batch, "rounds": rounds, "cache_dtype": str(jnp.dtype(cache_dtype)),
+    "depth": prefill,
+    "batch": batch,
+    "rounds": rounds,
+    "cache_dtype": str(jnp.dtype(cache_dtype)),
     "backend": backend(),
   }

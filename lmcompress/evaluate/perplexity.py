@@ -82,7 +82,9 @@ def checked(tokens: Any, attention_mask: Any = None, stride: int | None = None) 
   return tokens, np.stack([real, counted]).transpose(1, 0, 2)  # type: ignore[return-value]
 
 
-def score(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None) -> Score:
+def score(
+  model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None
+) -> Score:
   """Sums over a batch; `masks` from `checked`, `reference` the original's log-probabilities."""
   return _score(log_probabilities(model, params, tokens, masks), tokens, masks, reference)
 
@@ -133,7 +135,10 @@ def compare(
       continue
     t, m = tokens[row : row + 1], masks[row : row + 1]
     reference = log_probabilities(model, original, t, m)
-    yield row, {
-      name: _score(reference if params is original else log_probabilities(model, params, t, m), t, m, reference)
-      for name, params in others.items()
-    }
+    yield (
+      row,
+      {
+        name: _score(reference if params is original else log_probabilities(model, params, t, m), t, m, reference)
+        for name, params in others.items()
+      },
+    )

@@ -77,7 +77,13 @@ def generate(
   texts, done = ["" for _ in prompts], [False] * len(prompts)
   sent = 0
   steps = decode(
-    model, params, ids, max_new_tokens, Sampler(temperature, top_k, top_p), key, cache_dtype,
+    model,
+    params,
+    ids,
+    max_new_tokens,
+    Sampler(temperature, top_k, top_p),
+    key,
+    cache_dtype,
   )
   for tokens in steps:
     for i, token in enumerate(tokens):
@@ -107,8 +113,13 @@ def generate(
 
 
 def decode(
-  model: Any, params: Params, ids: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler,
-  key: jax.Array | None = None, cache_dtype: Any = jnp.float32,
+  model: Any,
+  params: Params,
+  ids: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  sampler: Sampler,
+  key: jax.Array | None = None,
+  cache_dtype: Any = jnp.float32,
 ) -> Iterator[list[int]]:
   """Yields the next token of every sequence, step by step, until `max_new_tokens`.
 

@@ -43,7 +43,10 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
       return node
     kind = type(node).__name__
     if kind in _KINDS:
-      return {"kind": kind, **{f.name: visit(f"{name}.{f.name}", getattr(node, f.name)) for f in dataclasses.fields(node)}}
+      return {
+        "kind": kind,
+        **{f.name: visit(f"{name}.{f.name}", getattr(node, f.name)) for f in dataclasses.fields(node)},
+      }
     if kind in _VALUES:
       if isinstance(node, Table) and node == _TABLES.get(node.name):
         return {"kind": "Table", "name": node.name}
@@ -69,14 +72,16 @@ def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path
     raise FormatError(f"{where}: {path} is described by {type(description).__name__}")
   if "array" in description:
     return read(description["array"])
-  name = description.get("kind")
+  name = str(description.get("kind"))
   given = {k: v for k, v in description.items() if k != "kind"}
   if name == "Table" and set(given) == {"name"} and given["name"] in _TABLES:
     return _TABLES[given["name"]]
   cls = _KINDS.get(name) or _VALUES.get(name)
   wanted = {f.name for f in dataclasses.fields(cls) if f.init} if cls else set()
   if cls is None or set(given) != wanted:
-    raise FormatError(f"{where}: {path} has kind {name!r} with fields {sorted(given)}; {sorted(wanted) or 'it is unknown here'}")
+    raise FormatError(
+      f"{where}: {path} has kind {name!r} with fields {sorted(given)}; {sorted(wanted) or 'it is unknown here'}"
+    )
   if cls is Table:
     return Table(str(given["name"]), tuple(float(v) for v in given["values"]))
   return cls(**{k: rebuild(v, read, f"{path}.{k}", where) for k, v in given.items()})
@@ -87,7 +92,7 @@ def tree_hash(params: Params) -> str:
   leaves, arrays = describe(params)
   digest = hashlib.sha256(_canonical(leaves))
   for name in sorted(arrays):
-    digest.update(np.ascontiguousarray(np.asarray(arrays[name])).reshape(-1).view(np.uint8))
+    digest.update(safetensors.raw(arrays[name]))
   return digest.hexdigest()
 
 
@@ -99,8 +104,9 @@ def weights_size(params: Params) -> int:
 # ---------------------------------------------------------------------------------------- saving
 
 
-def save(folder: str | os.PathLike, model: Any, params: Params, tokenizer: Tokenizer | None = None, *,
-         recipe: Any = None) -> Path:
+def save(
+  folder: str | os.PathLike, model: Any, params: Params, tokenizer: Tokenizer | None = None, *, recipe: Any = None
+) -> Path:
   """Writes model, tree and tokenizer to a folder that `load` reads back, bitwise.
 
   The folder appears whole or not at all; a checkpoint already there is replaced.
@@ -144,7 +150,9 @@ def save(folder: str | os.PathLike, model: Any, params: Params, tokenizer: Token
   except OSError as error:
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
-    raise OSError(error.errno, f"saving {folder} failed: {error.strerror}; {free} bytes are free there", str(folder)) from error
+    raise OSError(
+      error.errno, f"saving {folder} failed: {error.strerror}; {free} bytes are free there", str(folder)
+    ) from error
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
@@ -230,7 +238,9 @@ def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, P
   for path, description in body["leaves"].items():
     leaf = rebuild(description, read, path, folder / MANIFEST)
     if list(leaf.shape) != body["shapes"].get(path):
-      raise FormatError(f"{folder / MANIFEST}: {path} has shape {list(leaf.shape)}, recorded is {body['shapes'].get(path)}")
+      raise FormatError(
+        f"{folder / MANIFEST}: {path} has shape {list(leaf.shape)}, recorded is {body['shapes'].get(path)}"
+      )
     leaves[path] = leaf
   params = tree.unflatten(leaves)
   if mesh is None:
@@ -259,10 +269,11 @@ def _verified(path: Path, body: Mapping[str, Any]) -> safetensors.File:
     raise FormatError(f"{path}: {size} bytes, {end} expected; the file is cut or something was appended")
   for name, entry in file.entries.items():
     raw = file.data[entry.start : entry.end]
+    view = memoryview(raw)  # type: ignore[arg-type]
     if name.startswith(safetensors.PAD):
       if raw.any():
         raise FormatError(f"{path}: the padding {name!r} is damaged")
-    elif hashlib.sha256(raw).hexdigest() != body["arrays"].get(name):
+    elif hashlib.sha256(view).hexdigest() != body["arrays"].get(name):
       raise FormatError(f"{path}: array {name!r} is damaged (its digest does not fit); save the model again")
   if missing := set(body["arrays"]) - set(file.entries):
     raise FormatError(f"{path}: array {sorted(missing)[0]!r} is missing")
@@ -272,7 +283,9 @@ def _verified(path: Path, body: Mapping[str, Any]) -> safetensors.File:
 def _model(description: Mapping[str, Any], where: Path) -> Any:
   known = ARCHITECTURES.get(description["architecture"])
   if known is None:
-    raise FormatError(f"{where}: architecture {description['architecture']!r} is unknown here; known: {sorted(ARCHITECTURES)}")
+    raise FormatError(
+      f"{where}: architecture {description['architecture']!r} is unknown here; known: {sorted(ARCHITECTURES)}"
+    )
   model, config = known
   fields = dict(description["config"])
   if "rope" in fields:

@@ -32,10 +32,22 @@ MAX_ALIGNMENT = 1 << 16
 
 _DEFAULT_ALIGNMENT = 32
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
-_DTYPES = {code: np.dtype(name) for code, name in {
-  0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
-  12: "<f8",
-}.items()}
+_DTYPES = {
+  code: np.dtype(name)
+  for code, name in {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+  }.items()
+}
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
@@ -88,8 +100,7 @@ class _Cursor:
     return FormatError(f"{self.path} {what}")
 
   def truncated(self, what: str, end: int) -> FormatError:
-    return self.fail(f"is truncated: {what} ends at byte {end}, the file has {self.size} bytes; "
-                     "fetch it again")
+    return self.fail(f"is truncated: {what} ends at byte {end}, the file has {self.size} bytes; fetch it again")
 
   def unknown_type(self, what: str, code: int) -> FormatError:
     return self.fail(f"is damaged: {what} has value type {code}, known are 0 to 12; fetch it again")
@@ -122,8 +133,7 @@ class _Cursor:
         (nbytes,) = unpack(data, at)
         start, at = at + 8, at + 8 + nbytes
         if nbytes > MAX_STRING_NBYTES:
-          raise self.fail(f"is refused: a string of {what} claims {nbytes} bytes, "
-                          f"{MAX_STRING_NBYTES} are allowed")
+          raise self.fail(f"is refused: a string of {what} claims {nbytes} bytes, {MAX_STRING_NBYTES} are allowed")
         if at > size:
           raise self.truncated(f"a string of {what}", at)
         values.append(str(data[start:at], "utf-8"))
@@ -137,7 +147,7 @@ class _Cursor:
   def numbers(self, code: int, count: int, what: str) -> np.ndarray:
     dtype = _DTYPES[code]
     self.need(count * dtype.itemsize, what)
-    raw = self.data[self.at:self.at + count * dtype.itemsize]
+    raw = self.data[self.at : self.at + count * dtype.itemsize]
     self.at += len(raw)
     if code == _BOOL:
       return np.frombuffer(raw, np.uint8) != 0
@@ -202,9 +212,11 @@ def read_tensor(header: Header, name: str) -> np.ndarray:
   try:
     raw = np.memmap(header.path, np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))
   except (OSError, ValueError) as error:
-    raise FormatError(f"{header.path} changed since its header was read: tensor {name!r} needs bytes "
-                      f"{info.offset} to {info.offset + info.nbytes} ({error}); read the header "
-                      "again") from None
+    raise FormatError(
+      f"{header.path} changed since its header was read: tensor {name!r} needs bytes "
+      f"{info.offset} to {info.offset + info.nbytes} ({error}); read the header "
+      "again"
+    ) from None
   with np.errstate(all="ignore"):
     return _decode(header.path, info, raw)
 
@@ -222,8 +234,10 @@ def _decode(path: Path, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
     rows = np.asarray(raw).reshape(math.prod(info.shape[:-1]), -1)
     return quants.dequantize(rows, info.type).reshape(info.shape)
   except NotImplementedError:
-    raise FormatError(f"{path}: tensor {info.name!r} has type {kind}, which cannot be dequantized; convert "
-                      "the file to a type such as Q8_0, Q4_K or F16") from None
+    raise FormatError(
+      f"{path}: tensor {info.name!r} has type {kind}, which cannot be dequantized; convert "
+      "the file to a type such as Q8_0, Q4_K or F16"
+    ) from None
 
 
 @contextlib.contextmanager
@@ -232,8 +246,9 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
     with open(path, "rb", opener=_open_regular) as file:
       size = os.fstat(file.fileno()).st_size
       if size < 24:
-        raise FormatError(f"{path} is truncated: a GGUF header takes 24 bytes, the file has {size} bytes; "
-                          "fetch it again")
+        raise FormatError(
+          f"{path} is truncated: a GGUF header takes 24 bytes, the file has {size} bytes; fetch it again"
+        )
       with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
   except (OSError, ValueError) as error:
@@ -283,8 +298,10 @@ def _metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Any], int]:
     if key == "general.alignment":
       alignment = metadata[key]
       if code != _UINT32 or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise cursor.fail(f"is refused: general.alignment is {_short(alignment)}, it must be a uint32 that "
-                          f"is a power of two up to {MAX_ALIGNMENT}")
+        raise cursor.fail(
+          f"is refused: general.alignment is {_short(alignment)}, it must be a uint32 that "
+          f"is a power of two up to {MAX_ALIGNMENT}"
+        )
   return metadata, alignment
 
 
@@ -304,8 +321,10 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInf
     if info.offset + info.nbytes > cursor.size:
       raise cursor.truncated(f"tensor {info.name!r}", info.offset + info.nbytes)
     if info.nbytes and info.offset < end:
-      raise cursor.fail(f"is damaged: tensor {info.name!r} starts at byte {info.offset}, inside tensor "
-                        f"{before!r}, which ends at byte {end}; fetch it again")
+      raise cursor.fail(
+        f"is damaged: tensor {info.name!r} starts at byte {info.offset}, inside tensor "
+        f"{before!r}, which ends at byte {end}; fetch it again"
+      )
     if info.nbytes:
       end, before = info.offset + info.nbytes, info.name
   return tensors
@@ -318,8 +337,10 @@ def _tensor(cursor: _Cursor, index: int, alignment: int) -> TensorInfo:
   name = cursor.string(f"the name of tensor {index}")
   what = f"tensor {_short(name)}"
   if not _safe(name):
-    raise cursor.fail(f"is refused: {what} has a name that is empty, longer than {MAX_NAME_NBYTES} bytes, "
-                      "not printable or a path out of its folder")
+    raise cursor.fail(
+      f"is refused: {what} has a name that is empty, longer than {MAX_NAME_NBYTES} bytes, "
+      "not printable or a path out of its folder"
+    )
   dims = cursor.u32(what)
   if dims > MAX_DIMS:
     raise cursor.fail(f"is refused: {what} has {dims} dimensions, {MAX_DIMS} are allowed")
@@ -330,19 +351,24 @@ def _tensor(cursor: _Cursor, index: int, alignment: int) -> TensorInfo:
     kind = GGMLQuantizationType(code)
     block_size, block_nbytes = GGML_QUANT_SIZES[kind]
   except (ValueError, KeyError):
-    raise cursor.fail(f"cannot be read: {what} has type {code}, which gguf does not know; update gguf, or "
-                      "convert the model again") from None
+    raise cursor.fail(
+      f"cannot be read: {what} has type {code}, which gguf does not know; update gguf, or convert the model again"
+    ) from None
   row = extents[0] if extents else 1
   if row % block_size:
-    raise cursor.fail(f"is damaged: {what} has rows of {row} weights, {kind.name} needs a multiple of "
-                      f"{block_size}; fetch it again")
+    raise cursor.fail(
+      f"is damaged: {what} has rows of {row} weights, {kind.name} needs a multiple of {block_size}; fetch it again"
+    )
   if offset % alignment:
-    raise cursor.fail(f"is damaged: {what} starts at byte {offset} of the data, which is not a multiple of "
-                      f"{alignment}; fetch it again")
+    raise cursor.fail(
+      f"is damaged: {what} starts at byte {offset} of the data, which is not a multiple of {alignment}; fetch it again"
+    )
   nbytes = math.prod(extents) // block_size * block_nbytes
   if nbytes > cursor.size or any(extent > cursor.size * block_size for extent in extents):
-    raise cursor.fail(f"is truncated: {what} of shape {tuple(reversed(extents))} takes {nbytes} bytes, the "
-                      f"file has {cursor.size} bytes; fetch it again")
+    raise cursor.fail(
+      f"is truncated: {what} of shape {tuple(reversed(extents))} takes {nbytes} bytes, the "
+      f"file has {cursor.size} bytes; fetch it again"
+    )
   return TensorInfo(name, tuple(reversed(extents)), kind, offset, nbytes)
 
 

@@ -69,8 +69,11 @@ def _llama(header: gguf.Header) -> tuple[LlamaConfig, int, int, int]:
 
   def number(key: str, default: Any = None, kind: type = int) -> Any:
     value = data.get(f"llama.{key}", default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or (
-      kind is int and not isinstance(value, int)
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not value > 0
+      or (kind is int and not isinstance(value, int))
     ):
       raise FormatError(f"{where}: llama.{key} is {str(value)[:80]!r}; a positive {kind.__name__} is needed")
     return kind(value)
@@ -83,7 +86,9 @@ def _llama(header: gguf.Header) -> tuple[LlamaConfig, int, int, int]:
   if _ROPE_FACTORS in header.tensors:
     factors = tuple(float(f) for f in gguf.read_tensor(header, _ROPE_FACTORS).ravel())
     if len(factors) != head_dim // 2 or not all(f > 0 for f in factors):
-      raise FormatError(f"{where}: {_ROPE_FACTORS} holds {len(factors)} factors, {head_dim // 2} positive ones expected")
+      raise FormatError(
+        f"{where}: {_ROPE_FACTORS} holds {len(factors)} factors, {head_dim // 2} positive ones expected"
+      )
   scaling = data.get("llama.rope.scaling.type", "none")
   if scaling not in ("none", "linear", "yarn"):
     raise FormatError(f"{where}: llama.rope.scaling.type {scaling!r} is not known here; known are none, linear, yarn")

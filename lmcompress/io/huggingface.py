@@ -46,7 +46,9 @@ def load_folder(folder: Path) -> tuple[Llama, Params, Tokenizer | None]:
   config = read_json(folder / "config.json")
   kind = config.get("model_type")
   if kind not in _LLAMA_LIKE:
-    raise FormatError(f"{folder / 'config.json'}: model_type {kind!r} is not known here; known are {', '.join(_LLAMA_LIKE)}")
+    raise FormatError(
+      f"{folder / 'config.json'}: model_type {kind!r} is not known here; known are {', '.join(_LLAMA_LIKE)}"
+    )
   model = Llama(_llama_config(config, folder / "config.json"))
   files = _tensors(folder)
   mapping = names.plan(names.LLAMA, "hf", files, _int(config, "num_hidden_layers", folder), str(folder))
@@ -55,7 +57,11 @@ def load_folder(folder: Path) -> tuple[Llama, Params, Tokenizer | None]:
   leaves = {}
   for path, theirs in mapping.items():
     array = files[theirs].read(theirs)
-    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in (
+      "bfloat16",
+      "float8_e4m3fn",
+      "float8_e5m2",
+    ):
       raise FormatError(f"{files[theirs].path}: tensor {theirs!r} is {array.dtype}; floating weights are expected")
     leaves[path] = names.orient(path, array)
   params = tree.unflatten(leaves)
@@ -123,7 +129,9 @@ def _rope(config: Mapping[str, Any], where: Path, max_length: int) -> Rope:
     raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
   theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
+  original = (
+    scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
+  )
   if kind == "default":
     return Rope(theta)
   factor = _number(scaling, "factor", 1.0, where)
@@ -132,10 +140,23 @@ def _rope(config: Mapping[str, Any], where: Path, max_length: int) -> Rope:
   if kind == "dynamic":
     return Rope(theta, kind, factor, original)
   if kind == "llama3":
-    return Rope(theta, kind, factor, original, _number(scaling, "low_freq_factor", 1.0, where),
-                _number(scaling, "high_freq_factor", 4.0, where))
+    return Rope(
+      theta,
+      kind,
+      factor,
+      original,
+      _number(scaling, "low_freq_factor", 1.0, where),
+      _number(scaling, "high_freq_factor", 4.0, where),
+    )
   if kind == "yarn":
-    return Rope(theta, kind, factor, original, _number(scaling, "beta_slow", 1.0, where),
-                _number(scaling, "beta_fast", 32.0, where), scaling.get("attention_factor"),
-                bool(scaling.get("truncate", True)))
+    return Rope(
+      theta,
+      kind,
+      factor,
+      original,
+      _number(scaling, "beta_slow", 1.0, where),
+      _number(scaling, "beta_fast", 32.0, where),
+      scaling.get("attention_factor"),
+      bool(scaling.get("truncate", True)),
+    )
   raise FormatError(f"{where}: rope type {kind!r} is not known here; known are default, linear, dynamic, llama3, yarn")

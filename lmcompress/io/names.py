@@ -28,11 +28,19 @@ LLAMA = (
   Name("layers/{i}/attn_norm/scale", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
   *(
     name
-    for ours, theirs, short in (("q", "q_proj", "attn_q"), ("k", "k_proj", "attn_k"), ("v", "v_proj", "attn_v"),
-                                ("o", "o_proj", "attn_output"))
+    for ours, theirs, short in (
+      ("q", "q_proj", "attn_q"),
+      ("k", "k_proj", "attn_k"),
+      ("v", "v_proj", "attn_v"),
+      ("o", "o_proj", "attn_output"),
+    )
     for name in (
-      Name(f"layers/{{i}}/attn/{ours}/kernel", f"model.layers.{{i}}.self_attn.{theirs}.weight", f"blk.{{i}}.{short}.weight"),
-      Name(f"layers/{{i}}/attn/{ours}/bias", f"model.layers.{{i}}.self_attn.{theirs}.bias", f"blk.{{i}}.{short}.bias", True),
+      Name(
+        f"layers/{{i}}/attn/{ours}/kernel", f"model.layers.{{i}}.self_attn.{theirs}.weight", f"blk.{{i}}.{short}.weight"
+      ),
+      Name(
+        f"layers/{{i}}/attn/{ours}/bias", f"model.layers.{{i}}.self_attn.{theirs}.bias", f"blk.{{i}}.{short}.bias", True
+      ),
     )
   ),
   Name("layers/{i}/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
@@ -40,8 +48,12 @@ LLAMA = (
     name
     for ours in ("gate", "up", "down")
     for name in (
-      Name(f"layers/{{i}}/mlp/{ours}/kernel", f"model.layers.{{i}}.mlp.{ours}_proj.weight", f"blk.{{i}}.ffn_{ours}.weight"),
-      Name(f"layers/{{i}}/mlp/{ours}/bias", f"model.layers.{{i}}.mlp.{ours}_proj.bias", f"blk.{{i}}.ffn_{ours}.bias", True),
+      Name(
+        f"layers/{{i}}/mlp/{ours}/kernel", f"model.layers.{{i}}.mlp.{ours}_proj.weight", f"blk.{{i}}.ffn_{ours}.weight"
+      ),
+      Name(
+        f"layers/{{i}}/mlp/{ours}/bias", f"model.layers.{{i}}.mlp.{ours}_proj.bias", f"blk.{{i}}.ffn_{ours}.bias", True
+      ),
     )
   ),
   Name("final_norm/scale", "model.norm.weight", "output_norm.weight"),
@@ -65,7 +77,9 @@ def plan(names: Iterable[Name], field: str, found: Iterable[str], layers: int, w
       if theirs in available:
         mapping[name.path.format(i=i)] = theirs
       elif not name.optional:
-        raise FormatError(f"{where}: the tensor {theirs!r} is missing ({len(available)} tensors, {layers} layers expected)")
+        raise FormatError(
+          f"{where}: the tensor {theirs!r} is missing ({len(available)} tensors, {layers} layers expected)"
+        )
   left = [t for t in sorted(available - set(mapping.values())) if not any(re.fullmatch(p, t) for p in IGNORED)]
   if left:
     raise FormatError(f"{where}: tensor {left[0]!r} ({len(left)} in all) has no place in this architecture")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -20,10 +20,22 @@ ALIGNMENT = 64
 _MAX_HEADER = 100 << 20
 
 DTYPES: dict[str, Any] = {
-  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-  "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-  "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-  "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
 }
 _CODES = {np.dtype(v): k for k, v in DTYPES.items()}
 PAD = "_pad."
@@ -67,7 +79,9 @@ def open_file(path: str | os.PathLike) -> File:
   data = np.memmap(path, np.uint8, mode="r")
   length = int(data[:8].view("<u8")[0])
   if length > min(_MAX_HEADER, size - 8):
-    raise FormatError(f"{path}: the header claims {length} bytes, the file has {size}; it is cut or no safetensors file")
+    raise FormatError(
+      f"{path}: the header claims {length} bytes, the file has {size}; it is cut or no safetensors file"
+    )
   try:
     header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique)
   except (ValueError, RecursionError) as error:
@@ -79,7 +93,7 @@ def open_file(path: str | os.PathLike) -> File:
     if name != "__metadata__":
       entries[name] = _entry(path, name, item, base, size)
   spans = sorted((e.start, e.end) for e in entries.values())
-  if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+  if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
     raise FormatError(f"{path}: tensors overlap")
   return File(path, entries, data, base)
 
@@ -150,19 +164,19 @@ def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> dict[str, str]:
     file.write(head)
     for name in sorted(arrays):
       file.write(b"\0" * (spans[name][0] - file.tell()))
-      raw = np.ascontiguousarray(np.asarray(arrays[name])).reshape(-1).view(np.uint8)
-      digests[name] = hashlib.sha256(raw).hexdigest()
-      file.write(raw)
+      data = raw(arrays[name])
+      digests[name] = hashlib.sha256(data).hexdigest()
+      file.write(data)
     file.flush()
     os.fsync(file.fileno())
   return digests
 
 
+def raw(x: Any) -> memoryview:
+  """The bytes of an array, row-major, on the host."""
+  return memoryview(np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
+
 def is_supported(dtype: Any) -> bool:
   """Whether arrays of this dtype can be stored."""
   return np.dtype(dtype) in _CODES
-
-
-def device_dtype(dtype: Any) -> Any:
-  """The dtype under its JAX name."""
-  return jnp.dtype(dtype)

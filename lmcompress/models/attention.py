@@ -26,7 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scal
 
 
 def causal(mask: jax.Array) -> jax.Array:
-  """What each token sees of its own sequence: `mask: [batch, length]` True for real tokens -> `[batch, length, length]`."""
+  """What each token sees of its own sequence: `[batch, length, length]`, of `mask: [batch, length]`, True if real."""
   length = mask.shape[1]
   past = jnp.arange(length)[None, :] <= jnp.arange(length)[:, None]
   return past[None] & mask[:, None, :]

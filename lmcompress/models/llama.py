@@ -54,7 +54,7 @@ class LlamaConfig:
   """What the parameter tree cannot say. Depth, widths, heads, biases and tying are read from the tree."""
 
   head_dim: int
-  rope: Rope = Rope()
+  rope: Rope = dataclasses.field(default_factory=Rope)
   rms_epsilon: float = 1e-5
   max_length: int = 2048
 
@@ -131,9 +131,9 @@ def _run_layer(
   config: LlamaConfig, params: Params, h: jax.Array, view: dict[str, Any], layer_cache: Any, taps: tuple[str, ...]
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
   """One layer, compiled once for all layers of the same form."""
+  out: Any
   out, variables = _Layer(config).apply({"params": params}, h, view, layer_cache, mutable=["taps"] if taps else [])
-  h, layer_cache = out  # type: ignore[misc]
-  return h, layer_cache, {name: _tap(variables["taps"], name) for name in taps}
+  return *out, {name: _tap(variables["taps"], name) for name in taps}
 
 
 def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
@@ -192,8 +192,16 @@ class Llama:
       params["head"] = {"table": table(keys[1], (s.vocab, s.embed), jnp.float32)}
     return params
 
-  def apply(self, params: Params, tokens: Tokens, *, attention_mask: Any = None, token_type_ids: Any = None,
-            decoder_input_ids: Any = None, cache: Any = None) -> Any:
+  def apply(
+    self,
+    params: Params,
+    tokens: Tokens,
+    *,
+    attention_mask: Any = None,
+    token_type_ids: Any = None,
+    decoder_input_ids: Any = None,
+    cache: Any = None,
+  ) -> Any:
     """Logits `[batch, length, vocab]` float32 of `tokens: [batch, length]` int32; `(logits, cache)` with a cache.
 
     Args:
@@ -243,8 +251,12 @@ class Llama:
     """One layer; `taps` names stages whose inputs are returned."""
     cache = carry["cache"]
     h, layer_cache, tapped = _run_layer(
-      self.config, params["layers"][block.path.rpartition("/")[2]], carry["h"], carry["view"],
-      None if cache is None else cache.layer(block.path), tuple(taps),
+      self.config,
+      params["layers"][block.path.rpartition("/")[2]],
+      carry["h"],
+      carry["view"],
+      None if cache is None else cache.layer(block.path),
+      tuple(taps),
     )
     if cache is not None:
       cache = cache.with_layer(block.path, layer_cache)

@@ -108,4 +108,4 @@ def tiled_attend(x: jax.Array, w: Any) -> jax.Array:
 
 def gathered_embed(ids: jax.Array, w: CompressedArray) -> jax.Array:
   """The reference of `embed` for any compressed array: decodes the rows asked for."""
-  return w.rows(ids).astype(w.dtype)  # type: ignore[attr-defined]
+  return w.rows(ids).astype(w.dtype)

@@ -28,8 +28,11 @@ def quantized_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
 def _loops_over_blocks(w: QuantizedArray) -> bool:
   block, inputs = w.codes.block, w.shape[-2]
   group = inputs if w.group_size == -1 else w.group_size
-  return isinstance(w.grid, Integer) and w.codes.data.ndim == 3 and block <= 256 and (
-    group % block == 0 or w.scale.shape[-2] == 1
+  return (
+    isinstance(w.grid, Integer)
+    and w.codes.data.ndim == 3
+    and block <= 256
+    and (group % block == 0 or w.scale.shape[-2] == 1)
   )
 
 
@@ -47,6 +50,8 @@ def _block_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
   scale = w._scale()
   offset = w._zero() if w.zero_point is not None else None
   per_group = max(1, group // codes.block)
+  assert isinstance(w.grid, Integer)
+  bare = w.grid.offset
 
   def of_block(values: jax.Array | None, b: jax.Array) -> jax.Array:
     assert values is not None
@@ -65,7 +70,7 @@ def _block_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
     elif w.minimum is not None:
       partial = partial * of_block(scale, b) + sums * of_block(w.minimum, b)
     else:
-      partial = (partial - sums * w.grid.offset) * of_block(scale, b)
+      partial = (partial - sums * bare) * of_block(scale, b)
     return total + partial, None
 
   start = jnp.zeros((rows.shape[0], outputs), jnp.float32)

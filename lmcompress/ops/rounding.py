@@ -180,8 +180,9 @@ def _store_scale(scale: jax.Array, grid: str, dtype: str, scale_bits: int | None
   )
 
 
-def _assemble(codes: jax.Array, grid: Grid, scale: Any, zero_point: Any, minimum: Any, group_size: int, axis: int,
-              dtype: str) -> QuantizedArray:
+def _assemble(
+  codes: jax.Array, grid: Grid, scale: Any, zero_point: Any, minimum: Any, group_size: int, axis: int, dtype: str
+) -> QuantizedArray:
   block = choose_block(codes.shape[axis], group_size, grid.bits)
   packed: Packed = pack(codes, grid.bits, axis, block)
   if zero_point is not None:

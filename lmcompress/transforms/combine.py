@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lmcompress import tree
@@ -28,9 +29,7 @@ def chain(*transforms: Transform) -> Transform:
 
 def named_chain(*links: tuple[str, Transform]) -> Transform:
   """`chain` with a name for each link, shown in tables."""
-  flat = tuple(
-    part for name, t in links for part in (t.links or (t._replace(name=name),))
-  )
+  flat = tuple(part for name, t in links for part in (t.links or (t._replace(name=name),)))
   if not flat:
     raise ValueError("chain() needs at least one transform")
 
@@ -88,8 +87,14 @@ def _select(evidence: Evidence, chosen: frozenset[str]) -> Evidence:
   return Evidence(**{**{f: getattr(evidence, f) for f in Evidence.__dataclass_fields__}, "selected": chosen})
 
 
-def partition(labels: Mapping[str, str] | Callable[[str], str | None], transforms: Mapping[str, Transform]) -> Transform:
-  """A transform for each label: `labels` gives a weight's label by the first pattern that matches it, or by a function of its path; unlabelled weights stay.
+def partition(
+  labels: Mapping[str, str] | Callable[[str], str | None], transforms: Mapping[str, Transform]
+) -> Transform:
+  """A transform for each label; unlabelled weights stay as they are.
+
+  Args:
+    labels: a weight's label by the first pattern that matches its path, or a function of its path.
+    transforms: the transform of each label.
 
   Raises:
     ValueError: a label has no transform (at once for a mapping, else when planned).
@@ -181,8 +186,7 @@ def leafwise(
     check: `(path, leaf)`, called when planned; raises `WeightError` for a weight that `fn` cannot take.
   """
   asked = [
-    p.name for p in inspect.signature(fn).parameters.values()
-    if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+    p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
   ]
   local = {"axis", "path"}
 

@@ -42,8 +42,11 @@ def magnitude(
     ValueError: not exactly one of the three is given, or one is out of range.
     WeightError (when planned): inputs are no multiple of m, an already quantized weight, NaN or infinity.
   """
-  given = [name for name, value in (("sparsity", sparsity), ("threshold", threshold), ("pattern", pattern))
-           if value is not None]
+  given = [
+    name
+    for name, value in (("sparsity", sparsity), ("threshold", threshold), ("pattern", pattern))
+    if value is not None
+  ]
   if len(given) != 1:
     raise ValueError(f"magnitude: give exactly one of sparsity, threshold and pattern; found {given or 'none'}")
   if scope not in ("weight", "row", "global"):

@@ -59,8 +59,16 @@ def round_to_nearest(
   _check_arguments(bits, group_size, grid, symmetric, step, scale_bits)
   size = _FIXED_GROUP.get(grid, group_size)
   options = {
-    "bits": bits, "group_size": size, "symmetric": symmetric, "grid": grid, "convention": convention, "zero": zero,
-    "clip": clip, "step": step, "scale_dtype": scale_dtype, "scale_bits": scale_bits,
+    "bits": bits,
+    "group_size": size,
+    "symmetric": symmetric,
+    "grid": grid,
+    "convention": convention,
+    "zero": zero,
+    "clip": clip,
+    "step": step,
+    "scale_dtype": scale_dtype,
+    "scale_bits": scale_bits,
   }
 
   def check(path: str, leaf: Any) -> None:
@@ -90,14 +98,30 @@ def round_to_nearest(
   return leafwise(quantize, name="round_to_nearest", check=check)
 
 
-quantize_matrix = functools.partial(jax.jit, static_argnames=tuple(
-  ("bits", "group_size", "symmetric", "axis", "grid", "convention", "zero", "clip", "step", "scale_dtype", "scale_bits")
-))(rounding.quantize)
+quantize_matrix = functools.partial(
+  jax.jit,
+  static_argnames=tuple(
+    (
+      "bits",
+      "group_size",
+      "symmetric",
+      "axis",
+      "grid",
+      "convention",
+      "zero",
+      "clip",
+      "step",
+      "scale_dtype",
+      "scale_bits",
+    )
+  ),
+)(rounding.quantize)
 """`round_to_nearest` on one matrix, jitted: `(w, *, bits, group_size, ..., axis) -> QuantizedArray`."""
 
 
-def _check_arguments(bits: int, group_size: int | str, grid: str, symmetric: bool, step: float | None,
-                     scale_bits: int | None) -> None:
+def _check_arguments(
+  bits: int, group_size: int | str, grid: str, symmetric: bool, step: float | None, scale_bits: int | None
+) -> None:
   if not 2 <= bits <= 8:
     raise ValueError(f"round_to_nearest(bits={bits}): bits are 2 to 8")
   if isinstance(group_size, str) and group_size != "tensor":

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 
 def cubic(final: float, start: int, end: int, initial: float = 0.0) -> Callable[[jax.Array], jax.Array]:
-  """Sparsity that rises fast, then settles: `final + (initial - final) (1 - t)**3` (Zhu & Gupta 2017, arXiv:1710.01878, eq. 1).
+  """Sparsity that rises fast, then settles: `final + (initial - final) (1 - t)**3`.
+
+  Zhu & Gupta 2017, arXiv:1710.01878, equation 1.
 
   >>> float(cubic(0.5, start=0, end=100)(jnp.asarray(100)))
   0.5

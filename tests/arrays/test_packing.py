@@ -38,7 +38,8 @@ def naive_bytes(block, bits):
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
   bits=st.integers(1, 8), axis=st.sampled_from([-2, -1]), inputs=st.integers(1, 70),
-  outputs=st.integers(1, 5), lead=st.sampled_from([(), (2,)]), units=st.integers(1, 9), seed=st.integers(0, 9),
+  outputs=st.integers(1, 5), units=st.integers(1, 9), seed=st.integers(0, 9),
+  lead=st.sampled_from([(), (2,)]),
 )
 def test_codes_survive(bits, axis, inputs, outputs, lead, units, seed):
   shape = (*lead, inputs, outputs) if axis == -2 else (*lead, outputs, inputs)
