@@ -31,9 +31,20 @@ napoleon_use_ivar = True  # a field that its class documents is no second entry
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
+_plain: dict[str, list[str]] = {}
+
+
 def _literal(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
   """Docstrings are Markdown in spirit: a single backtick is code."""
   lines[:] = _CODE.sub(lambda found: f"``{found[1]}``", "\n".join(lines)).split("\n")
+  if what in ("attribute", "data", "property"):
+    _plain[name] = list(lines)
+
+
+def _keep(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+  """A value's text stays whole, where napoleon would take the words before a colon for a type."""
+  if name in _plain and what in ("attribute", "data", "property"):
+    lines[:] = _plain[name]
 
 
 def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -42,5 +53,6 @@ def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) ->
 
 
 def setup(app: Any) -> None:
-  app.connect("autodoc-process-docstring", _literal, priority=400)  # before napoleon's 500
+  app.connect("autodoc-process-docstring", _literal, priority=400)  # napoleon's is 500
+  app.connect("autodoc-process-docstring", _keep, priority=600)
   app.connect("autodoc-skip-member", _skip)

@@ -1,0 +1,313 @@
+"""The conformance table of transforms: one row each, every promise of a transform checked for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmcompress import tree
+from lmcompress.arrays import MaskedArray, QuantizedArray, masked
+from lmcompress.distributed import make_mesh, shard
+from lmcompress.io import checkpoint, safetensors
+from lmcompress.ops import rounding
+from lmcompress.transforms import (
+  METHODS,
+  at,
+  chain,
+  freeze,
+  leafwise,
+  magnitude,
+  named_chain,
+  partition,
+  round_to_nearest,
+  scheduled,
+)
+from lmcompress.transforms.magnitude import keep_largest, n_of_m
+from lmcompress.transforms.round_to_nearest import quantize_matrix
+from lmcompress.transforms.schedules import cubic, every
+from lmcompress.types import Evidence, Transform
+
+freezing = importlib.import_module("lmcompress.transforms.freeze")  # the package's `freeze` is the function
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One transform.
+
+  Attributes:
+    make: the transform.
+    matrix: its function of one matrix, jitted; None where a combinator or a step transform has none.
+    plain: the same function, not jitted.
+    before: applied first, for a transform that acts on what another made.
+    step: the training step of a step transform.
+    random: draws from the key.
+  """
+
+  name: str
+  make: Callable[[], Transform]
+  matrix: Callable[[jax.Array], Any] | None = None
+  plain: Callable[[jax.Array], Any] | None = None
+  before: Callable[[], Transform] | None = None
+  step: int | None = None
+  random: bool = False
+
+
+def rounding_row(name, **options):
+  fixed = {"mxfp4": {"group_size": 32}, "nvfp4": {"group_size": 16}}.get(options.get("grid"), {})
+  on_matrix = {"group_size": 64, **options, **fixed}
+  return Row(
+    name, lambda: round_to_nearest(**options),
+    functools.partial(quantize_matrix, **on_matrix), functools.partial(rounding.quantize, **on_matrix),
+  )
+
+
+def pruning_row(name, jitted, options, **arguments):
+  return Row(
+    name, lambda: magnitude(**arguments),
+    functools.partial(jitted, **options), functools.partial(jitted.__wrapped__, **options),
+  )
+
+
+@jax.jit
+def _noisy(w, key):
+  return w + jax.random.normal(key, w.shape, w.dtype)
+
+
+def minimums():
+  """Codes that cannot say 0, so that a mask stays."""
+  return round_to_nearest(group_size=16, symmetric=False, zero="real")
+
+
+def noise():
+  """A method that draws at random: what it gives is decided by the key and the path."""
+
+  def add(w, *, key):
+    return _noisy(w, key)
+
+  return leafwise(add, name="noise")
+
+
+def mask_over_codes():
+  """Codes that decode to 0 where the mask removes, and the mask beside them."""
+
+  def wrap(w, *, axis):
+    keep = keep_largest(w, w.size // 2)
+    return masked(quantize_matrix(jnp.where(keep, w, 0), bits=4, group_size=16, axis=axis), keep, axis)
+
+  return leafwise(wrap, name="mask_over_codes")
+
+
+def halve():
+  def half(w, *, axis, path):
+    return w / 2
+
+  return leafwise(half, name="halve")
+
+
+ramp = cubic(0.8, start=0, end=10)
+
+ROWS = [
+  rounding_row("int4 g16", bits=4, group_size=16),
+  rounding_row("int8 row asym", bits=8, group_size=-1, symmetric=False),
+  rounding_row("int3 g32 minimum mse", bits=3, group_size=32, symmetric=False, zero="real", clip="mse"),
+  rounding_row("int4 tensor signed", bits=4, group_size="tensor", convention="signed"),
+  rounding_row("nf4 g16 double", grid="nf4", group_size=16, scale_bits=8),
+  rounding_row("fp8", grid="fp8_e4m3", group_size=-1),
+  rounding_row("mxfp4", grid="mxfp4"),
+  rounding_row("nvfp4", grid="nvfp4"),
+  rounding_row("fixed step", bits=8, step=2.0**-4, group_size=-1),
+  pruning_row("magnitude", keep_largest, {"removed": 700}, sparsity=0.5),
+  pruning_row("magnitude row", keep_largest, {"removed": 10, "axis": -2}, sparsity=0.3, scope="row"),
+  pruning_row("magnitude global", keep_largest, {"removed": 900}, sparsity=0.4, scope="global"),
+  pruning_row("magnitude threshold", keep_largest, {"removed": 0}, threshold=0.1),
+  pruning_row("magnitude 2:4", n_of_m, {"n": 2, "m": 4, "axis": -2}, pattern="2:4"),
+  Row("magnitude schedule", lambda: magnitude(ramp), before=lambda: magnitude(0.0), step=4),
+  Row("scheduled", lambda: scheduled(magnitude(ramp), every(2)), before=lambda: magnitude(0.0), step=4),
+  Row("at schedule", lambda: at("layers/*/mlp", magnitude(ramp)), before=lambda: magnitude(0.0), step=4),
+  Row("chain of steps", lambda: chain(magnitude(ramp), magnitude(ramp, scope="row")),
+      before=lambda: magnitude(0.0), step=4),
+  Row("freeze", freeze, before=lambda: magnitude(0.5)),
+  Row("freeze codes", freeze, before=mask_over_codes),
+  Row("chain", lambda: chain(magnitude(pattern="2:4"), round_to_nearest(group_size=16), freeze())),
+  Row("named_chain", lambda: named_chain(("prune", magnitude(0.2)), ("round", minimums()))),
+  Row("at", lambda: at("layers/*/mlp", round_to_nearest(group_size=16))),
+  Row("at table", lambda: at("embed", round_to_nearest(bits=8, group_size=-1))),
+  Row("partition", lambda: partition(
+    {"layers/*/attn": "fine", "layers/*/mlp": "coarse"},
+    {"fine": round_to_nearest(bits=8, group_size=-1), "coarse": chain(magnitude(0.5), freeze())},
+  )),
+  Row("leafwise", halve),
+  Row("leafwise random", noise, random=True),
+]
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+COMPILED = (quantize_matrix, keep_largest, n_of_m, freezing._apply_mask, freezing._expressed)
+"""The jitted functions of the transforms."""
+
+
+def small_tree(params):
+  """A weight of each shape, one in bfloat16, norms, and a table."""
+  first, second = params["layers"]["0"], params["layers"]["1"]
+  return {
+    "embed": params["embed"],
+    "layers": {
+      "0": {"attn": {"q": first["attn"]["q"]}, "mlp": {"down": first["mlp"]["down"]}, "mlp_norm": first["mlp_norm"]},
+      "1": {"mlp": {"up": {"kernel": second["mlp"]["up"]["kernel"].astype(jnp.bfloat16)}}},
+    },
+  }
+
+
+@pytest.fixture(scope="module")
+def params(tiny):
+  return small_tree(tiny[1])
+
+
+@pytest.fixture(scope="module")
+def others(tiny):
+  """The same form, other values."""
+  return small_tree(tiny[0].init(jax.random.key(5)))
+
+
+def run(row, params, seed=0):
+  if row.before is not None:
+    params = apply(row.before(), params)
+  return apply(row.make(), params, seed, row.step)
+
+
+def apply(transform, params, seed=0, step=None):
+  evidence = Evidence(key=jax.random.key(seed), step=step)
+  return transform.apply(params, transform.init(params), evidence)[0]
+
+
+@pytest.fixture(scope="module")
+def results(params):
+  """Each row applied once, for the tests to compare with."""
+  return functools.cache(lambda row: run(row, params))
+
+
+def same_tree(a, b):
+  assert checkpoint.tree_hash(a) == checkpoint.tree_hash(b)
+
+
+def test_every_method_has_a_row():
+  names = {row.make().name for row in ROWS}
+  assert set(METHODS) <= names
+
+
+@each_row
+def test_the_seed_decides_everything(row, params, results):
+  same_tree(run(row, params), results(row))
+  if row.random:
+    assert checkpoint.tree_hash(run(row, params, seed=1)) != checkpoint.tree_hash(results(row))
+
+
+@each_row
+def test_acts_and_keeps_shape_and_dtype(row, params, results):
+  """Something changes; no shape, no dtype, no norm and no path does."""
+  before, after = tree.flatten(params), tree.flatten(results(row))
+  assert list(before) == list(after)
+  for path, leaf in before.items():
+    assert after[path].shape == leaf.shape and jnp.dtype(after[path].dtype) == leaf.dtype
+    assert tree.is_weight(path) or after[path] is leaf
+  assert any(after[path] is not leaf for path, leaf in before.items())
+
+
+@each_row
+def test_input_is_left_alone(row, params, results):
+  before = checkpoint.tree_hash(params)
+  run(row, params)
+  assert checkpoint.tree_hash(params) == before
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.matrix], ids=lambda row: row.name.replace(" ", "-"))
+def test_jit_equals_eager_on_a_matrix(row, params):
+  w = params["layers"]["0"]["mlp"]["down"]["kernel"]
+  jitted, eager = row.matrix(w), row.plain(w)
+  assert jax.tree.structure(jitted) == jax.tree.structure(eager)
+  for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(eager), strict=True):
+    if jnp.issubdtype(a.dtype, jnp.floating):  # fused or not, a scale is a product or two in float32
+      np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=3e-7)
+    else:
+      np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.matrix], ids=lambda row: row.name.replace(" ", "-"))
+def test_one_trace_for_two_matrices(row, params, others):
+  chex.clear_trace_counter()
+  traced = jax.jit(chex.assert_max_traces(lambda w: row.plain(w), n=1))
+  for each in (params, others):
+    traced(each["layers"]["0"]["mlp"]["down"]["kernel"])
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.step is not None], ids=lambda r: r.name.replace(" ", "-"))
+def test_a_step_transform_jits(row, params, results):
+  """Inside a training step: state is an argument, the step is traced, one trace serves all steps."""
+  transform, start = row.make(), apply(row.before(), params)
+  assert transform.phase == "step" and "step" in transform.needs
+  state = transform.init(start)
+  chex.clear_trace_counter()
+
+  @jax.jit
+  @functools.partial(chex.assert_max_traces, n=1)
+  def update(params, state, step):
+    return transform.apply(params, state, Evidence(step=step))
+
+  done, new = update(start, state, row.step)
+  same_tree(done, results(row))
+  assert jax.tree.structure(done) == jax.tree.structure(start)
+  assert jax.tree.structure(new) == jax.tree.structure(state)
+  update(done, new, row.step + 1)
+
+
+@each_row
+def test_nothing_is_compiled_twice(row, params, others, results):
+  """The same form with other values reuses every compiled function."""
+  results(row)
+  before = [f._cache_size() for f in COMPILED]
+  run(row, others)
+  assert [f._cache_size() for f in COMPILED] == before
+
+
+@each_row
+def test_round_trip_through_a_checkpoint(row, results, tmp_path):
+  done = results(row)
+  descriptions, arrays = checkpoint.describe(done)
+  safetensors.write(tmp_path / "weights.safetensors", arrays)
+  file = safetensors.open_file(tmp_path / "weights.safetensors")
+  again = tree.unflatten({
+    path: checkpoint.rebuild(d, file.read, path, Path("manifest.json")) for path, d in descriptions.items()
+  })
+  same_tree(again, done)
+  assert jax.tree.structure(again) == jax.tree.structure(done)
+
+
+@each_row
+def test_sharded_equals_local(row, tiny, params, results):
+  """On eight devices, to the bit: codes, scales, masks and values."""
+  same_tree(run(row, shard(tiny[0], params, make_mesh(data=1, tensor=8))), results(row))
+
+
+@pytest.mark.parametrize("name", ["int4 g16", "magnitude global", "magnitude schedule"])
+def test_sharded_over_two_axes(name, tiny, params, results):
+  row = next(row for row in ROWS if row.name == name)
+  same_tree(run(row, shard(tiny[0], params, make_mesh(data=2, tensor=4))), results(row))
+
+
+def test_rows_store_what_they_say(results):
+  """A look at one leaf of the rows that others stand on."""
+  by_name = {row.name: row for row in ROWS}
+  down = lambda name: results(by_name[name])["layers"]["0"]["mlp"]["down"]["kernel"]  # noqa: E731
+  assert isinstance(down("int4 g16"), QuantizedArray) and isinstance(down("magnitude"), MaskedArray)
+  assert isinstance(down("freeze"), jax.Array) and float(jnp.mean(down("freeze") == 0)) == 0.5
+  assert isinstance(down("freeze codes"), QuantizedArray) and isinstance(down("chain"), QuantizedArray)
+  assert isinstance(down("named_chain").values, QuantizedArray)
