@@ -13,18 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmcompress.config import check, override, read
+from lmcompress.config import load_config, variants_of
 from lmcompress.errors import ConfigError, LmcompressError
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def variants(table: dict[str, Any]) -> list[dict[str, Any]]:
-  """The settings under `variants`, each the keywords of the study's one transform."""
-  found = table.pop("variants", None)
-  if not isinstance(found, list) or not all(isinstance(v, dict) for v in found) or not found:
-    raise ConfigError("variants: a list of tables such as {bits: 4, group_size: 64} is needed")
-  return found
 
 
 def study(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -33,39 +25,52 @@ def study(path: Path, overrides: list[str]) -> dict[str, Any]:
 
   from lmcompress import compress, load
   from lmcompress.data.text import load_text, windows
-  from lmcompress.evaluate.perplexity import Score, log_probabilities, checked, score
+  from lmcompress.evaluate.perplexity import Score, compare
   from lmcompress.evaluate.size import sizes
   from lmcompress.experiment import device, versions
   from lmcompress.io.checkpoint import tree_hash
   from lmcompress.io.load import origin
   from lmcompress.recipe import build
 
-  table = override(read(path), overrides)
-  settings = variants(table)
-  config = check(table, path.name)
+  config = load_config(path, overrides)
+  if not config.variants:
+    raise ConfigError(f"{path.name}: variants are needed, a list of tables such as {{recipe.0.bits: 4}}")
   model, params, tokenizer = load(config.model)
-  rows = []
-  for setting in [{}, *settings]:
-    links = [{"name": "round_to_nearest", "at": "layers/*", **setting}] if setting else []
-    tree = compress(model, params, build(links), key=jax.random.key(config.seed))[0] if links else params
-    total = {}
-    for name in config.evaluate.texts:
-      tokens, masks = checked(windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length))
-      total[name] = Score(0, 0, 0, 0)
-      for i in range(len(tokens)):
-        t, m = tokens[i : i + 1], masks[i : i + 1]
-        reference = log_probabilities(model, params, t, m)
-        total[name] += score(model, tree, t, m, reference)
-    rows.append({
-      "setting": setting, "bits_per_weight": sizes({"layers": tree["layers"]})["bits_per_weight"],
-      "perplexity": {k: v.perplexity for k, v in total.items()}, "kl": {k: v.summary()["kl"] for k, v in total.items()},
+  trees = {"original": params}
+  for i, variant in enumerate(variants_of(config)):
+    trees[str(i)] = compress(model, params, build(variant.recipe), key=jax.random.key(variant.seed))[0]
+  total = {name: dict.fromkeys(config.evaluate.texts, Score(0, 0, 0, 0)) for name in trees}
+  for text in config.evaluate.texts:
+    tokens = windows(tokenizer, load_text(text), config.evaluate.windows, config.evaluate.length)
+    for row, scores in compare(model, params, trees, tokens):
+      for name, value in scores.items():
+        total[name][text] += value
+      print(f"{text}: window {row + 1} of {len(tokens)}", file=sys.stderr, flush=True)
+  rows = [
+    {
+      "overrides": overrides_,
+      "recipe": list(variant.recipe) if variant else [],
+      "bits_per_weight": sizes({"layers": tree["layers"]})["bits_per_weight"],
+      "perplexity": {text: score.perplexity for text, score in total[name].items()},
+      "kl": {text: score.summary()["kl"] for text, score in total[name].items()},
       "tree_hash": tree_hash(tree),
-    })
-    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    }
+    for (name, tree), overrides_, variant in zip(
+      trees.items(), [{}, *config.variants], [None, *variants_of(config)], strict=True
+    )
+  ]
   return {
-    "format": 1, "name": config.name, "config_hash": config.hash, "seed": config.seed, "model": config.model,
-    "original": origin(config.model), "versions": versions(), "device": device(),
-    "texts": list(config.evaluate.texts), "windows": config.evaluate.windows, "length": config.evaluate.length,
+    "format": 1,
+    "name": config.name,
+    "config_hash": config.hash,
+    "seed": config.seed,
+    "model": config.model,
+    "original": origin(config.model),
+    "versions": versions(),
+    "device": device(),
+    "texts": list(config.evaluate.texts),
+    "windows": config.evaluate.windows,
+    "length": config.evaluate.length,
     "variants": rows,
   }
 
@@ -78,11 +83,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
   for axis, text in zip(figure.subplots(1, len(result["texts"]), squeeze=False)[0], result["texts"], strict=True):
     original, *others = result["variants"]
     axis.axhline(original["perplexity"][text], color="grey", linewidth=1, label=result["original"])
-    groups = sorted({(str(v["setting"].get("group_size")), v["setting"].get("symmetric", True)) for v in others})
-    for group, symmetric in groups:
-      line = [v for v in others if (str(v["setting"].get("group_size")), v["setting"].get("symmetric", True)) == (group, symmetric)]
-      axis.plot([v["bits_per_weight"] for v in line], [v["perplexity"][text] for v in line], marker="o",
-                label=f"group {'row' if group == '-1' else group}, {'symmetric' if symmetric else 'asymmetric'}")
+    lines: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for variant in others:
+      link = variant["recipe"][0]
+      lines.setdefault((str(link["group_size"]), link.get("symmetric", True)), []).append(variant)
+    for (group, symmetric), line in sorted(lines.items()):
+      axis.plot(
+        [v["bits_per_weight"] for v in line],
+        [v["perplexity"][text] for v in line],
+        marker="o",
+        label=f"group {'row' if group == '-1' else group}, {'symmetric' if symmetric else 'asymmetric'}",
+      )
     axis.set(title=text, xlabel="bits per weight of the linears", ylabel="perplexity", yscale="log")
     axis.legend(fontsize=7)
   figure.savefig(path, metadata={"Date": None})

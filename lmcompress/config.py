@@ -62,7 +62,10 @@ class MeshSizes(_Table):
 
 
 class Config(_Table):
-  """A run: what is compressed, how, and what is measured."""
+  """A run: what is compressed, how, and what is measured.
+
+  `variants` is for studies: each is a table of dotted overrides, such as `{recipe.0.bits: 3}`.
+  """
 
   name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
   description: str = ""
@@ -74,6 +77,7 @@ class Config(_Table):
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   mesh: MeshSizes | None = None
+  variants: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
 
   @property
   def hash(self) -> str:
@@ -221,9 +225,26 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   try:
     if config.recipe:
       recipes.build(config.recipe)
+    variants_of(config)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None
   return config
+
+
+def variants_of(config: Config) -> list[Config]:
+  """The config of each variant, its overrides applied, checked.
+
+  Raises:
+    ConfigError: an override does not fit.
+  """
+  table = config.model_dump(mode="json", exclude={"variants"})
+  found = []
+  for variant in config.variants:
+    changed: Any = table
+    for dotted, value in variant.items():
+      changed = _set(changed, dotted.split("."), value, f"variants: {dotted}")
+    found.append(check(changed, "variants"))
+  return found
 
 
 def dump(config: Config) -> str:

@@ -76,6 +76,8 @@ def run(config: Config, results: Path, command: str, watcher: Watcher | None = N
     LmcompressError: the config, the model, a text or a weight is not as needed; nothing half-written is left.
   """
   watcher = watcher or Silent()
+  if config.variants:
+    raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
   folder = results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")

@@ -1,7 +1,8 @@
-"""Configs: every file in the repository resolves, and whatever a file or an override gets wrong is one clear line."""
+"""Configs: every file in the repository resolves; what a file or an override gets wrong is one clear line."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def put(tmp_path):
   return put
 
 
-# ------------------------------------------------------------------------------------------------ the files there are
+# --------------------------------------------------------------------------------- the files there are
 
 
 @pytest.fixture(scope="module")
@@ -53,32 +54,41 @@ def params():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_each_config_of_the_repository_resolves(path, params):
   config = load_config(path)
-  for link in recipes.build(config.recipe).links if config.recipe else ():
-    link.init(params, None)
+  for variant in (config, *configs.variants_of(config)):
+    for link in recipes.build(variant.recipe).links if variant.recipe else ():
+      link.init(params, None)
   assert check(yaml.safe_load(dump(config)), "again") == config
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_each_config_says_how_to_run_it(path):
-  """The header holds the exact command; a base, which others extend, needs none."""
-  header = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))[0]
+  """The header holds the exact command; a base, which others extend, needs none. A study names its script."""
+  header, name = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))[0], path.relative_to(ROOT).as_posix()
   assert header
-  if path.name != "base.yaml":
-    assert f"lmcompress run {path.relative_to(ROOT).as_posix()}" in header
-    assert path.stem == load_config(path).name
+  if path.name == "base.yaml":
+    return
+  config = load_config(path)
+  assert path.stem == config.name
+  if config.variants:
+    script, = re.findall(rf"^# Run: python (experiments/\w+\.py) --config {re.escape(name)}$", header,
+                         re.MULTILINE)
+    assert (ROOT / script).is_file()
+  else:
+    assert f"\n# Run: lmcompress run {name}\n" in header
 
 
 def test_there_are_configs():
   assert (ROOT / "configs" / "smollm2" / "quickstart.yaml") in FILES
 
 
-# ------------------------------------------------------------------------------------------------ extends
+# --------------------------------------------------------------------------------------------- extends
 
 
 def test_extends_merges_tables_and_replaces_the_rest(put):
   put("model: m\nseed: 1\nrecipe: [{name: freeze}]\nevaluate: {windows: 4, texts: [a]}\n", "a.yaml")
   put("extends: ../a.yaml\nname: b\nseed: 2\nevaluate: {length: 8}\n", "sub/b.yaml")
-  config = load_config(put("extends: sub/b.yaml\nname: c\nevaluate: {texts: [b, c]}\ngenerate: null\n", "c.yaml"))
+  config = load_config(put("extends: sub/b.yaml\nname: c\nevaluate: {texts: [b, c]}\ngenerate: null\n",
+                           "c.yaml"))
   assert (config.name, config.model, config.seed) == ("c", "m", 2)
   assert (config.evaluate.windows, config.evaluate.length, config.evaluate.texts) == (4, 8, ("b", "c"))
   assert config.recipe == ({"name": "freeze"},) and config.generate is None
@@ -96,7 +106,8 @@ def test_a_loop_of_extends_is_refused(put):
   put("extends: c.yaml\n", "b.yaml")
   refused(r"c\.yaml.*|a\.yaml: extends itself through a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml",
           load_config, put("extends: a.yaml\n", "c.yaml"))
-  refused(r"d\.yaml: extends itself through d\.yaml -> d\.yaml", load_config, put("extends: d.yaml\n", "d.yaml"))
+  refused(r"d\.yaml: extends itself through d\.yaml -> d\.yaml", load_config,
+          put("extends: d.yaml\n", "d.yaml"))
 
 
 @pytest.mark.parametrize("base", ["[a.yaml, b.yaml]", "1", "{a: b}"])
@@ -111,21 +122,20 @@ def test_a_base_that_is_not_there(put, tmp_path):
 
 
 def test_a_long_chain_of_extends_is_read_or_refused(put):
-  for i in range(2000):
+  for i in range(1200):
     put(f"extends: c{i + 1}.yaml\n", f"c{i}.yaml")
-  path = put(yaml.safe_dump(SMALL), "c2000.yaml").with_name("c0.yaml")
-  try:
+  path = put(yaml.safe_dump(SMALL), "c1200.yaml").with_name("c0.yaml")
+  with contextlib.suppress(ConfigError):
     assert load_config(path).name == "x"
-  except ConfigError:
-    pass
 
 
-# ------------------------------------------------------------------------------------------------ overrides
+# ------------------------------------------------------------------------------------------- overrides
 
 
 def test_overrides_reach_tables_lists_and_new_keys():
   table = {**SMALL, "evaluate": {"windows": 2}}
-  found = override(table, ["evaluate.windows=4", "evaluate.texts=[a, b]", "recipe.0.bits=3", "bench.rounds=0", "seed=7",
+  found = override(table, ["evaluate.windows=4", "evaluate.texts=[a, b]", "recipe.0.bits=3", "bench.rounds=0",
+                           "seed=7",
                            "generate=null", "recipe.0.clip=mse", "description=a=b"])
   assert found["evaluate"] == {"windows": 4, "texts": ["a", "b"]} and found["bench"] == {"rounds": 0}
   assert found["recipe"] == [{"name": "round_to_nearest", "bits": 3, "clip": "mse"}]
@@ -134,7 +144,8 @@ def test_overrides_reach_tables_lists_and_new_keys():
 
 
 def test_an_override_may_replace_a_whole_table(put):
-  config = load_config(put(yaml.safe_dump(SMALL)), ["recipe=[{name: freeze}]", "evaluate={windows: 3, length: 9}"])
+  config = load_config(put(yaml.safe_dump(SMALL)),
+                       ["recipe=[{name: freeze}]", "evaluate={windows: 3, length: 9}"])
   assert config.recipe == ({"name": "freeze"},) and config.evaluate.length == 9
 
 
@@ -155,7 +166,8 @@ def test_an_override_that_reaches_nothing_is_refused(text, message):
   refused(message, override, {**SMALL, "seed": 0}, [text])
 
 
-@pytest.mark.parametrize("text", ["evaluate..windows=4", ".evaluate=4", "evaluate.windows.=4", "evaluate.window=4"])
+@pytest.mark.parametrize("text", ["evaluate..windows=4", ".evaluate=4", "evaluate.windows.=4",
+                                  "evaluate.window=4"])
 def test_an_override_of_an_unknown_key_is_refused(put, text):
   refused("window|key", load_config, put(yaml.safe_dump({**SMALL, "evaluate": {"length": 4}})), [text])
 
@@ -164,9 +176,12 @@ def test_an_override_of_an_unknown_key_is_refused(put, text):
 
 
 @pytest.mark.parametrize(("text", "value"), [
-  ("1e-4", 1e-4), ("1E5", 1e5), ("-1.5e+3", -1500.0), (".5", 0.5), ("1.", 1.0), ("0.25", 0.25), ("-.inf", float("-inf")),
-  ("12", 12), ("-3", -3), ("0x1f", 31), ("~", None), ("null", None), ("", None), ("true", True), ("False", False),
-  ("2026-01-02", "2026-01-02"), ("1.2.3", "1.2.3"), ("=", "="), ("1e", "1e"), ("e5", "e5"), ("'1e-4'", "1e-4"), ("a: <<", {"a": "<<"}),
+  ("1e-4", 1e-4), ("1E5", 1e5), ("-1.5e+3", -1500.0), (".5", 0.5), ("1.", 1.0), ("0.25", 0.25),
+  ("-.inf", float("-inf")),
+  ("12", 12), ("-3", -3), ("0x1f", 31), ("~", None), ("null", None), ("", None), ("true", True),
+  ("False", False),
+  ("2026-01-02", "2026-01-02"), ("1.2.3", "1.2.3"), ("=", "="), ("1e", "1e"), ("e5", "e5"),
+  ("'1e-4'", "1e-4"), ("a: <<", {"a": "<<"}),
   ("layers/*", "layers/*"), ("n:m", "n:m"), ("${HOME}", "${HOME}"), ("{{ x }}", None), ("!!str 1", "1"),
 ])
 def test_scalars(text, value):
@@ -232,16 +247,17 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
   f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 
 
-@pytest.mark.parametrize("text", [BOMB, "[" * 500_000, "- " * 250_000, "a" * ((1 << 20) + 1), "{a: " * 200_000],
-                         ids=["aliases", "brackets", "dashes", "length", "braces"])
-def test_a_bomb_goes_out_at_once(text):
-  """Bounded work, so a tenth of a second is far more than it takes."""
+@pytest.mark.parametrize(("text", "limit_s"), [
+  (BOMB, 0.1), ("[" * 500_000, 1), ("- " * 250_000, 1), ("{a: " * 200_000, 1), ("a" * ((1 << 20) + 1), 1),
+], ids=["aliases", "brackets", "dashes", "braces", "length"])
+def test_a_bomb_goes_out_at_once(text, limit_s):
+  """A bound on the work, far above what it takes: an alias bomb that is followed takes minutes."""
   times = []
   for _ in range(3):
     begun = time.perf_counter()
     refused(".", parse, text, "x")
     times.append(time.perf_counter() - begun)
-  assert min(times) < 0.1
+  assert min(times) < limit_s
 
 
 @pytest.mark.parametrize("text", ["", "- a", "text", "1"])
@@ -253,7 +269,7 @@ def test_a_config_is_utf8(put):
   refused("x.yaml: not UTF-8 text", load_config, put(b"name: \xff"))
 
 
-# ------------------------------------------------------------------------------------------------ keys and values
+# ------------------------------------------------------------------------------------- keys and values
 
 
 def test_an_unknown_key_shows_the_keys():
@@ -306,7 +322,7 @@ def test_a_config_is_frozen():
     config.seed = 1
 
 
-# ------------------------------------------------------------------------------------------------ the hash
+# -------------------------------------------------------------------------------------------- the hash
 
 
 def test_the_hash_is_eight_digits_that_do_not_depend_on_how_the_file_is_written(put):
@@ -319,26 +335,32 @@ def test_the_hash_is_eight_digits_that_do_not_depend_on_how_the_file_is_written(
 def test_the_hash_changes_with_every_value():
   base = {**SMALL, "mesh": {"data": 1}, "calibration": {"text": "grimm"}}
   hashes = [check(base, "x").hash]
-  for text in ("seed=1", "model=m", "recipe.0.bits=3", "recipe.0.at=embed", "evaluate.windows=1", "evaluate.length=9",
-               "evaluate.texts=[grimm, pydoc]", "bench.rounds=1", "bench.prefill=1", "bench.decode=1", "generate=null",
-               "generate.prompt=x", "generate.chat=true", "mesh.data=2", "mesh.tensor=2", "calibration.windows=1",
+  for text in ("seed=1", "model=m", "recipe.0.bits=3", "recipe.0.at=embed", "evaluate.windows=1",
+               "evaluate.length=9",
+               "evaluate.texts=[grimm, pydoc]", "bench.rounds=1", "bench.prefill=1", "bench.decode=1",
+               "generate=null",
+               "generate.prompt=x", "generate.chat=true", "mesh.data=2", "mesh.tensor=2",
+               "calibration.windows=1",
                "recipe=[]", "recipe=[{name: freeze}]"):
     hashes.append(check(override(base, [text]), "x").hash)
   assert len(set(hashes)) == len(hashes)
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# --------------------------------------------------------------------------------------------- recipes
 
 
 @pytest.mark.parametrize(("link", "message"), [
-  ({"name": "round_to_neares"}, r"recipe\[0\]: no method 'round_to_neares'; did you mean 'round_to_nearest'\? Methods are "),
+  ({"name": "round_to_neares"},
+   r"recipe\[0\]: no method 'round_to_neares'; did you mean 'round_to_nearest'\? Methods are "),
   ({"name": "magnitud", "sparsity": 0.2}, "did you mean 'magnitude'"),
   ({"name": "zzz"}, r"no method 'zzz'[;.:] *[Mm]ethods are round_to_nearest"),
   ({"name": None}, "no method None"),
   ({"name": ["magnitude"]}, "no method"),
   ({}, "no method None"),
-  ({"name": "round_to_nearest", "bit": 4}, "round_to_nearest does not take 'bit'; it takes at, bits, group_size"),
-  ({"name": "round_to_nearest", "bits": "4"}, r"recipe\[0\] \(round_to_nearest\): bits: .*integer; found '4'"),
+  ({"name": "round_to_nearest", "bit": 4},
+   "round_to_nearest does not take 'bit'; it takes at, bits, group_size"),
+  ({"name": "round_to_nearest", "bits": "4"},
+   r"recipe\[0\] \(round_to_nearest\): bits: .*integer; found '4'"),
   ({"name": "round_to_nearest", "bits": 4.5}, "bits: .*integer"),
   ({"name": "round_to_nearest", "bits": True}, "bits: .*integer"),
   ({"name": "round_to_nearest", "bits": None}, "bits: .*integer"),
@@ -384,7 +406,8 @@ def test_a_link_that_is_no_table():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_schema_of_its_signature(name):
-  message = refused(f"{name} does not take 'nothing'; it takes at", recipes.build, [{"name": name, "nothing": 1}])
+  message = refused(f"{name} does not take 'nothing'; it takes at", recipes.build,
+                    [{"name": name, "nothing": 1}])
   for field in recipes._schema(METHODS[name]).model_fields:
     assert field in message
 

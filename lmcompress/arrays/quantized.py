@@ -75,18 +75,18 @@ class QuantizedArray(CompressedArray):
     return ("scale", "minimum")
 
   def materialize(self) -> jax.Array:
-    return self._decode(self.codes, self._scale(), self._zero(), self.minimum).astype(self.dtype)
+    return self._decode(self.codes, self.scales(), self.zeros(), self.minimum).astype(self.dtype)
 
   def columns(self, start: Any, size: int) -> jax.Array:
     """`size` outputs (table rows) from `start` on, dense float32: a tile of the weight."""
-    cut = functools.partial(_cut, start=start, size=size, axis=self.axis)
-    return self._decode(self.codes.columns(start, size), cut(self._scale()), cut(self._zero()), cut(self.minimum))
+    cut = functools.partial(cut_outputs, start=start, size=size, axis=self.axis)
+    return self._decode(self.codes.columns(start, size), cut(self.scales()), cut(self.zeros()), cut(self.minimum))
 
   def rows(self, ids: jax.Array) -> jax.Array:
     """Table rows `[*ids.shape, features]` in float32."""
     take = functools.partial(_take, ids=ids)
     codes = dataclasses.replace(self.codes, data=self.codes.data[ids])
-    return self._decode(codes, take(self._scale()), take(self._zero()), take(self.minimum))
+    return self._decode(codes, take(self.scales()), take(self.zeros()), take(self.minimum))
 
   def sharding_like(self, spec: PartitionSpec) -> QuantizedArray:
     parts = _pad_spec(spec, len(self.shape))
@@ -107,11 +107,13 @@ class QuantizedArray(CompressedArray):
       minimum=minimum,  # type: ignore
     )
 
-  def _scale(self) -> jax.Array:
+  def scales(self) -> jax.Array:
+    """The scales in float32, decoded if they are quantized themselves."""
     scale = self.scale.materialize() if isinstance(self.scale, CompressedArray) else self.scale
     return scale.astype(jnp.float32)
 
-  def _zero(self) -> jax.Array | None:
+  def zeros(self) -> jax.Array | None:
+    """The zero points in float32, or None."""
     return None if self.zero_point is None else self.zero_point.unpack().astype(jnp.float32)
 
   def _decode(self, codes: Packed, scale: Any, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
@@ -120,19 +122,19 @@ class QuantizedArray(CompressedArray):
     values = jnp.concatenate([self.grid.decode(f) for f in fields(codes.data, codes.bits, axis)], axis=axis)
     group = self.shape[axis] if self.group_size == -1 else self.group_size
     if group % codes.block == 0 or scale.shape[axis] == 1:
-      wide = functools.partial(_per_block, axis=axis, blocks=codes.blocks, repeats=max(1, group // codes.block))
-      return merge_blocks(_affine(values, wide(scale), wide(zero), wide(minimum)), axis, codes.pad)
+      wide = functools.partial(per_block, axis=axis, blocks=codes.blocks, repeats=max(1, group // codes.block))
+      return merge_blocks(affine(values, wide(scale), wide(zero), wide(minimum)), axis, codes.pad)
     wide = functools.partial(_per_input, axis=axis, group=group, inputs=self.shape[axis])
-    return _affine(merge_blocks(values, axis, codes.pad), wide(scale), wide(zero), wide(minimum))
+    return affine(merge_blocks(values, axis, codes.pad), wide(scale), wide(zero), wide(minimum))
 
 
-def _affine(values: jax.Array, scale: Any, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
+def affine(values: jax.Array, scale: Any, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
   if zero is not None:
     return (values - zero) * scale
   return values * scale if minimum is None else values * scale + minimum
 
 
-def _per_block(x: jax.Array | None, axis: int, blocks: int, repeats: int) -> jax.Array | None:
+def per_block(x: jax.Array | None, axis: int, blocks: int, repeats: int) -> jax.Array | None:
   """Group values spread to `[..., blocks, 1, ...]`."""
   if x is None:
     return None
@@ -148,7 +150,7 @@ def _per_input(x: jax.Array | None, axis: int, group: int, inputs: int) -> jax.A
   return jax.lax.slice_in_dim(jnp.repeat(x.astype(jnp.float32), group, axis=axis), 0, inputs, axis=axis)
 
 
-def _cut(x: jax.Array | None, start: Any, size: int, axis: int) -> jax.Array | None:
+def cut_outputs(x: jax.Array | None, start: Any, size: int, axis: int) -> jax.Array | None:
   """`size` outputs of a part shaped as the scale; a part with one output serves them all."""
   where = -3 - axis
   if x is None or x.shape[where] == 1:

@@ -49,4 +49,4 @@ STATISTICS = {
     lambda s, count: s / count,
   ),
 }
-"""`hessian` is `(2 / tokens) sum x x^T: [in, in]`; `second_moment` (mean square), `absmax` and `mean_abs` are `[in]`."""
+"""`hessian` is `(2 / tokens) sum x x^T: [in, in]`; `second_moment`, `absmax` and `mean_abs` are `[in]`."""

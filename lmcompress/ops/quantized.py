@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from lmcompress.arrays.grids import Integer
 from lmcompress.arrays.masked import MaskedArray
-from lmcompress.arrays.packing import fields
-from lmcompress.arrays.quantized import QuantizedArray
-from lmcompress.ops.linear import Rules, gathered_embed, register, tiled_attend, tiled_linear
+from lmcompress.arrays.packing import fields, multiple
+from lmcompress.arrays.quantized import QuantizedArray, affine, cut_outputs, per_block
+from lmcompress.ops.linear import Rules, gathered_embed, over_tiles, register, tiled_attend, tiled_linear
 
 _SMALL_M = 8
 """Rows of x up to which a loop over groups beats tiles of outputs (measured, two AVX-512 cores)."""
@@ -22,18 +22,44 @@ def quantized_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
   rows = 1
   for extent in x.shape[:-1]:
     rows *= extent
-  return _block_linear(x, w) if rows <= _SMALL_M and _loops_over_blocks(w) else tiled_linear(x, w)
+  if not _blocks_within_groups(w):
+    return tiled_linear(x, w)
+  return _block_linear(x, w) if rows <= _SMALL_M and isinstance(w.grid, Integer) else _part_linear(x, w)
 
 
-def _loops_over_blocks(w: QuantizedArray) -> bool:
-  block, inputs = w.codes.block, w.shape[-2]
-  group = inputs if w.group_size == -1 else w.group_size
-  return (
-    isinstance(w.grid, Integer)
-    and w.codes.data.ndim == 3
-    and block <= 256
-    and (group % block == 0 or w.scale.shape[-2] == 1)
-  )
+def _group(w: QuantizedArray) -> int:
+  return w.shape[-2] if w.group_size == -1 else w.group_size
+
+
+def _blocks_within_groups(w: QuantizedArray) -> bool:
+  block = w.codes.block
+  return w.codes.data.ndim == 3 and block <= 256 and (_group(w) % block == 0 or w.scale.shape[-2] == 1)
+
+
+@functools.partial(jax.jit, inline=False)
+def _part_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
+  """Tiles of outputs, the parts of all blocks multiplied apart: x is split once, no tile is put together.
+
+  Low nibbles meet the first half of each block of x, high nibbles the second.
+  """
+  codes, (inputs, outputs) = w.codes, w.shape
+  rows = jnp.pad(x.reshape(-1, inputs).astype(jnp.float32), ((0, 0), (0, codes.pad)))
+  count = multiple(codes.bits)
+  split = rows.reshape(rows.shape[0], codes.blocks, count, codes.block // count)
+  xs = [split[:, :, j].reshape(rows.shape[0], -1) for j in range(count)]
+  scale, zero = w.scales(), w.zeros()
+
+  def product(start: jax.Array, size: int) -> jax.Array:
+    cut = functools.partial(cut_outputs, start=start, size=size, axis=-2)
+    wide = functools.partial(per_block, axis=-2, blocks=codes.blocks, repeats=max(1, _group(w) // codes.block))
+    decoded = functools.partial(affine, scale=wide(cut(scale)), zero=wide(cut(zero)), minimum=wide(cut(w.minimum)))
+    parts = fields(codes.columns(start, size).data, codes.bits, -2)
+    return sum(
+      (xj @ decoded(w.grid.decode(part)).reshape(-1, size) for xj, part in zip(xs, parts, strict=True)),
+      jnp.zeros((), jnp.float32),
+    )
+
+  return over_tiles(product, outputs).reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
 @functools.partial(jax.jit, inline=False)
@@ -46,10 +72,9 @@ def _block_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
   codes, (inputs, outputs) = w.codes, w.shape
   rows = x.reshape(-1, inputs).astype(jnp.float32)
   rows = jnp.pad(rows, ((0, 0), (0, codes.pad))).reshape(-1, codes.blocks, codes.block)
-  group = inputs if w.group_size == -1 else w.group_size
-  scale = w._scale()
-  offset = w._zero() if w.zero_point is not None else None
-  per_group = max(1, group // codes.block)
+  scale = w.scales()
+  offset = w.zeros() if w.zero_point is not None else None
+  per_group = max(1, _group(w) // codes.block)
   assert isinstance(w.grid, Integer)
   bare = w.grid.offset
 

@@ -22,20 +22,24 @@ from lmcompress.types import FormatError
 
 VOCAB, EMBED, MLP, HEADS, KV, HEAD, LAYERS = 48, 32, 64, 4, 2, 8, 2
 CONFIG = {
-  "model_type": "llama", "vocab_size": VOCAB, "hidden_size": EMBED, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+  "model_type": "llama", "vocab_size": VOCAB, "hidden_size": EMBED, "intermediate_size": MLP,
+  "num_hidden_layers": LAYERS,
   "num_attention_heads": HEADS, "num_key_value_heads": KV, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
   "max_position_embeddings": 128, "tie_word_embeddings": False, "hidden_act": "silu",
 }
-LINEARS = {"self_attn.q_proj": (EMBED, EMBED), "self_attn.k_proj": (KV * HEAD, EMBED), "self_attn.v_proj": (KV * HEAD, EMBED),
+LINEARS = {"self_attn.q_proj": (EMBED, EMBED), "self_attn.k_proj": (KV * HEAD, EMBED),
+           "self_attn.v_proj": (KV * HEAD, EMBED),
            "self_attn.o_proj": (EMBED, EMBED), "mlp.gate_proj": (MLP, EMBED), "mlp.up_proj": (MLP, EMBED),
            "mlp.down_proj": (EMBED, MLP)}
 SHAPES = {
-  "model.embed_tokens.weight": (VOCAB, EMBED), "model.norm.weight": (EMBED,), "lm_head.weight": (VOCAB, EMBED),
+  "model.embed_tokens.weight": (VOCAB, EMBED), "model.norm.weight": (EMBED,),
+  "lm_head.weight": (VOCAB, EMBED),
   **{f"model.layers.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in LINEARS.items()},
   **{f"model.layers.{i}.{name}.weight": (EMBED,) for i in range(LAYERS)
      for name in ("input_layernorm", "post_attention_layernorm")},
 }
-BIASES = {f"model.layers.{i}.{name}.bias": shape[:1] for i in range(LAYERS) for name, shape in LINEARS.items()}
+BIASES = {f"model.layers.{i}.{name}.bias": shape[:1]
+          for i in range(LAYERS) for name, shape in LINEARS.items()}
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -48,7 +52,8 @@ def put(folder, arrays=None, config=None, *, shards=0):
   """Writes a folder as transformers does: one file, or `shards` files and their index."""
   arrays = tensors() if arrays is None else arrays
   folder.mkdir(exist_ok=True)
-  (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps({**CONFIG, **(config or {})}))
+  text = config if isinstance(config, str) else json.dumps({**CONFIG, **(config or {})})
+  (folder / "config.json").write_text(text)
   if not shards:
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -71,7 +76,7 @@ def refused(folder, *words):
     assert word in message, message
 
 
-# ------------------------------------------------------------------------------------------------ what is read
+# ---------------------------------------------------------------------------------------- what is read
 
 
 def test_each_tensor_lands_in_its_place(tmp_path):
@@ -82,10 +87,12 @@ def test_each_tensor_lands_in_its_place(tmp_path):
   leaves = tree.flatten(params)
   assert len(leaves) == len(arrays) and all(str(leaf.dtype) == "float32" for leaf in leaves.values())
   np.testing.assert_array_equal(leaves["layers/1/attn/q/kernel"], arrays[Q].T)
-  np.testing.assert_array_equal(leaves["layers/0/mlp/down/kernel"], arrays["model.layers.0.mlp.down_proj.weight"].T)
+  np.testing.assert_array_equal(leaves["layers/0/mlp/down/kernel"],
+                                arrays["model.layers.0.mlp.down_proj.weight"].T)
   np.testing.assert_array_equal(leaves["layers/0/mlp/down/bias"], arrays["model.layers.0.mlp.down_proj.bias"])
   np.testing.assert_array_equal(leaves["head/table"], arrays["lm_head.weight"])
-  np.testing.assert_array_equal(leaves["layers/0/mlp_norm/scale"], arrays["model.layers.0.post_attention_layernorm.weight"])
+  np.testing.assert_array_equal(leaves["layers/0/mlp_norm/scale"],
+                                arrays["model.layers.0.post_attention_layernorm.weight"])
   assert np.isfinite(model.apply(params, np.zeros((1, 4), np.int32))).all()
 
 
@@ -133,7 +140,7 @@ def test_both_spellings_of_rope_are_read(tmp_path, given, kind, theta):
   assert (model.config.rope.kind, model.config.rope.theta) == (kind, theta)
 
 
-# ------------------------------------------------------------------------------------------------ folders that do not fit
+# ----------------------------------------------------------------------------- folders that do not fit
 
 
 def test_a_folder_without_a_config(tmp_path):
@@ -142,7 +149,8 @@ def test_a_folder_without_a_config(tmp_path):
   refused(tmp_path / "m", "config.json: missing; a Hugging Face folder has config.json and *.safetensors")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "1", '"x"', "[" * 100_000, '{"a":' * 50_000, "1" * 10_000, "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '"x"', "[" * 100_000, '{"a":' * 50_000, "1" * 10_000,
+                                  "\x00"])
 def test_a_config_that_is_none(tmp_path, text):
   refused(put(tmp_path / "m", config=text), "config.json")
 
@@ -158,7 +166,8 @@ def test_a_config_of_other_bytes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mamba", None, 1, ["llama"], {}])
 def test_an_unknown_architecture(tmp_path, kind):
-  refused(put(tmp_path / "m", config={"model_type": kind}), f"model_type {kind!r} is not known here; known are llama")
+  refused(put(tmp_path / "m", config={"model_type": kind}),
+          f"model_type {kind!r} is not known here; known are llama")
 
 
 def test_no_weights(tmp_path):
@@ -174,7 +183,8 @@ def test_weights_in_a_pickle_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-  "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", Q, "model.layers.0.mlp.down_proj.weight",
+  "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", Q,
+  "model.layers.0.mlp.down_proj.weight",
   "model.layers.1.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight",
 ])
 def test_a_missing_tensor(tmp_path, name):
@@ -184,7 +194,8 @@ def test_a_missing_tensor(tmp_path, name):
   refused(put(tmp_path / "m", arrays), repr(name))
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_norm.weight", "x", "\n"])
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight",
+                                  "model.layers.0.self_attn.q_norm.weight", "x", "\n"])
 def test_a_tensor_too_many(tmp_path, name):
   refused(put(tmp_path / "m", {**tensors(), name: np.ones(3, np.float32)}), repr(name), "no place")
 
@@ -194,7 +205,8 @@ def test_more_or_fewer_layers_than_the_config_says(tmp_path, layers):
   refused(put(tmp_path / "m", config={"num_hidden_layers": layers}), "model.layers.")
 
 
-SIZES = [(name, axis) for name, shape in SHAPES.items() if ".0." in name or "layers" not in name for axis in range(len(shape))]
+SIZES = [(name, axis) for name, shape in SHAPES.items() if ".0." in name or "layers" not in name
+         for axis in range(len(shape))]
 
 
 @pytest.mark.parametrize(("name", "axis"), SIZES, ids=[f"{name}-{axis}" for name, axis in SIZES])
@@ -264,14 +276,15 @@ def test_weights_that_are_no_floats(tmp_path, dtype):
   ({"rope_scaling": {"type": "spiral"}}, "rope type 'spiral'"),
   ({"rope_scaling": {"type": ["linear"]}}, "rope type"),
   ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
-  ({"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": "x"}}, "original_max_position_embeddings"),
+  ({"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": "x"}},
+   "original_max_position_embeddings"),
   ({"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": "x"}}, "attention_factor"),
 ])
 def test_a_setting_out_of_range(tmp_path, given, word):
   refused(put(tmp_path / "m", config=given), word)
 
 
-# ------------------------------------------------------------------------------------------------ shards
+# ---------------------------------------------------------------------------------------------- shards
 
 
 def index(folder, change):
@@ -282,12 +295,14 @@ def index(folder, change):
   return folder
 
 
-@pytest.mark.parametrize("name", ["../x", "../m/model-00001-of-00002.safetensors", "/etc/hostname", "sub/x", "..\\x", "a\0b",
+@pytest.mark.parametrize("name", ["../x", "../m/model-00001-of-00002.safetensors", "/etc/hostname", "sub/x",
+                                  "..\\x", "a\0b",
                                   "", ".", "..", "model-00009-of-00002.safetensors"])
 def test_an_index_that_points_elsewhere(tmp_path, name):
   folder = put(tmp_path / "m", shards=2)
   shutil.copy(folder / "model-00001-of-00002.safetensors", tmp_path / "x")
-  refused(index(folder, lambda t: t["weight_map"].update({Q: name})), "index.json", f"{name!r} is no file beside it")
+  refused(index(folder, lambda t: t["weight_map"].update({Q: name})), "index.json",
+          f"{name!r} is no file beside it")
 
 
 def test_a_missing_shard(tmp_path):
@@ -311,7 +326,7 @@ def test_an_index_whose_tensor_is_elsewhere(tmp_path):
   refused(index(folder, lambda t: t["weight_map"].update({Q: other})), f"tensor {Q!r} is not in {other}")
 
 
-# ------------------------------------------------------------------------------------------------ damaged files
+# --------------------------------------------------------------------------------------- damaged files
 
 
 @pytest.mark.parametrize("shards", [0, 2])
@@ -319,7 +334,8 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, shards):
   folder = put(tmp_path / "m", shards=shards)
   path = sorted(folder.glob("*.safetensors"))[0]
   whole = path.read_bytes()
-  for damaged in (b"", whole[:7], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], whole[:8] + b"}" + whole[9:]):
+  for damaged in (b"", whole[:7], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:],
+                  whole[:8] + b"}" + whole[9:]):
     path.write_bytes(damaged)
     refused(folder, path.name)
 
@@ -333,17 +349,19 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 
 
 def test_mutants_of_a_folder_are_read_or_refused(tmp_path):
-  """Values of config and index replaced by what does not belong there: FormatError or a tree, nothing else."""
+  """Values of config and index replaced by what does not belong there: FormatError or a tree."""
   folder, rng, wrong, read = put(tmp_path / "m", shards=2), random.Random(0), [], 0
   rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attention_factor": 1.0}
   index_path, config_path = folder / "model.safetensors.index.json", folder / "config.json"
   config = {**CONFIG, "head_dim": HEAD, "rope_scaling": rope}
   table = json.loads(index_path.read_text())
-  values = [None, True, False, -1, 0, 1, 2**31, 2**70, 10**400, 0.5, -0.5, float("inf"), float("nan"), "", "x", "../x", "llama", [],
+  values = [None, True, False, -1, 0, 1, 2**31, 2**70, 10**400, 0.5, -0.5, float("inf"), float("nan"), "",
+            "x", "../x", "llama", [],
             [[]], {}, {"a": 1}]
   for _ in range(300):
     changed, changed_table = json.loads(json.dumps(config)), json.loads(json.dumps(table))
-    target = rng.choice([changed, changed, changed["rope_scaling"], changed_table, changed_table["weight_map"]])
+    target = rng.choice([changed, changed, changed["rope_scaling"], changed_table,
+                         changed_table["weight_map"]])
     key = rng.choice(sorted(target))
     if rng.random() < 0.2:
       del target[key]
@@ -362,7 +380,7 @@ def test_mutants_of_a_folder_are_read_or_refused(tmp_path):
   assert 0 < read < 250
 
 
-# ------------------------------------------------------------------------------------------------ GGUF through the same door
+# -------------------------------------------------------------------------- GGUF through the same door
 
 
 def small_gguf(path):
@@ -381,9 +399,12 @@ def small_gguf(path):
   writer.add_token_list(["a", "b", "ab", *(f"t{i}" for i in range(VOCAB - 3))])
   writer.add_token_types([gguf.TokenType.NORMAL] * VOCAB)
   writer.add_token_merges(["a b"])
-  shapes = {"token_embd": (VOCAB, EMBED), "output_norm": (EMBED,), "blk.0.attn_norm": (EMBED,), "blk.0.ffn_norm": (EMBED,)}
-  for name, theirs in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
-                       ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"),
+  shapes = {"token_embd": (VOCAB, EMBED), "output_norm": (EMBED,), "blk.0.attn_norm": (EMBED,),
+            "blk.0.ffn_norm": (EMBED,)}
+  for name, theirs in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"),
+                       ("attn_v", "self_attn.v_proj"),
+                       ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"),
+                       ("ffn_up", "mlp.up_proj"),
                        ("ffn_down", "mlp.down_proj")):
     shapes[f"blk.0.{name}"] = LINEARS[theirs]
   for name, shape in shapes.items():

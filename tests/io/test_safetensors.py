@@ -1,8 +1,9 @@
-"""safetensors: what is written reads back here and in the safetensors package; a bad file is refused in one way."""
+"""safetensors: what is written reads back here and in the package; a bad file is refused in one way."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -126,7 +127,8 @@ def test_the_package_reads_what_is_written_here(tmp_path):
 
 
 def test_what_the_package_writes_reads_here(tmp_path):
-  arrays = {code: filled(code, (3, 5)) for code in ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")}
+  arrays = {code: filled(code, (3, 5))
+            for code in ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")}
   path = tmp_path / "model.safetensors"
   save_file(arrays, path, metadata={"format": "pt"})
   file = open_file(path)
@@ -147,13 +149,14 @@ def test_arrays_start_at_multiples_of_64_and_the_layout_is_foretold(tmp_path):
     assert start % 64 == 0 and (file.entries[name].start, file.entries[name].end) == (start, end)
   covered = sorted((e.start, e.end) for e in file.entries.values())
   assert covered[0][0] == len(head) and covered[-1][1] == size
-  assert all(a[1] == b[0] for a, b in zip(covered, covered[1:], strict=False)), "the format admits no holes"
+  assert all(a[1] == b[0] for a, b in itertools.pairwise(covered)), "the format admits no holes"
 
 
 def test_jax_arrays_and_views_are_written(tmp_path):
   x = np.arange(24, dtype=np.float32).reshape(4, 6)
   path = tmp_path / "model.safetensors"
-  write(path, {"jax": jnp.asarray(x), "view": x[::2, ::3], "turned": x.T, "half": jnp.asarray(x, jnp.bfloat16)})
+  write(path, {"jax": jnp.asarray(x), "view": x[::2, ::3], "turned": x.T,
+               "half": jnp.asarray(x, jnp.bfloat16)})
   file = open_file(path)
   np.testing.assert_array_equal(file.read("jax"), x)
   np.testing.assert_array_equal(file.read("view"), x[::2, ::3])
@@ -198,11 +201,13 @@ def test_each_truncation_is_refused(tmp_path):
 def test_mutants_are_read_or_refused(tmp_path):
   """Bytes changed, cut, inserted, and values of the header replaced by what does not belong there."""
   path, rng = tmp_path / "model.safetensors", random.Random(0)
-  write(path, {f"x{i}": filled(code, (3, 2), i) for i, code in enumerate(["F32", "BF16", "U8", "I64", "BOOL"])})
+  write(path, {f"x{i}": filled(code, (3, 2), i) for i,
+               code in enumerate(["F32", "BF16", "U8", "I64", "BOOL"])})
   whole = path.read_bytes()
   length = int.from_bytes(whole[:8], "little")
   header, data = json.loads(whole[8:8 + length]), whole[8 + length:]
-  values = [None, True, -1, 0, 1, 2**31, 2**63, 2**70, 1.5, "", "F32", "U8", [], [0], [0, 0], [0, 2**50], {}, "x" * 99]
+  values = [None, True, -1, 0, 1, 2**31, 2**63, 2**70, 1.5, "", "F32", "U8", [], [0], [0, 0], [0, 2**50], {},
+            "x" * 99]
   read, wrong = 0, []
   for n in range(600):
     if n % 2:

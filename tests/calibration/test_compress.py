@@ -1,0 +1,254 @@
+"""compress hands a method the statistics it asks for, block by block, and reports what was done."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmcompress import tree
+from lmcompress.arrays import MaskedArray, QuantizedArray
+from lmcompress.calibration import compress
+from lmcompress.calibration.statistics import STATISTICS
+from lmcompress.io.checkpoint import tree_hash
+from lmcompress.transforms import at, chain, freeze, leafwise, magnitude, named_chain, round_to_nearest
+from lmcompress.types import Evidence, WeightError
+
+
+@pytest.fixture(scope="module")
+def calibration():
+  return np.random.default_rng(0).integers(0, 64, (3, 10)).astype(np.int32)
+
+
+def spy(seen, factor=0.5):
+  """Keeps the statistics it is given, and changes the weight so that the next block sees it."""
+
+  def method(w, *, path, hessian, second_moment, absmax, mean_abs):
+    seen[path] = {"hessian": hessian, "second_moment": second_moment, "absmax": absmax, "mean_abs": mean_abs}
+    return w * factor
+
+  return leafwise(method, name="spy")
+
+
+def tapped(model, original, compressed, block, stage, calibration):
+  """Inputs of a stage `[tokens, in]` in float64: blocks before this one compressed, itself as it was."""
+  blocks = model.blocks(original)
+  rows = []
+  for row in calibration:
+    carry = model.start(original, row[None])
+    for done in blocks[: blocks.index(block)]:
+      carry, _ = model.run(done, compressed, carry)
+    _, inputs = model.run(block, original, carry, (stage.name,))
+    rows.append(np.asarray(inputs[stage.name], np.float64)[0])
+  return np.concatenate(rows)
+
+
+def test_statistics_are_those_of_the_tapped_inputs(tiny, calibration):
+  """Against NumPy in float64; float32 sums of 30 tokens are good to about 1e-6 of the largest."""
+  model, params = tiny
+  seen = {}
+  done, _ = compress(model, params, spy(seen), calibration)
+  assert set(seen) == set(tree.default_selection(params))
+  for block in model.blocks(params):
+    for stage in block.stages:
+      x = tapped(model, params, done, block, stage, calibration)
+      want = {
+        "hessian": 2 / len(x) * x.T @ x, "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
+        "mean_abs": np.abs(x).mean(0),
+      }
+      for linear in stage.linears:
+        got = seen[f"{block.path}/{linear}/kernel"]
+        assert set(got) == set(want) == set(STATISTICS)
+        for name, value in want.items():
+          assert got[name].dtype == jnp.float32
+          np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max())
+
+
+def test_a_block_sees_its_compressed_predecessors(tiny, calibration):
+  """Unless block 0 was changed, block 1 would see something else."""
+  model, params = tiny
+  halved, kept = {}, {}
+  compress(model, params, spy(halved, 0.5), calibration)
+  compress(model, params, spy(kept, 1.0), calibration)
+  first, second = "layers/0/attn/q/kernel", "layers/1/attn/q/kernel"
+  np.testing.assert_array_equal(halved[first]["hessian"], kept[first]["hessian"])
+  assert float(jnp.max(jnp.abs(halved[second]["hessian"] - kept[second]["hessian"]))) > 1e-3
+
+
+def test_linears_of_a_stage_share_one_array(tiny, calibration):
+  seen = {}
+  compress(tiny[0], tiny[1], spy(seen), calibration)
+  q, k = (seen[f"layers/0/attn/{name}/kernel"]["hessian"] for name in "qk")
+  assert q is k
+
+
+def test_no_link_sees_stale_statistics(tiny, calibration):
+  """The second link of a chain gets the statistics of the tree as the first one left it."""
+  model, params = tiny
+  first, second = {}, {}
+  once, _ = compress(model, params, spy(first), calibration)
+  compress(model, params, chain(spy({}), spy(second)), calibration)
+  alone = {}
+  compress(model, once, spy(alone), calibration)
+  for path, found in second.items():
+    np.testing.assert_array_equal(found["hessian"], alone[path]["hessian"])
+  path = "layers/1/attn/q/kernel"
+  assert not np.array_equal(first[path]["hessian"], alone[path]["hessian"])
+
+
+def test_statistics_for_some_weights(tiny, calibration):
+  model, params = tiny
+  seen = {}
+  done, report = compress(model, params, at("layers/1/mlp", spy(seen)), calibration)
+  assert set(seen) == {f"layers/1/mlp/{name}/kernel" for name in ("gate", "up", "down")} == set(report.last())
+  assert done["layers"]["0"] == params["layers"]["0"]
+
+
+def test_report_rows(tiny):
+  model, params = tiny
+  recipe = named_chain(
+    ("prune", at("layers/*/mlp", magnitude(0.5))), ("round", at("layers/*", round_to_nearest(group_size=16))),
+    ("deploy", freeze()),
+  )
+  steps, trees = [], []
+  progress, on_link = lambda *args: steps.append(args), lambda *args: trees.append(args)
+  done, report = compress(model, params, recipe, progress=progress, on_link=on_link)
+  kernels = set(tree.default_selection(params))
+  by_link = {link: [row for row in report.rows if row["link"] == link] for link in ("prune", "round")}
+  assert len(by_link["prune"]) == 6 and {row["path"] for row in by_link["round"]} == kernels
+  assert set(report.last()) == kernels
+  for row in report.rows:
+    assert set(row) >= {"link", "path", "kind", "shape", "bits", "sparsity", "weight_error", "seconds"}
+    assert row["shape"] == list(tree.get(params, row["path"]).shape) and row["seconds"] >= 0
+
+  pruned = next(row for row in by_link["prune"] if row["path"] == "layers/0/mlp/up/kernel")
+  assert pruned["bits"] == 33 and pruned["sparsity"] == 0.5 and pruned["kind"] == "masked float32"
+  w = np.asarray(params["layers"]["0"]["mlp"]["up"]["kernel"], np.float64)
+  zeroed = np.where(np.abs(w) < np.median(np.abs(w)), 0, w)
+  assert pruned["weight_error"] == pytest.approx(np.linalg.norm(zeroed - w) / np.linalg.norm(w), rel=1e-5)
+
+  leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
+  rounded = report.last()["layers/0/mlp/up/kernel"]
+  dense = np.asarray(leaf.materialize(), np.float64)
+  assert rounded["bits"] == leaf.nbits / leaf.size
+  assert rounded["sparsity"] == pytest.approx(np.mean(dense == 0))
+  # relative to the weight the run started from, not to the pruned one
+  assert rounded["weight_error"] == pytest.approx(np.linalg.norm(dense - w) / np.linalg.norm(w), rel=1e-4)
+
+  assert [link["name"] for link in report.links] == ["prune", "round", "deploy"]
+  assert [name for name, _ in trees] == ["prune", "round", "deploy"]
+  assert isinstance(trees[0][1]["layers"]["0"]["mlp"]["up"]["kernel"], MaskedArray)
+  assert tree_hash(trees[-1][1]) == tree_hash(done)
+  assert {name for name, *_ in steps} == {"prune", "round", "deploy"}
+  last = {name: (n, of) for name, n, of in steps}
+  assert all(n == of for n, of in last.values())
+  text = str(report)
+  assert "layers/0/mlp/up/kernel" in text and "int4 g16" in text
+  assert len(text.splitlines()) == len(kernels) + 1
+
+
+def test_weight_by_weight_is_all_at_once(tiny):
+  """The driver's way through the tree changes nothing of the result."""
+  model, params = tiny
+  recipe = chain(magnitude(0.3, scope="global"), round_to_nearest(group_size=16))
+  done, _ = compress(model, params, recipe)
+  whole, _ = recipe.apply(params, recipe.init(params), Evidence())
+  assert tree_hash(done) == tree_hash(whole)
+
+
+def test_input_is_left_alone_and_the_rest_shared(tiny):
+  model, params = tiny
+  before = tree_hash(params)
+  done, _ = compress(model, params, at("layers/0/mlp/up", round_to_nearest(group_size=16)))
+  assert tree_hash(params) == before
+  assert done["embed"]["table"] is params["embed"]["table"]
+  assert isinstance(done["layers"]["0"]["mlp"]["up"]["kernel"], QuantizedArray)
+
+
+def test_a_list_is_a_chain(tiny):
+  links = [magnitude(0.5), round_to_nearest(group_size=16)]
+  a, b = (compress(*tiny, recipe)[0] for recipe in (links, chain(*links)))
+  assert tree_hash(a) == tree_hash(b)
+
+
+def noise():
+  def add(w, *, key):
+    return w + jax.random.normal(key, w.shape)
+
+  return leafwise(add, name="noise")
+
+
+def test_the_key_decides_everything_random(tiny):
+  model, params = tiny
+  one, again, other = (compress(model, params, noise(), key=jax.random.key(n))[0] for n in (1, 1, 2))
+  assert tree_hash(one) == tree_hash(again) != tree_hash(other)
+  twice, _ = compress(model, params, chain(noise(), noise()), key=jax.random.key(1))
+  w = lambda p: np.asarray(p["layers"]["0"]["mlp"]["up"]["kernel"])  # noqa: E731
+  first, second = w(one) - w(params), w(twice) - w(one)
+  assert not np.allclose(first, second)  # each link draws anew
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+def test_a_key_is_required(tiny):
+  with pytest.raises(WeightError, match=r"noise draws at random: pass key=jax\.random\.key\(seed\)"):
+    compress(*tiny, noise())
+
+
+def test_missing_calibration_is_an_error(tiny):
+  with pytest.raises(WeightError, match=r"spy needs .*hessian.*: pass calibration=tokens"):
+    compress(*tiny, spy({}))
+
+
+def test_a_step_link_is_refused(tiny):
+  with pytest.raises(WeightError, match="magnitude acts inside a training step"):
+    compress(*tiny, magnitude(lambda step: 0.5))
+  with pytest.raises(ValueError, match="magnitude|phase"):
+    compress(*tiny, [magnitude(0.0), magnitude(lambda step: 0.5)])
+
+
+def test_evidence_that_compress_does_not_collect(tiny):
+  def method(w, *, grads):
+    return w
+
+  with pytest.raises(WeightError, match="method needs grads, which compress does not collect"):
+    compress(*tiny, leafwise(method))
+
+
+def test_a_pattern_without_a_match(tiny):
+  with pytest.raises(WeightError, match="selects no weight among 16; nearest paths"):
+    compress(*tiny, at("layers/*/mlpp", round_to_nearest(group_size=16)))
+
+
+@pytest.mark.parametrize("tokens", [
+  np.zeros((3,), np.int32), np.zeros((0, 8), np.int32), np.zeros((2, 0), np.int32),
+  np.zeros((2, 8), np.float32), [], [[]],
+], ids=["one axis", "no rows", "no tokens", "floats", "empty list", "empty row"])
+def test_calibration_of_another_form(tiny, tokens):
+  with pytest.raises(WeightError, match=r"calibration tokens are \[n, length\] integers; found"):
+    compress(*tiny, spy({}), tokens)
+
+
+def test_a_weight_whose_statistics_cannot_come_back(tiny, calibration):
+  """The embedding lies in no block: asking for its Hessian must not pass in silence."""
+  with pytest.raises(WeightError, match="embed/table"):
+    compress(*tiny, at("embed", spy({})), calibration)
+
+
+def test_activations_that_are_not_finite(tiny, calibration):
+  model, params = tiny
+  wild = tree.put(params, "layers/0/mlp/up/kernel", jnp.full((32, 64), 1e38))
+  with pytest.raises(WeightError, match=r"hessian of layers/0/mlp/down|of layers/0/mlp/down is not finite"):
+    compress(model, wild, spy({}), calibration)
+
+
+@pytest.mark.parametrize("tokens", [
+  np.zeros((1, 1), np.int32), np.full((2, 8), 5, np.int32),
+], ids=["a single token", "one token repeated"])
+def test_little_calibration_is_enough(tiny, tokens):
+  """A Hessian of low rank is a Hessian; what to do about its rank is the method's business."""
+  seen = {}
+  compress(*tiny, spy(seen), tokens)
+  h = np.asarray(seen["layers/0/attn/q/kernel"]["hessian"])
+  assert np.isfinite(h).all() and np.linalg.matrix_rank(h, tol=1e-5) == 1

@@ -1,0 +1,424 @@
+"""Experiments: a run folder holds what it promises, and a run that was cut off ends with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import yaml
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+import lmcompress as lmc
+from lmcompress import experiment
+from lmcompress import recipe as recipes
+from lmcompress.config import check, load_config
+from lmcompress.data.tokenizer import Tokenizer
+from lmcompress.io.checkpoint import tree_hash
+from lmcompress.models import Llama, LlamaConfig
+from lmcompress.types import FormatError, LmcompressError
+
+RECIPE = [
+  {"name": "magnitude", "at": "layers/*/mlp/down", "sparsity": 0.2},
+  {"name": "round_to_nearest", "at": "layers/*/mlp/down", "bits": 4, "group_size": 32, "symmetric": False},
+]
+STAGES = ["original", "magnitude at layers/*/mlp/down", "round_to_nearest at layers/*/mlp/down"]
+KEYS = {"format", "name", "description", "config_hash", "seed", "model", "original", "versions", "device",
+        "tree_hash", "command",
+        "config", "stages", "weights", "histograms", "generation"}
+STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
+              "compression_efficiency", "perplexity",
+              "kl", "top1", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
+COMMAND = "lmcompress run tiny.yaml"
+WINDOWS = 4
+
+
+def byte_level():
+  """A tokenizer whose tokens are the 256 bytes and one that ends a text."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  backend = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(["<|endoftext|>", *alphabet])}, []))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(["<|endoftext|>"])
+  return Tokenizer(backend, tokens={"eos_token": "<|endoftext|>"})
+
+
+def random_params(vocab=264, embed=64, mlp=128, kv=32):
+  """A Llama's tree with two layers, drawn without a compiler."""
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return jax.device_put(rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32))
+
+  def linear(inputs, outputs):
+    return {"kernel": draw(inputs, outputs)}
+
+  ones = jax.device_put(np.ones(embed, np.float32))
+  layers = {
+    str(i): {
+      "attn_norm": {"scale": ones}, "mlp_norm": {"scale": ones},
+      "attn": {"q": linear(embed, embed), "k": linear(embed, kv), "v": linear(embed, kv),
+               "o": linear(embed, embed)},
+      "mlp": {"gate": linear(embed, mlp), "up": linear(embed, mlp), "down": linear(mlp, embed)},
+    } for i in range(2)
+  }
+  return {"embed": {"table": 4 * draw(vocab, embed)}, "layers": layers, "final_norm": {"scale": ones}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with a saved model, a text, and a config that points at them."""
+  place = tmp_path_factory.mktemp("place")
+  lmc.save(place / "base", Llama(LlamaConfig(head_dim=16, max_length=256)), random_params(), byte_level())
+  words = np.random.default_rng(0).choice(["green", "eggs", "and", "ham", "I", "do", "not", "like", "them"],
+                                          400)
+  (place / "text.txt").write_text(" ".join(words))
+  table = {
+    "name": "tiny", "model": str(place / "base"), "recipe": RECIPE,
+    "evaluate": {"texts": [str(place / "text.txt")], "windows": WINDOWS, "length": 32},
+    "bench": {"prefill": 16, "decode": 112, "rounds": 1},  # the shapes of generation: compiled once for both
+    "generate": {"prompt": "I do", "max_new_tokens": 4},
+  }
+  (place / "tiny.yaml").write_text(yaml.safe_dump(table))
+  return place
+
+
+@pytest.fixture(scope="module")
+def config(place):
+  return load_config(place / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(config, place):
+  """The folder of a run that nothing broke."""
+  experiment.run(config, place / "whole", COMMAND)
+  return place / "whole" / config.folder
+
+
+@pytest.fixture(scope="module")
+def result(whole):
+  return json.loads((whole / "result.json").read_text())
+
+
+def lines(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(result):
+  """What must not depend on how often a run was cut off; seconds and speeds are measured anew."""
+  kept = ("name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory", "perplexity", "kl",
+          "top1")
+  return [{key: stage[key] for key in kept}
+          for stage in result["stages"]], result["tree_hash"], result["generation"]
+
+
+# ----------------------------------------------------------------------------------- what a run leaves
+
+
+def test_the_result_has_the_keys_of_the_contract(result, config):
+  assert set(result) == KEYS and result["format"] == 1
+  assert (result["name"], result["config_hash"], result["seed"], result["command"]) == ("tiny", config.hash,
+                                                                                        0, COMMAND)
+  assert {"jax", "jaxlib", "numpy", "python", "lmcompress"} <= set(result["versions"])
+  assert {"platform", "kind", "devices", "cores"} <= set(result["device"])
+  assert check(result["config"], "result") == config
+  assert result["original"] == "as saved"
+  assert set(result["generation"]) == {"prompt", "before",
+                                       "after"} and result["generation"]["prompt"] == "I do"
+
+
+def test_a_stage_for_the_original_and_each_link(result, config):
+  text, = config.evaluate.texts
+  assert [stage["name"] for stage in result["stages"]] == STAGES
+  for stage in result["stages"]:
+    assert set(stage) == STAGE_KEYS
+    assert set(stage["perplexity"]) == set(stage["kl"]) == set(stage["top1"]) == {text}
+    assert set(stage["tokens_per_s"]) == {"prefill", "decode"} and min(stage["tokens_per_s"].values()) > 0
+    assert stage["perplexity"][text] > 1 and stage["seconds"] >= 0
+    assert stage["peak_memory_bytes"] > 0 and stage["backend"]
+  first, pruned, last = result["stages"]
+  assert first["bits_per_weight"] == 32 and first["kl"][text] == 0 and first["top1"][text] == 1
+  assert first["compression_efficiency"] == 0 and last["compression_efficiency"] > 0.1
+  assert pruned["kl"][text] > 0 and last["kl"][text] > pruned["kl"][text]
+  assert last["bits_per_weight"] < 28 and len({stage["parameters"] for stage in result["stages"]}) == 1
+
+
+def test_the_folder_holds_model_report_config_and_records(whole, config, result):
+  assert {p.name for p in whole.iterdir()} == {"config.yaml", "metrics.jsonl", "model", "report.html",
+                                               "result.json", "tensorboard"}
+  assert load_config(whole / "config.yaml") == experiment.read_run(whole) == config
+  model, params, _ = lmc.load(whole / "model")
+  assert tree_hash(params) == result["tree_hash"]
+  assert (whole / "model" / "weights.safetensors").stat().st_size == result["stages"][-1]["bytes_on_disk"]
+  assert json.loads((whole / "model" / "manifest.json").read_text())["body"]["recipe"] == RECIPE
+  assert result["config_hash"] in (whole / "report.html").read_text()
+  assert any((whole / "tensorboard").iterdir())
+  assert model.config.head_dim == 16
+
+
+def test_the_weights_table_has_a_row_for_each_weight_and_link(result):
+  rows = {(row["link"], row["path"]) for row in result["weights"]}
+  assert len(rows) == len(result["weights"]) == 2 + 2
+  assert {link for link, _ in rows} == set(STAGES[1:])
+  assert all(len(h["edges"]) == len(h["before"]) + 1 == len(h["after"]) + 1
+             for h in result["histograms"].values())
+
+
+def test_the_perplexities_are_those_of_the_public_function(whole, place, result, config):
+  """The same windows through `lmc.perplexity`: both sum float32 over 31 tokens a window, so 1e-5 is wide."""
+  from lmcompress.data.text import load_text, windows
+
+  text, = config.evaluate.texts
+  for folder, stage in ((place / "base", result["stages"][0]), (whole / "model", result["stages"][-1])):
+    model, params, tokenizer = lmc.load(folder)
+    tokens = windows(tokenizer, load_text(text), config.evaluate.windows, config.evaluate.length)
+    assert lmc.perplexity(model, params, tokens) == pytest.approx(stage["perplexity"][text], rel=1e-5)
+
+
+def test_metrics_have_a_line_for_each_window_and_stage(whole, config, result):
+  rows = lines(whole)
+  assert [row["kind"] for row in rows] == ["tree"] + ["score"] * WINDOWS + ["latency"] * len(STAGES)
+  assert [row["window"] for row in rows if row["kind"] == "score"] == list(range(WINDOWS))
+  assert rows[0]["tree_hash"] == result["tree_hash"]
+
+
+def test_a_complete_run_is_shown_and_not_run_again(whole, config, place, result, monkeypatch):
+  monkeypatch.setattr(experiment, "load", lambda *_: pytest.fail("the model was loaded"))
+  assert experiment.run(config, place / "whole", "another command") == result
+
+
+def test_a_run_without_a_recipe_bench_or_generation(place, tmp_path):
+  config = load_config(place / "tiny.yaml",
+                       ["recipe=[]", "bench.rounds=0", "generate=null", "evaluate.windows=1"])
+  result = experiment.run(config, tmp_path, COMMAND)
+  assert [stage["name"] for stage in result["stages"]] == ["original"] and result["generation"] is None
+  assert result["stages"][0]["tokens_per_s"] == {} and result["weights"] == []
+  assert tree_hash(lmc.load(tmp_path / config.folder / "model")[1]) == result["tree_hash"]
+
+
+# ------------------------------------------------------------------------- the seed decides everything
+
+
+def test_two_processes_give_the_same_tree(whole, place, result, tmp_path):
+  """A third process, this one, agrees: of the same bits in the file, not only in the hash."""
+  arguments = ["run", str(place / "tiny.yaml"), "bench.rounds=0", "generate=null", "evaluate.windows=1"]
+  started = [
+    subprocess.Popen([sys.executable, "-m", "lmcompress.cli", *arguments, "--results", str(tmp_path / name)],
+                     cwd=tmp_path,
+                     env={**os.environ, "PYTHONHASHSEED": name}, stdout=subprocess.PIPE,
+                     stderr=subprocess.PIPE, text=True)
+    for name in ("1", "2")
+  ]
+  hashes, weights = [], Path("model", "weights.safetensors")
+  for process, name in zip(started, ("1", "2"), strict=True):
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    folder, = (tmp_path / name).iterdir()
+    hashes.append(json.loads((folder / "result.json").read_text())["tree_hash"])
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+  assert hashes == [result["tree_hash"]] * 2
+
+
+def test_another_seed_changes_only_what_is_drawn(place, result):
+  """This recipe draws nothing; a method that asks for a key must change with it."""
+  model, params, _ = lmc.load(place / "base")
+  link = recipes.build(RECIPE)
+  assert "key" not in link.needs
+  one, two = (tree_hash(lmc.compress(model, params, link, key=jax.random.key(seed))[0]) for seed in (0, 1))
+  assert one == two == result["tree_hash"]
+
+  def jitter(w, *, key):
+    return w + jax.random.normal(key, w.shape)
+
+  noise = lmc.at("layers/0/attn/k", lmc.leafwise(jitter))
+  one, again, two = (tree_hash(lmc.compress(model, params, noise, key=jax.random.key(seed))[0])
+                     for seed in (0, 0, 1))
+  assert one == again != two
+
+
+# ------------------------------------------------------------------------------- runs that are cut off
+
+
+class Stop:
+  """A watcher that interrupts after so many windows."""
+
+  def __init__(self, after):
+    self.after = after
+
+  def step(self, what, done, total):
+    if what.startswith("perplexity"):
+      self.after -= 1
+      if self.after == 0:
+        raise KeyboardInterrupt
+
+  def note(self, text):
+    return
+
+
+def finish(config, results, result, counted):
+  """Resumes, and checks that nothing is scored twice and the numbers are those of the unbroken run."""
+  scored, compare = [], experiment.compare
+
+  def spy(*args):
+    for window, scores in compare(*args):
+      scored.append(window)
+      yield window, scores
+
+  experiment.compare = spy
+  try:
+    found = experiment.run(config, results, COMMAND)
+  finally:
+    experiment.compare = compare
+  rows = lines(results / config.folder)
+  windows = [row["window"] for row in rows if row["kind"] == "score"]
+  assert sorted(windows) == list(range(WINDOWS)) and scored == counted
+  assert len([row for row in rows if row["kind"] == "tree"]) == 1
+  assert [row["stage"] for row in rows if row["kind"] == "latency"] == [f"{i}:{name}" for i,
+                                                                        name in enumerate(STAGES)]
+  assert numbers(found) == numbers(result)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_run_cut_off_between_windows_goes_on(config, result, tmp_path, after):
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(config, tmp_path, COMMAND, Stop(after))
+  assert not (tmp_path / config.folder / "result.json").exists()
+  assert len(lines(tmp_path / config.folder)) == 1 + after
+  finish(config, tmp_path, result, list(range(after, WINDOWS)))
+
+
+def test_a_run_cut_off_while_timing_goes_on(config, result, tmp_path, monkeypatch):
+  calls, latency = [], experiment.latency
+
+  def stop(*args, **options):
+    calls.append(args)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return latency(*args, **options)
+
+  monkeypatch.setattr(experiment, "latency", stop)
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(config, tmp_path, COMMAND)
+  before = lines(tmp_path / config.folder)
+  finish(config, tmp_path, result, [])
+  assert lines(tmp_path / config.folder)[:len(before)] == before and len(calls) == 4
+
+
+def test_a_run_cut_off_while_saving_goes_on(config, result, tmp_path, monkeypatch):
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(experiment.checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+      experiment.run(config, tmp_path, COMMAND)
+  finish(config, tmp_path, result, list(range(WINDOWS)))
+
+
+@pytest.mark.parametrize("torn", [b'{"kind": "sco',
+                                  b'{"kind": "score", "text": "t", "window": 3, "scores": {}}', b"\0\0\0",
+                                  b"\xff"])
+def test_a_torn_last_line_is_dropped(config, result, tmp_path, torn):
+  """Only a line with its end is whole, even if what stands there parses."""
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(config, tmp_path, COMMAND, Stop(2))
+  with (tmp_path / config.folder / "metrics.jsonl").open("ab") as file:
+    file.write(torn)
+  finish(config, tmp_path, result, [2, 3])
+
+
+def records(config, folder, content):
+  """A run folder with nothing but a config and these records."""
+  path = folder / config.folder
+  path.mkdir(parents=True)
+  (path / "metrics.jsonl").write_bytes(content)
+  return path
+
+
+@pytest.mark.parametrize("content", [
+  b"nothing\n", b"\xff\n", b"\0\n", b"1\n", b"[]\n", b"null\n", b'{"kind": "tree"}\n', b'{"kind": "score"}\n',
+  b'{"kind": "score", "text": "t", "window": 0}\n',
+])
+def test_damaged_records_are_named(config, tmp_path, content):
+  path = records(config, tmp_path, content)
+  with pytest.raises(FormatError, match=r"metrics\.jsonl"):
+    experiment.run(config, tmp_path, COMMAND)
+  assert (path / "metrics.jsonl").read_bytes() == content and not (path / "result.json").exists()
+
+
+def test_records_of_another_tree_are_refused(config, tmp_path):
+  records(config, tmp_path, b'{"kind": "tree", "tree_hash": "00"}\n')
+  with pytest.raises(FormatError, match=r"metrics\.jsonl: it was written for another tree; remove"):
+    experiment.run(config, tmp_path, COMMAND)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '{"name": "x"}', '{"stages": []}', "\x00"])
+def test_a_damaged_result_is_named(tmp_path, text):
+  (tmp_path / "result.json").write_text(text)
+  with pytest.raises(FormatError, match=r"result\.json: not a result; remove it and resume the run"):
+    experiment.read_result(tmp_path)
+
+
+def test_a_run_that_is_not_complete_says_how_to_go_on(config, tmp_path):
+  with pytest.raises(lmc.SourceError, match=r"has no result\.json; it is no run folder"):
+    experiment.read_result(tmp_path)
+  folder = experiment.prepare(config, tmp_path)
+  with pytest.raises(lmc.SourceError, match=f"`lmcompress resume {folder}` continues it"):
+    experiment.read_result(folder)
+  with pytest.raises(lmc.SourceError, match=r"has no config\.yaml; resume takes a run folder"):
+    experiment.read_run(tmp_path)
+  assert list(experiment.run_folders(tmp_path)) == [folder]
+  assert list(experiment.run_folders(tmp_path / "none")) == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / "x.json"
+  experiment._write(path, "old")
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(experiment.os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    experiment._write(path, "new")
+  assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("overrides", [["evaluate.length=300", "evaluate.windows=1"], ["bench.prefill=300"]],
+                         ids=["evaluate", "bench"])
+def test_more_tokens_than_the_context_are_refused_before_anything_is_written(place, tmp_path, overrides):
+  """At the door: not after the model was compressed and saved and the text scored."""
+  config = load_config(place / "tiny.yaml", overrides)
+  with pytest.raises(LmcompressError, match="context of 256"):
+    experiment.run(config, tmp_path, COMMAND)
+  assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- meshes
+
+
+def test_a_mesh_of_eight_devices_gives_the_same_tree_and_perplexity(place, whole, config, result, tmp_path):
+  """Codes to the bit; perplexity within 1e-4 relative, as sums over a split axis add in another order."""
+  spread = load_config(place / "tiny.yaml", ["mesh={data: 2, tensor: 4}", "bench.rounds=0", "generate=null"])
+  found = experiment.run(spread, tmp_path, COMMAND)
+  assert found["tree_hash"] == result["tree_hash"] and spread.hash != config.hash
+  text, = config.evaluate.texts
+  for ours, local in zip(found["stages"], result["stages"], strict=True):
+    assert ours["perplexity"][text] == pytest.approx(local["perplexity"][text], rel=1e-4)
+    assert ours["bits_per_weight"] == local["bits_per_weight"]
+  ours, local = (folder / "model" / "weights.safetensors" for folder in (tmp_path / spread.folder, whole))
+  assert ours.read_bytes() == local.read_bytes()
+
+
+def test_a_mesh_larger_than_the_machine_is_refused(place, tmp_path):
+  for mesh in ("{data: 4, tensor: 4}", "{data: 0}", "{data: -1, tensor: -1}"):
+    with pytest.raises(lmc.ConfigError, match="mesh data="):
+      experiment.run(load_config(place / "tiny.yaml", [f"mesh={mesh}"]), tmp_path, COMMAND)
+  assert list(tmp_path.iterdir()) == []
