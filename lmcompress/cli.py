@@ -122,20 +122,17 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. resul
   """
   from lmcompress.experiment import read_run
 
-  config = read_run(folder)
-  _run(
-    config, folder.resolve().parent if folder.name == config.folder else folder.parent, f"lmcompress resume {folder}"
-  )
+  _run(read_run(folder), folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder)
 
 
-def _run(config: Any, results: Path, command: str) -> None:
+def _run(config: Any, results: Path, command: str, folder: Path | None = None) -> None:
   from lmcompress import experiment, report
 
   console = _console()
-  folder = experiment.prepare(config, results)
+  folder = experiment.prepare(config, results, folder)
   try:
     with _Progress(console) as progress:
-      result = experiment.run(config, results, command, progress)
+      result = experiment.run(config, results, command, progress, folder)
   except KeyboardInterrupt:
     console.print(
       f"\ninterrupted; what was measured is kept. Continue with: lmcompress resume {folder}", highlight=False

@@ -91,7 +91,7 @@ class Config(_Table):
 
 
 class _Loader(yaml.SafeLoader):
-  """YAML without anchors, aliases, duplicate keys or deep nesting, with YAML 1.2 floats such as 1e-4."""
+  """YAML without anchors, aliases, tags, duplicate keys or deep nesting; scalars by the core schema of YAML 1.2."""
 
   depth = 0
 
@@ -99,6 +99,8 @@ class _Loader(yaml.SafeLoader):
     event = self.peek_event()
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
       raise ConfigError(f"line {event.start_mark.line + 1}: anchors and aliases are not allowed; write it out")
+    if getattr(event, "tag", None) is not None:
+      raise ConfigError(f"line {event.start_mark.line + 1}: tags such as {event.tag!r} are not allowed")
     self.depth += 1
     if self.depth > _MAX_DEPTH:
       raise ConfigError(f"nested deeper than {_MAX_DEPTH} levels")
@@ -118,21 +120,27 @@ class _Loader(yaml.SafeLoader):
     return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-  first: [
-    pair
-    for pair in resolvers
-    if pair[0] in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:null")
-  ]
-  for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-  "tag:yaml.org,2002:float",
-  re.compile(
-    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+  ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+  ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+  ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+  (
+    "float",
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "-+0123456789.",
   ),
-  list("-+0123456789."),
-)
+):
+  _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+def _integer(loader: _Loader, node: Any) -> int:
+  """YAML 1.2: a leading zero is no octal."""
+  text = loader.construct_scalar(node)
+  return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def parse(text: str, where: str) -> Any:

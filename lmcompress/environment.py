@@ -21,7 +21,7 @@ def facts() -> dict[str, str]:
   gpus = [d for d in jax.devices() if d.platform == "gpu"]
   return {
     **versions(),
-    "devices": f"{devices['devices']} x {devices['kind']} ({devices['platform']}), {devices['cores']} cores",
+    "devices": f"{devices['devices']} x {devices['name']} ({devices['platform']}), {devices['cores']} cores",
     "backend": backend(),
     "cuda": _plugin("cuda")
     if gpus

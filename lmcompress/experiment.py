@@ -61,7 +61,9 @@ class _Stage:
   peak_memory_bytes: int
 
 
-def run(config: Config, results: Path, command: str, watcher: Watcher | None = None) -> dict[str, Any]:
+def run(
+  config: Config, results: Path, command: str, watcher: Watcher | None = None, folder: Path | None = None
+) -> dict[str, Any]:
   """Runs a config in `results/<name>-<hash>`, continuing what is already there, and returns its result.
 
   Compression is repeated (it gives the same bits), while scores that were written are kept. The folder holds
@@ -69,6 +71,7 @@ def run(config: Config, results: Path, command: str, watcher: Watcher | None = N
 
   Args:
     results: the folder of run folders.
+    folder: the run folder, if it is not the config's own in `results`.
     command: what repeats the run, for the record.
     watcher: told of progress.
 
@@ -78,7 +81,7 @@ def run(config: Config, results: Path, command: str, watcher: Watcher | None = N
   watcher = watcher or Silent()
   if config.variants:
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
-  folder = results / config.folder
+  folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
     return read_result(folder)
@@ -325,7 +328,7 @@ def device() -> dict[str, Any]:
   first = jax.devices()[0]
   return {
     "platform": first.platform,
-    "kind": first.device_kind,
+    "name": first.device_kind,
     "devices": jax.device_count(),
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
   }
@@ -361,11 +364,11 @@ def read_run(folder: Path) -> Config:
   return check(table, str(path))
 
 
-def prepare(config: Config, results: Path) -> Path:
+def prepare(config: Config, results: Path, folder: Path | None = None) -> Path:
   """Makes the run folder and writes the config, so that `resume` finds it whatever happens next."""
   if not Path(config.model).exists() and config.model not in hub.MODELS:
     hub.resolve_model(config.model)  # raises with the names that there are
-  folder = results / config.folder
+  folder = folder or results / config.folder
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder / CONFIG, dump(config))
   return folder

@@ -45,7 +45,10 @@ def summary(params: Params, report: Any = None, depth: int | None = 1) -> None:
   """
   from rich.console import Console
 
-  Console().print(table(params, report, depth))
+  console = Console()
+  if not console.is_terminal:
+    console.width = max(console.width, 110)
+  console.print(table(params, report, depth))
 
 
 def table(params: Params, report: Any = None, depth: int | None = None) -> Any:

@@ -297,7 +297,7 @@ def run_is_refused(lmcompress, tmp_path, *words, overrides=(), config="tiny"):
    ["need 20000 tokens and the text has 13200", "use windows: 66 or length: 132"]),
   (["evaluate.length=300", "evaluate.windows=1"], ["300 tokens", "context of 256"]),
   (["bench.prefill=300"], ["prefill 300", "context of 256"]),
-  (["calibration={text: text.txt, windows: 1000}"], ["need 512000 tokens"]),
+  (["calibration={text: text.txt, windows: 1000, length: 32}"], ["need 32000 tokens"]),
   (["mesh={data: 3, tensor: 3}"], ["asks for 9 devices, 8 are there"]),
 ], ids=range(17))
 def test_a_run_that_cannot_be(lmcompress, tmp_path, overrides, words):

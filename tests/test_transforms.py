@@ -150,7 +150,13 @@ ROWS = [
   Row("leafwise random", noise, random=True),
 ]
 
-each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+
+def rows_with(condition):
+  found = [row for row in ROWS if condition(row)]
+  return pytest.mark.parametrize("row", found, ids=[row.name.replace(" ", "-") for row in found])
+
+
+each_row = rows_with(lambda row: True)
 COMPILED = (quantize_matrix, keep_largest, n_of_m, freezing._apply_mask, freezing._expressed)
 """The jitted functions of the transforms."""
 
@@ -161,7 +167,9 @@ def small_tree(params):
   return {
     "embed": params["embed"],
     "layers": {
-      "0": {"attn": {"q": first["attn"]["q"]}, "mlp": {"down": first["mlp"]["down"]}, "mlp_norm": first["mlp_norm"]},
+      "0": {
+        "attn": {"q": first["attn"]["q"]}, "mlp": {"down": first["mlp"]["down"]}, "mlp_norm": first["mlp_norm"],
+      },
       "1": {"mlp": {"up": {"kernel": second["mlp"]["up"]["kernel"].astype(jnp.bfloat16)}}},
     },
   }
@@ -229,7 +237,7 @@ def test_input_is_left_alone(row, params, results):
   assert checkpoint.tree_hash(params) == before
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.matrix], ids=lambda row: row.name.replace(" ", "-"))
+@rows_with(lambda row: row.matrix)
 def test_jit_equals_eager_on_a_matrix(row, params):
   w = params["layers"]["0"]["mlp"]["down"]["kernel"]
   jitted, eager = row.matrix(w), row.plain(w)
@@ -241,7 +249,7 @@ def test_jit_equals_eager_on_a_matrix(row, params):
       np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.matrix], ids=lambda row: row.name.replace(" ", "-"))
+@rows_with(lambda row: row.matrix)
 def test_one_trace_for_two_matrices(row, params, others):
   chex.clear_trace_counter()
   traced = jax.jit(chex.assert_max_traces(lambda w: row.plain(w), n=1))
@@ -249,7 +257,7 @@ def test_one_trace_for_two_matrices(row, params, others):
     traced(each["layers"]["0"]["mlp"]["down"]["kernel"])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.step is not None], ids=lambda r: r.name.replace(" ", "-"))
+@rows_with(lambda row: row.step is not None)
 def test_a_step_transform_jits(row, params, results):
   """Inside a training step: state is an argument, the step is traced, one trace serves all steps."""
   transform, start = row.make(), apply(row.before(), params)

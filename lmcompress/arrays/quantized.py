@@ -75,7 +75,9 @@ class QuantizedArray(CompressedArray):
     return ("scale", "minimum")
 
   def materialize(self) -> jax.Array:
-    return self._decode(self.codes, self.scales(), self.zeros(), self.minimum).astype(self.dtype)
+    dense = self._decode(self.codes, self.scales(), self.zeros(), self.minimum)
+    largest = float(jnp.finfo(self.dtype).max)
+    return (jnp.clip(dense, -largest, largest) if self.dtype == "float16" else dense).astype(self.dtype)
 
   def columns(self, start: Any, size: int) -> jax.Array:
     """`size` outputs (table rows) from `start` on, dense float32: a tile of the weight."""

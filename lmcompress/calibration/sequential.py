@@ -60,6 +60,10 @@ def block_by_block(
     seconds.update({path: elapsed / len(collected) for path in collected})
     if progress is not None:
       progress(link.name, n + 1, len(blocks))
+  outside = {p: leaf for p, leaf in tree.flatten(params).items() if not any(p.startswith(f"{b.path}/") for b in blocks)}
+  done, _ = link.apply(tree.unflatten(outside), state, evidence)  # refuses a weight that has no statistics
+  for path, leaf in tree.flatten(done).items():
+    params = tree.put(params, path, leaf)
   return params, seconds
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmcompress.types import Params
 
@@ -56,8 +57,11 @@ def perplexity(
     ValueError: tokens are not `[n, length]` with a length of at least 2, or nothing is left to predict.
   """
   tokens, mask = checked(tokens, attention_mask, stride)
-  rows = range(0, len(tokens), batch)
-  total = sum((score(model, params, tokens[i : i + batch], mask[i : i + batch]) for i in rows), Score(0, 0, 0, 0))
+  if batch < 1:
+    raise ValueError(f"batch={batch}: at least 1 row at once")
+  total = Score(0, 0, 0, 0)
+  for _, t, m in _batches(params, range(len(tokens)), tokens, mask, batch):
+    total = sum(_scores(log_probabilities(model, params, t, m), t, m, None), total)
   return total.perplexity
 
 
@@ -82,27 +86,46 @@ def checked(tokens: Any, attention_mask: Any = None, stride: int | None = None) 
   return tokens, np.stack([real, counted]).transpose(1, 0, 2)  # type: ignore[return-value]
 
 
-def score(
-  model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None = None
-) -> Score:
-  """Sums over a batch; `masks` from `checked`, `reference` the original's log-probabilities."""
-  return _score(log_probabilities(model, params, tokens, masks), tokens, masks, reference)
+def _scores(logp: jax.Array, tokens: Any, masks: Any, reference: jax.Array | None) -> list[Score]:
+  """A score per row."""
+  if reference is not None and reference.shape != logp.shape:
+    raise ValueError(
+      f"vocabularies differ: {reference.shape[-1]} and {logp.shape[-1]} entries; KL needs one vocabulary"
+    )
+  columns = [np.asarray(x, np.float64) for x in _sums(logp, tokens, masks, reference)]
+  return [Score(*(float(x) for x in row)) for row in zip(*columns, strict=True)]
 
 
-def _score(logp: jax.Array, tokens: np.ndarray, masks: np.ndarray, reference: jax.Array | None) -> Score:
-  return Score(*(float(x) for x in _sums(logp, tokens, masks, reference)))
+def _data_mesh(params: Params) -> Any:
+  """The mesh that the parameters lie on, if it splits data."""
+  sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.shape.get("data", 1) > 1 else None
+
+
+def _batches(params: Params, rows: Sequence[int], tokens: np.ndarray, masks: np.ndarray, batch: int) -> Iterator[tuple]:
+  """`(rows, tokens, masks)` a batch at a time, split over the mesh's `data` axis if there is one."""
+  mesh = _data_mesh(params)
+  size = batch if mesh is None else max(batch, mesh.shape["data"])
+  for i in range(0, len(rows), size):
+    some = list(rows[i : i + size])
+    t, m = tokens[some], masks[some]
+    if mesh is not None and len(some) % mesh.shape["data"] == 0:
+      t, m = jax.device_put((t, m), NamedSharding(mesh, PartitionSpec("data")))
+    yield some, t, m
 
 
 @jax.jit
 def _sums(logp: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
+  """Per row: sums of the negative log-likelihood, the KL and the agreement, and the count."""
   keep = masks[:, 1, 1:] & masks[:, 0, :-1]
   nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-  count = jnp.sum(keep)
+  count = jnp.sum(keep, axis=1)
+  total = jnp.sum(jnp.where(keep, nll, 0.0), axis=1)
   if reference is None:
-    return jnp.sum(jnp.where(keep, nll, 0.0)), 0.0, count, count
+    return total, jnp.zeros_like(total), count, count
   kl = jnp.sum(jnp.exp(reference) * (reference - logp), axis=-1)
   agree = jnp.argmax(reference, axis=-1) == jnp.argmax(logp, axis=-1)
-  return jnp.sum(jnp.where(keep, nll, 0.0)), jnp.sum(jnp.where(keep, kl, 0.0)), jnp.sum(agree & keep), count
+  return total, jnp.sum(jnp.where(keep, kl, 0.0), axis=1), jnp.sum(agree & keep, axis=1), count
 
 
 def log_probabilities(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray) -> jax.Array:
@@ -130,15 +153,12 @@ def compare(
     `(row, {name: Score})`.
   """
   tokens, masks = checked(tokens)
-  for row in range(len(tokens)):
-    if done and row in done:
-      continue
-    t, m = tokens[row : row + 1], masks[row : row + 1]
+  pending = [row for row in range(len(tokens)) if not (done and row in done)]
+  for rows, t, m in _batches(original, pending, tokens, masks, 1):
     reference = log_probabilities(model, original, t, m)
-    yield (
-      row,
-      {
-        name: _score(reference if params is original else log_probabilities(model, params, t, m), t, m, reference)
-        for name, params in others.items()
-      },
-    )
+    scores = {
+      name: _scores(reference if params is original else log_probabilities(model, params, t, m), t, m, reference)
+      for name, params in others.items()
+    }
+    for i, row in enumerate(rows):
+      yield row, {name: found[i] for name, found in scores.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lmcompress import ops
@@ -131,9 +132,10 @@ def _run_layer(
   config: LlamaConfig, params: Params, h: jax.Array, view: dict[str, Any], layer_cache: Any, taps: tuple[str, ...]
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
   """One layer, compiled once for all layers of the same form."""
-  out: Any
-  out, variables = _Layer(config).apply({"params": params}, h, view, layer_cache, mutable=["taps"] if taps else [])
-  return *out, {name: _tap(variables["taps"], name) for name in taps}
+  mutable = ["taps"] if taps else []
+  result: Any = _Layer(config).apply({"params": params}, h, view, layer_cache, mutable=mutable)
+  (hidden, layer_cache), variables = result
+  return hidden, layer_cache, {name: _tap(variables["taps"], name) for name in taps}
 
 
 def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
@@ -148,9 +150,9 @@ def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _finish(config: LlamaConfig, params: Params, h: jax.Array) -> jax.Array:
-  h = RMSNorm(config.rms_epsilon).apply({"params": params["final_norm"]}, h)
+  normal: Any = RMSNorm(config.rms_epsilon).apply({"params": params["final_norm"]}, h)
   table = params["head"]["table"] if "head" in params else params["embed"]["table"]
-  return ops.attend(h, table).astype(jnp.float32)  # type: ignore[arg-type]
+  return ops.attend(normal, table).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +226,10 @@ class Llama:
     tokens = jnp.asarray(inputs["tokens"])
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f"tokens are [batch, length] integers; found {tokens.dtype}{list(tokens.shape)}")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+      low, high, vocab = int(tokens.min()), int(tokens.max()), params["embed"]["table"].shape[-2]
+      if low < 0 or high >= vocab:
+        raise ValueError(f"tokens from {low} to {high} are outside the vocabulary of {vocab}")
     cache, mask = inputs.get("cache"), inputs.get("attention_mask")
     if cache is None and tokens.shape[1] > self.config.max_length:
       raise ValueError(f"{tokens.shape[1]} tokens are longer than the model's context of {self.config.max_length}")

@@ -38,7 +38,9 @@ def store(scale: jax.Array, dtype: str) -> jax.Array:
   if dtype == "float8_e8m0fnu":
     return jnp.exp2(jnp.clip(jnp.round(jnp.log2(scale)), -127, 127)).astype(jnp.float8_e8m0fnu)
   info = jnp.finfo(dtype)
-  return jnp.clip(scale, float(info.tiny), float(info.max)).astype(dtype)
+  least = float(info.smallest_subnormal if dtype == "float16" else info.tiny)  # XLA flushes other subnormals
+  magnitude = jnp.clip(jnp.abs(scale), least, float(info.max))
+  return jnp.where(scale < 0, -magnitude, magnitude).astype(dtype)
 
 
 def affine_range(g: jax.Array, bits: int, axis: int, shrink: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:

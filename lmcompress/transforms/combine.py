@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -21,8 +22,10 @@ STATISTICS = ("hessian", "second_moment", "absmax", "mean_abs")
 def chain(*transforms: Transform) -> Transform:
   """Applies transforms in order, each planned on the tree that the one before it left.
 
+  `compress` drives the links one by one. Applied by hand, a chain with `"once"` links takes the whole tree.
+
   Raises:
-    ValueError: the chain is empty, or mixes phases.
+    ValueError: the chain is empty.
   """
   return named_chain(*((t.name or f"link{i}", t) for i, t in enumerate(transforms)))
 
@@ -32,17 +35,18 @@ def named_chain(*links: tuple[str, Transform]) -> Transform:
   flat = tuple(part for name, t in links for part in (t.links or (t._replace(name=name),)))
   if not flat:
     raise ValueError("chain() needs at least one transform")
+  changes = next((i for i, link in enumerate(flat) if link.phase == "once"), len(flat))
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
-    return tuple(link.init(params, selected) for link in flat)
+    """Plans what sees this very tree; None marks a link that is planned at its turn."""
+    return tuple(link.init(params, selected) if i <= changes else None for i, link in enumerate(flat))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     states = []
-    for i, (link, link_state) in enumerate(zip(flat, state, strict=True)):
-      if i and link.phase == "once":  # plans on the tree as it is just before its turn
-        link_state = link.init(params, evidence.selected)
-      params, link_state = link.apply(params, link_state, evidence)
-      states.append(link_state)
+    for link, planned in zip(flat, state, strict=True):
+      planned = link.init(params, evidence.selected) if planned is None else planned
+      params, planned = link.apply(params, planned, evidence)
+      states.append(planned)
     return params, tuple(states)
 
   return Transform(
@@ -54,6 +58,36 @@ def named_chain(*links: tuple[str, Transform]) -> Transform:
     name="chain",
     links=flat,
   )
+
+
+Choose = Callable[[Params, frozenset[str] | None], frozenset[str]]
+"""`(params, selected so far) -> selected`."""
+
+
+def _restricted(choose: Choose, transform: Transform, where: str) -> Transform:
+  """A transform that acts on what `choose` selects; a chain's links are restricted one by one."""
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    chosen = choose(params, selected)
+    return _Plan(chosen, transform.init(params, chosen) if chosen else ())
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    if not state.chosen:
+      return params, state
+    params, inner = transform.apply(params, state.inner, dataclasses.replace(evidence, selected=state.chosen))
+    return params, _Plan(state.chosen, inner)
+
+  links = tuple(_restricted(choose, link, where) for link in transform.links)
+  return transform._replace(init=init, apply=apply, links=links, name=f"{transform.name} {where}")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("inner",), meta_fields=("chosen",))
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """The state of a restricted transform: the weights it acts on, and its own state."""
+
+  chosen: frozenset[str]
+  inner: Any
 
 
 def at(pattern: str, transform: Transform) -> Transform:
@@ -68,23 +102,11 @@ def at(pattern: str, transform: Transform) -> Transform:
 
   def choose(params: Params, selected: frozenset[str] | None) -> frozenset[str]:
     found = tree.select(params, pattern)
+    if selected is not None and not found & selected:
+      raise WeightError(f"pattern {pattern!r} selects nothing of what the pattern around it selects")
     return found if selected is None else found & selected
 
-  def init(params: Params, selected: frozenset[str] | None = None) -> State:
-    chosen = choose(params, selected)
-    return chosen, transform.init(params, chosen)
-
-  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    chosen, inner = state
-    params, inner = transform.apply(params, inner, _select(evidence, chosen))
-    return params, (chosen, inner)
-
-  links = tuple(at(pattern, link) for link in transform.links)
-  return transform._replace(init=init, apply=apply, links=links, name=f"{transform.name} at {pattern}")
-
-
-def _select(evidence: Evidence, chosen: frozenset[str]) -> Evidence:
-  return Evidence(**{**{f: getattr(evidence, f) for f in Evidence.__dataclass_fields__}, "selected": chosen})
+  return _restricted(choose, transform, f"at {pattern}")
 
 
 def partition(
@@ -105,38 +127,25 @@ def partition(
       return labels(path)
     return next((label for pattern, label in labels.items() if tree.matches(pattern, path)), None)
 
-  def check(used: set[str]) -> None:
-    if unknown := used - set(transforms):
-      raise ValueError(f"partition: no transform for label {sorted(unknown)[0]!r}; labels are {sorted(transforms)}")
+  def check(used: set[str | None]) -> None:
+    if unknown := used - {None, *transforms}:
+      raise ValueError(
+        f"partition: no transform for label {sorted(map(str, unknown))[0]!r}; labels are {sorted(transforms)}"
+      )
 
   if not callable(labels):
     check(set(labels.values()))
-  order = tuple(transforms)
 
-  def groups(params: Params, selected: frozenset[str] | None) -> dict[str, frozenset[str]]:
-    label = {p: label_of(p) for p in tree.weights(params) if selected is None or p in selected}
-    check({v for v in label.values() if v is not None})
-    return {name: frozenset(p for p, v in label.items() if v == name) for name in order}
+  def choose(label: str) -> Choose:
+    def of_label(params: Params, selected: frozenset[str] | None) -> frozenset[str]:
+      found = {path: label_of(path) for path in tree.weights(params) if selected is None or path in selected}
+      check(set(found.values()))
+      return frozenset(path for path, name in found.items() if name == label)
 
-  def init(params: Params, selected: frozenset[str] | None = None) -> State:
-    chosen = groups(params, selected)
-    return {name: (chosen[name], transforms[name].init(params, chosen[name])) for name in order if chosen[name]}
+    return of_label
 
-  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    states = {}
-    for name, (chosen, inner) in state.items():
-      params, inner = transforms[name].apply(params, inner, _select(evidence, chosen))
-      states[name] = chosen, inner
-    return params, states
-
-  return Transform(
-    init,
-    apply,
-    needs=frozenset().union(*(t.needs for t in transforms.values())),
-    phase="once" if any(t.phase == "once" for t in transforms.values()) else "step",
-    scope=max((t.scope for t in transforms.values()), key=("weight", "block", "model").index),
-    name="partition",
-  )
+  parts = (_restricted(choose(label), t, f"for {label}") for label, t in transforms.items())
+  return chain(*parts)._replace(name="partition")
 
 
 def scheduled(transform: Transform, active: Callable[[jax.Array], Any]) -> Transform:
@@ -223,7 +232,9 @@ def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
     return tree.get(evidence.grads, path)
   found = (evidence.statistics or {}).get(path, {}).get(need)
   if found is None:
-    raise WeightError(f"{name} at {path} needs {need!r}, which was not collected; pass calibration tokens to compress")
+    raise WeightError(
+      f"{name} at {path} needs {need!r}, which compress collects for the linears of blocks, from calibration tokens"
+    )
   return found
 
 

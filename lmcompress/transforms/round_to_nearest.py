@@ -16,6 +16,7 @@ from lmcompress.types import Transform, WeightError
 
 GridName = Literal["int", "nf4", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4"]
 
+_LARGEST_SCALE = {"float32": 3.4e38, "bfloat16": 3.38e38, "float16": 65504.0}
 _FIXED_GROUP = {"mxfp4": 32, "nvfp4": 16}
 
 
@@ -57,6 +58,14 @@ def round_to_nearest(
     WeightError (when planned): a group larger than the row, a step too fine for the bits, NaN or infinity.
   """
   _check_arguments(bits, group_size, grid, symmetric, step, scale_bits)
+  for name, value, words in (
+    ("convention", convention, ("full", "narrow", "signed")),
+    ("zero", zero, ("integer", "real")),
+    ("clip", clip, ("none", "mse")),
+    ("scale_dtype", scale_dtype, tuple(_LARGEST_SCALE)),
+  ):
+    if value not in words:
+      raise ValueError(f"round_to_nearest({name}={value!r}): one of {', '.join(words)}")
   size = _FIXED_GROUP.get(grid, group_size)
   options = {
     "bits": bits,
@@ -74,11 +83,19 @@ def round_to_nearest(
   def check(path: str, leaf: Any) -> None:
     require_dense("round_to_nearest", path, leaf)
     inputs = leaf.shape[-1] if path.endswith("table") else leaf.shape[-2]
-    if isinstance(size, int) and size > inputs:
+    if step is None and isinstance(size, int) and size > inputs:
       raise WeightError(
         f"round_to_nearest(group_size={size}) at {path}: a row has {inputs} inputs; use at most {inputs}, "
         "or -1 for one group per row"
       )
+    if scale_dtype == "float16" and step is None:
+      values = leaf.values if isinstance(leaf, MaskedArray) else leaf
+      reach = float(jnp.max(jnp.abs(values)))
+      if reach / 2 ** (bits - 1) > _LARGEST_SCALE[scale_dtype]:
+        raise WeightError(
+          f"round_to_nearest(scale_dtype='float16') at {path}: a weight of {reach:.3g} needs a scale above 65504; "
+          "use scale_dtype='bfloat16'"
+        )
     if step is not None:
       values = leaf.values if isinstance(leaf, MaskedArray) else leaf
       reach = round(float(jnp.max(jnp.abs(values))) / step)

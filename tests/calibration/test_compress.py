@@ -204,7 +204,7 @@ def test_missing_calibration_is_an_error(tiny):
 def test_a_step_link_is_refused(tiny):
   with pytest.raises(WeightError, match="magnitude acts inside a training step"):
     compress(*tiny, magnitude(lambda step: 0.5))
-  with pytest.raises(ValueError, match="magnitude|phase"):
+  with pytest.raises(ValueError, match=r"magnitude|phase"):
     compress(*tiny, [magnitude(0.0), magnitude(lambda step: 0.5)])
 
 

@@ -334,7 +334,7 @@ def test_an_unnamed_method_goes_by_its_function(params):
   def curved(w, *, hessian):
     return w
 
-  with pytest.raises(WeightError, match="^curved at layers/0/attn/k/kernel needs 'hessian'"):
+  with pytest.raises(WeightError, match=r"^curved at layers/0/attn/k/kernel needs 'hessian'"):
     apply(leafwise(curved), params)
 
 

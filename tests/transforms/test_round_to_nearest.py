@@ -1,4 +1,4 @@
-"""Rounding against plain NumPy in float64, code for code, and what becomes of weights that are hard to round."""
+"""Rounding against plain NumPy in float64, code for code, and what becomes of hard weights."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ HARD = {
   "tiny": normal(64, 8) * np.float32(1e-36),
   "outlier": with_values(((3, 0), 1e30)),
   "negative outlier": with_values(((3, 0), -1e30)),
-  "two outliers": with_values(((3, 0), 1e38), ((4, 0), -1e38)),
+  "two outliers": with_values(((3, 0), 1e37), ((4, 0), -1e37)),
   "one output": normal(64, 1),
 }
 
@@ -294,7 +294,7 @@ def test_small_weights_with_float16_scales(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_float16_weights_do_not_overflow(scheme):
-  """Codes reach up to a step beyond the largest weight: near float16's end, the dense value must not be infinite."""
+  """Codes reach a step beyond the largest weight: near float16's end that must not be infinity."""
   w = normal(64, 8).astype(np.float16)
   w[3, 0], w[5, 1] = -65000, 65000
   try:
@@ -313,7 +313,7 @@ def test_nan_and_infinity_are_refused(make, bad):
 
 
 def test_refusals_say_what_would_do():
-  with pytest.raises(WeightError, match=r"size=128\) at layers/0/up/kernel: a row has 64 inputs; use at most"):
+  with pytest.raises(WeightError, match=r"size=128\) at layers/0/up/kernel: a row has 64 inputs; use"):
     apply(round_to_nearest(group_size=128), normal(64, 8))
   with pytest.raises(WeightError, match="already stored as int4"):
     apply(round_to_nearest(group_size=32), quantize_matrix(normal(64, 8), group_size=32))
