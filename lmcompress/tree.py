@@ -118,20 +118,22 @@ def matches(pattern: str, path: str) -> bool:
   return _regex(pattern).match(path) is not None
 
 
+def selects(pattern: str, path: str) -> bool:
+  """Whether `pattern` selects the weight at `path`: it matches, and names a table if the weight is one."""
+  pattern = pattern.strip("/")
+  parent, _, name = path.rpartition("/")
+  named = name != "table" or {name, parent.rpartition("/")[2]} & set(pattern.split("/"))
+  return bool(named) and matches(pattern, path)
+
+
 def select(params: Params, pattern: str) -> frozenset[str]:
   """Paths of the weights that `pattern` selects; tables (embedding, head) only where it names them.
 
   Raises:
     WeightError: nothing matches; the message shows the nearest paths.
   """
-  parts = pattern.strip("/").split("/")
-
-  def named(path: str) -> bool:
-    *_, parent, name = ("", *path.split("/"))
-    return name != "table" or parent in parts or name in parts
-
   paths = list(weights(params))
-  found = frozenset(path for path in paths if matches(pattern.strip("/"), path) and named(path))
+  found = frozenset(path for path in paths if selects(pattern, path))
   if not found:
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     raise WeightError(
@@ -182,10 +184,13 @@ def stack_layers(params: Params) -> Params:
     WeightError: two layers differ in structure or shape.
   """
   layers = [params["layers"][name] for name in sorted(params["layers"], key=int)]
-  first = jax.tree.structure(layers[0]), [x.shape for x in jax.tree.leaves(layers[0])]
+
+  def form(layer: Any) -> Any:
+    return jax.tree.structure(layer), [(x.shape, x.dtype) for x in jax.tree.leaves(layer)]
+
   for i, layer in enumerate(layers):
-    if (jax.tree.structure(layer), [x.shape for x in jax.tree.leaves(layer)]) != first:
-      raise WeightError(f"layers/{i} differs from layers/0 in form or shape; only alike layers can be stacked")
+    if form(layer) != form(layers[0]):
+      raise WeightError(f"layers/{i} differs from layers/0 in form, shape or dtype; only alike layers can be stacked")
   return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
 

@@ -477,6 +477,7 @@ def process(home, *arguments, **options):
                           **options)
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_in_a_process_too(home):
   found = process(home, "eval", "nothing-here")
   out, err = found.communicate(timeout=120)
@@ -484,6 +485,7 @@ def test_an_error_is_one_line_in_a_process_too(home):
   assert out == ""
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_exits_with_130_and_resumes(home, lmcompress, tmp_path):
   """SIGINT once it has scored a few of many windows; what was measured stays, and `resume` ends the run."""
   overrides = ["evaluate.windows=300", "bench.rounds=0", "generate=null"]

@@ -168,7 +168,9 @@ def small_tree(params):
     "embed": params["embed"],
     "layers": {
       "0": {
-        "attn": {"q": first["attn"]["q"]}, "mlp": {"down": first["mlp"]["down"]}, "mlp_norm": first["mlp_norm"],
+        "attn": {"q": first["attn"]["q"]},
+        "mlp": {"down": first["mlp"]["down"]},
+        "mlp_norm": first["mlp_norm"],
       },
       "1": {"mlp": {"up": {"kernel": second["mlp"]["up"]["kernel"].astype(jnp.bfloat16)}}},
     },

@@ -9,8 +9,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from lmcompress import ops
 from lmcompress.models.attention import attention, causal
@@ -223,11 +223,12 @@ class Llama:
   def start(self, params: Params, inputs: Any) -> Any:
     """Embeds the tokens; the carry holds the hidden stream, the view (positions, visibility) and the cache."""
     inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
-    tokens = jnp.asarray(inputs["tokens"])
+    given = inputs["tokens"]
+    tokens = jnp.asarray(given)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f"tokens are [batch, length] integers; found {tokens.dtype}{list(tokens.shape)}")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-      low, high, vocab = int(tokens.min()), int(tokens.max()), params["embed"]["table"].shape[-2]
+    if isinstance(given, np.ndarray) and given.size:  # what lies on a device is not fetched to be checked
+      low, high, vocab = int(given.min()), int(given.max()), params["embed"]["table"].shape[-2]
       if low < 0 or high >= vocab:
         raise ValueError(f"tokens from {low} to {high} are outside the vocabulary of {vocab}")
     cache, mask = inputs.get("cache"), inputs.get("attention_mask")

@@ -25,7 +25,7 @@ def chain(*transforms: Transform) -> Transform:
   `compress` drives the links one by one. Applied by hand, a chain with `"once"` links takes the whole tree.
 
   Raises:
-    ValueError: the chain is empty.
+    ValueError: the chain is empty, or mixes `"once"` and `"step"` links.
   """
   return named_chain(*((t.name or f"link{i}", t) for i, t in enumerate(transforms)))
 
@@ -35,11 +35,16 @@ def named_chain(*links: tuple[str, Transform]) -> Transform:
   flat = tuple(part for name, t in links for part in (t.links or (t._replace(name=name),)))
   if not flat:
     raise ValueError("chain() needs at least one transform")
-  changes = next((i for i, link in enumerate(flat) if link.phase == "once"), len(flat))
+  if len(phases := {link.phase for link in flat}) > 1:
+    raise ValueError(
+      f"chain() mixes phases: {', '.join(f'{link.name} ({link.phase})' for link in flat)}; 'once' links go to compress "
+      "and 'step' links into the training step"
+    )
+  once = phases == {"once"}
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
     """Plans what sees this very tree; None marks a link that is planned at its turn."""
-    return tuple(link.init(params, selected) if i <= changes else None for i, link in enumerate(flat))
+    return tuple(None if once and i else link.init(params, selected) for i, link in enumerate(flat))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     states = []
@@ -53,7 +58,7 @@ def named_chain(*links: tuple[str, Transform]) -> Transform:
     init,
     apply,
     needs=frozenset().union(*(link.needs for link in flat)),
-    phase="once" if any(link.phase == "once" for link in flat) else "step",
+    phase=flat[0].phase,
     scope=max((link.scope for link in flat), key=("weight", "block", "model").index),
     name="chain",
     links=flat,
@@ -115,7 +120,7 @@ def partition(
   """A transform for each label; unlabelled weights stay as they are.
 
   Args:
-    labels: a weight's label by the first pattern that matches its path, or a function of its path.
+    labels: a weight's label by the first pattern that selects it, or a function of its path.
     transforms: the transform of each label.
 
   Raises:
@@ -125,7 +130,7 @@ def partition(
   def label_of(path: str) -> str | None:
     if callable(labels):
       return labels(path)
-    return next((label for pattern, label in labels.items() if tree.matches(pattern, path)), None)
+    return next((label for pattern, label in labels.items() if tree.selects(pattern, path)), None)
 
   def check(used: set[str | None]) -> None:
     if unknown := used - {None, *transforms}:
@@ -211,7 +216,7 @@ def leafwise(
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
 
     def visit(path: str, leaf: Any) -> Any:
-      given = {need: _evidence_for(need, path, evidence, name) for need in asked}
+      given = {need: _evidence_for(need, path, evidence, name or fn.__name__) for need in asked}
       return fn(leaf, **given)
 
     return tree.map_weights(visit, params, chosen), state
@@ -229,7 +234,10 @@ def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
   if need == "step" and evidence.step is not None:
     return evidence.step
   if need == "grads" and evidence.grads is not None:
-    return tree.get(evidence.grads, path)
+    found = tree.get(evidence.grads, path)
+    if found is None:
+      raise WeightError(f"{name} at {path} needs 'grads', and the gradients have no such weight")
+    return found
   found = (evidence.statistics or {}).get(path, {}).get(need)
   if found is None:
     raise WeightError(

@@ -55,7 +55,9 @@ def magnitude(
     raise ValueError(f"magnitude(sparsity={sparsity}): a fraction from 0 to 1")
   if threshold is not None and not threshold >= 0:
     raise ValueError(f"magnitude(threshold={threshold}): a threshold is not negative")
-  n, m = _parse(pattern) if pattern else (0, 0)
+  if scope != "weight" and sparsity is None:
+    raise ValueError(f"magnitude(scope={scope!r}) says over what a sparsity is met; give sparsity, not {given[0]}")
+  n, m = _parse(pattern) if pattern is not None else (0, 0)
 
   if callable(sparsity):
     if scope == "global":

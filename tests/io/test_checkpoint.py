@@ -144,6 +144,7 @@ def canonical(value):
 # ------------------------------------------------------------------------------------- what comes back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["dense", "mixed"])
 def test_a_tree_comes_back_to_the_bit(request, tmp_path, which):
   model, params = request.getfixturevalue(which)
@@ -183,6 +184,7 @@ def test_the_hash_sees_every_leaf_and_form(mixed):
   assert len(hashes) == 2 + len(jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [
   [ROUND(bits=4, group_size=64, symmetric=False), lmc.at("embed", ROUND(bits=8, group_size=-1))],
   [lmc.magnitude(sparsity=0.5), ROUND(bits=3, group_size=128),
@@ -471,6 +473,7 @@ def slots(node, path=()):
     yield from slots(value, (*path, key))
 
 
+@pytest.mark.slow
 def test_signed_mutants_of_a_manifest_are_read_or_refused(folder):
   """Anything in any place of the body: FormatError or a tree, never another exception."""
   original, rng, wrong, read = body_of(folder), random.Random(0), [], 0

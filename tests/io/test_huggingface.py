@@ -348,6 +348,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
   assert lmc.load(folder)[2].encode("a") == [0]
 
 
+@pytest.mark.slow
 def test_mutants_of_a_folder_are_read_or_refused(tmp_path):
   """Values of config and index replaced by what does not belong there: FormatError or a tree."""
   folder, rng, wrong, read = put(tmp_path / "m", shards=2), random.Random(0), [], 0
