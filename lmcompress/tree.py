@@ -150,7 +150,7 @@ def default_selection(params: Params) -> frozenset[str]:
 def partition(params: Params, trainable: Callable[[str], bool] = lambda path: True) -> tuple[Params, Params]:
   """Splits into a tree of trainable arrays and one of the rest, each with None where the other has a value.
 
-  Gradients reach floating arrays at paths for which `trainable(path)` is true, and within a compressed leaf
+  Gradients reach floating arrays of 16 bits or more at paths for which `trainable(path)` is true, and within a compressed leaf
   the fields it declares trainable; integers never (their float0 gradients break optimizers).
   """
 
@@ -160,7 +160,9 @@ def partition(params: Params, trainable: Callable[[str], bool] = lambda path: Tr
     children, treedef = jax.tree.flatten_with_path(leaf)
     fields = leaf.trainable_fields() if isinstance(leaf, CompressedArray) else None
     flags = [
-      jnp.issubdtype(x.dtype, jnp.floating) and (fields is None or getattr(where[0], "name", None) in fields)
+      jnp.issubdtype(x.dtype, jnp.floating)
+      and jnp.finfo(x.dtype).bits >= 16
+      and (fields is None or getattr(where[0], "name", None) in fields)
       for where, x in children
     ]
     return (

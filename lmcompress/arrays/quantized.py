@@ -162,7 +162,7 @@ def cut_outputs(x: jax.Array | None, start: Any, size: int, axis: int) -> jax.Ar
 
 def _take(x: jax.Array | None, ids: jax.Array) -> jax.Array | None:
   """Rows of a part shaped as a table's scale."""
-  return x if x is None or x.shape[-2] == 1 else x[ids]
+  return x if x is None else x[0] if x.shape[-2] == 1 else x[ids]
 
 
 def _bits(part: Any) -> int:

@@ -45,8 +45,9 @@ def _part_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
   codes, (inputs, outputs) = w.codes, w.shape
   rows = jnp.pad(x.reshape(-1, inputs).astype(jnp.float32), ((0, 0), (0, codes.pad)))
   count = multiple(codes.bits)
-  split = rows.reshape(rows.shape[0], codes.blocks, count, codes.block // count)
-  xs = [split[:, :, j].reshape(rows.shape[0], -1) for j in range(count)]
+  width = codes.block // count
+  split = rows.reshape(rows.shape[0], codes.blocks, count, width)
+  xs = [split[:, :, j].reshape(rows.shape[0], codes.blocks * width) for j in range(count)]
   scale, zero = w.scales(), w.zeros()
 
   def product(start: jax.Array, size: int) -> jax.Array:

@@ -71,6 +71,11 @@ def symmetric_scale(g: jax.Array, grid: Grid, convention: str, axis: int, shrink
   return jnp.where(scale != 0, scale, 1.0)
 
 
+def _nonzero(scale: jax.Array) -> jax.Array:
+  """A scale that can be divided by; one that was itself quantized may have become 0."""
+  return jnp.where(scale == 0, 1.0, scale)
+
+
 def quantize(
   w: jax.Array,
   *,
@@ -127,11 +132,11 @@ def quantize(
       return scale, stored, None, None
     assert minimum is not None
     if zero == "integer":
-      return scale, stored, jnp.clip(jnp.round(-minimum / scale), 0, levels), None
+      return scale, stored, jnp.clip(jnp.round(-minimum / _nonzero(scale)), 0, levels), None
     return scale, stored, None, minimum.astype(scale_dtype).astype(jnp.float32)
 
   def encode(scale: jax.Array, zero_point: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
-    wide = jnp.expand_dims(scale, along)
+    wide = jnp.expand_dims(_nonzero(scale), along)
     if zero_point is not None:
       return jnp.clip(jnp.round(g / wide) + jnp.expand_dims(zero_point, along), 0, levels).astype(jnp.uint8)
     if minimum is not None:
