@@ -150,7 +150,7 @@ def default_selection(params: Params) -> frozenset[str]:
 def partition(params: Params, trainable: Callable[[str], bool] = lambda path: True) -> tuple[Params, Params]:
   """Splits into a tree of trainable arrays and one of the rest, each with None where the other has a value.
 
-  Gradients reach floating arrays of 16 bits or more at paths for which `trainable(path)` is true, and within a compressed leaf
+  Gradients reach floats of 16 bits or more where `trainable(path)` is true, and within a compressed leaf
   the fields it declares trainable; integers never (their float0 gradients break optimizers).
   """
 

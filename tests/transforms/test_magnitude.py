@@ -206,7 +206,7 @@ def test_low_precision_keeps_its_dtype(dtype):
   ({"sparsity": 0.5, "scope": "layer"}, "scopes are weight, row, global"),
   ({"sparsity": lambda step: 0.5, "scope": "global"}, "schedules are per weight or per row"),
   ({"pattern": "2:4", "scope": "global"}, "scope"), ({"threshold": 0.1, "scope": "row"}, "scope"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_arguments_are_checked_at_once(arguments, message):
   with pytest.raises(ValueError, match=message):
     magnitude(**arguments)
