@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmcompress.errors import LmcompressError
+from lmcompress.errors import LmcompressError, SourceError
 
 app = typer.Typer(
   name="lmcompress",
@@ -46,6 +47,7 @@ class _Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     self.console = console
+    self.interrupted = False
     self.live = console.is_terminal
     self.bars = Progress(
       TextColumn("{task.description}"),
@@ -57,16 +59,26 @@ class _Progress:
     )
     self.tasks: dict[str, Any] = {}
 
+  def _interrupt(self, *_: Any) -> None:
+    """The first Ctrl-C ends the run after the part in work (an exception inside XLA is lost); the second at once."""
+    if self.interrupted:
+      os._exit(130)
+    self.interrupted = True
+
   def __enter__(self) -> _Progress:
+    self.before = signal.signal(signal.SIGINT, self._interrupt)
     if self.live:
       self.bars.start()
     return self
 
   def __exit__(self, *_: Any) -> None:
+    signal.signal(signal.SIGINT, self.before)
     if self.live:
       self.bars.stop()
 
   def step(self, what: str, done: int, total: int) -> None:
+    if self.interrupted:
+      raise KeyboardInterrupt
     if not self.live:
       if done == total:
         self.console.print(f"{what}: {total} done", markup=False, highlight=False)
@@ -84,10 +96,10 @@ def _find_config(name: str) -> Path:
   from lmcompress.errors import ConfigError
 
   path = Path(name)
-  candidates = [path, CONFIGS / name, CONFIGS / f"{name}.yaml", *sorted(CONFIGS.glob(f"**/{name}.yaml"))]
-  for candidate in candidates:
-    if candidate.is_file():
-      return candidate
+  with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+    for candidate in (path, CONFIGS / name, CONFIGS / f"{name}.yaml", *sorted(CONFIGS.glob(f"**/{name}.yaml"))):
+      if candidate.is_file():
+        return candidate
   raise ConfigError(f"{name}: no such config file; `lmcompress ls` lists those there are")
 
 
@@ -262,6 +274,8 @@ def evaluate(
   from lmcompress.io.load import load
 
   net, params, tokenizer = load(model)
+  if tokenizer is None:
+    raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
   original = load(against)[1] if against else None
   table = Table(title=f"{model}, {sizes(params)['bits_per_weight']:.3f} bits per weight")
   for column in ("text", "perplexity", *(("KL", "top-1") if against else ())):
@@ -303,6 +317,8 @@ def generate(
   import lmcompress as lmc
 
   net, params, tokenizer = lmc.load(model)
+  if tokenizer is None:
+    raise lmc.SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
   text = sys.stdin.read() if prompt == "-" else prompt
   lmc.generate(
     net,

@@ -151,7 +151,7 @@ def parse(text: str, where: str) -> Any:
     return yaml.load(text, _Loader)  # a subclass of SafeLoader
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None
-  except (yaml.YAMLError, ValueError, RecursionError) as error:
+  except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
     mark = getattr(error, "problem_mark", None)
     line = f" line {mark.line + 1}:" if mark else ""
     raise ConfigError(
@@ -204,7 +204,7 @@ def _set(node: Any, keys: list[str], value: Any, text: str) -> Any:
     return value
   key, rest = keys[0], keys[1:]
   if isinstance(node, (list, tuple)):
-    if not key.isdigit() or int(key) >= len(node):
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
       raise ConfigError(f"override {text!r}: {key!r} is no index of a list of {len(node)}")
     return [_set(item, rest, value, text) if i == int(key) else item for i, item in enumerate(node)]
   if node is not None and not isinstance(node, dict):

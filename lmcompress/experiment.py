@@ -33,6 +33,7 @@ from lmcompress.types import ConfigError, FormatError, Params, SourceError
 
 RESULT, METRICS, CONFIG, MODEL = "result.json", "metrics.jsonl", "config.yaml", "model"
 _HISTOGRAM_BINS = 80
+_FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
 
 class Watcher(Protocol):
@@ -92,6 +93,16 @@ def run(
   begun = time.perf_counter()
   model, params, tokenizer = load(config.model, mesh)
   stages = [_Stage("original", params, time.perf_counter() - begun, peak_bytes())]
+  if tokenizer is None:
+    raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
+  b, most = config.bench, model.config.max_length
+  for what, length in (
+    ("evaluate.length", config.evaluate.length),
+    ("calibration.length", config.calibration.length if config.calibration else 0),
+    (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if b.rounds else 0),
+  ):
+    if length > most:
+      raise ConfigError(f"{what}: {length} tokens are more than the model's context of {most}")
   texts = {
     name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
     for name in config.evaluate.texts
@@ -198,7 +209,9 @@ class _Records:
       whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]  # a cut last line is dropped
       try:
         self.rows = [json.loads(line) for line in whole]
-      except ValueError:
+        for row in self.rows:
+          _ = [row[key] for key in _FIELDS[row["kind"]]]
+      except (ValueError, KeyError, TypeError):
         raise FormatError(f"{path}: not JSON lines; remove the file and resume") from None
       _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 

@@ -31,7 +31,7 @@ def build_link(link: Mapping[str, Any], where: str = "recipe") -> Transform:
   factory = METHODS.get(name) if isinstance(name, str) else None
   if factory is None:
     close = difflib.get_close_matches(str(name), METHODS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise ConfigError(f"{where}: no method {name!r}{hint} Methods are {', '.join(METHODS)}")
   given = {key: value for key, value in link.items() if key not in ("name", "at")}
   schema = _schema(factory)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ import lmcompress
 from lmcompress import tree
 from lmcompress.arrays import E2M1, NF4, Float8, Integer, MaskedArray, Packed, QuantizedArray, Table
 from lmcompress.data.tokenizer import Tokenizer
-from lmcompress.io import safetensors
+from lmcompress.io import names, safetensors
 from lmcompress.models import ARCHITECTURES, Rope
-from lmcompress.types import FormatError, Params
+from lmcompress.types import CompressedArray, FormatError, Params
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 FORMAT = 1
@@ -29,6 +31,7 @@ _KINDS = {c.__name__: c for c in (QuantizedArray, MaskedArray, Packed)}
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
+_OURS = {MANIFEST, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
 
 
 # ---------------------------------------------------------------------------------------- describing leaves
@@ -60,7 +63,7 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
   return leaves, arrays
 
 
-def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path) -> Any:
+def rebuild(description: Any, read: Callable[[Mapping[str, Any]], Any], path: str, where: Path) -> Any:
   """Undoes `describe` for one leaf.
 
   Raises:
@@ -71,7 +74,7 @@ def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path
       return description
     raise FormatError(f"{where}: {path} is described by {type(description).__name__}")
   if "array" in description:
-    return read(description["array"])
+    return read(description)
   name = str(description.get("kind"))
   given = {k: v for k, v in description.items() if k != "kind"}
   if name == "Table" and set(given) == {"name"} and given["name"] in _TABLES:
@@ -118,8 +121,10 @@ def save(
     FileExistsError: the folder holds something that is not a checkpoint.
   """
   folder = Path(folder)
-  if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-    raise FileExistsError(f"{folder} holds files and no {MANIFEST}; it is not overwritten, choose another folder")
+  if folder.exists() and (foreign := {p.name for p in folder.iterdir()} - _OURS):
+    raise FileExistsError(
+      f"{folder} holds {sorted(foreign)[0]!r}, which is no part of a checkpoint; choose another folder"
+    )
   folder.parent.mkdir(parents=True, exist_ok=True)
   partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
   shutil.rmtree(partial, ignore_errors=True)
@@ -165,7 +170,11 @@ def _swap(partial: Path, folder: Path) -> None:
     return
   old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
   os.rename(folder, old)
-  os.rename(partial, folder)
+  try:
+    os.rename(partial, folder)
+  except BaseException:
+    os.rename(old, folder)
+    raise
   shutil.rmtree(old, ignore_errors=True)
 
 
@@ -201,6 +210,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     intact = False
   if not intact:
     raise FormatError(f"{path}: damaged (its digest does not fit); restore the file or save the model again")
+  if not isinstance(body, dict) or type(body.get("format")) is not int:
+    raise FormatError(f"{path}: holds no manifest; save the model again")
   if body.get("format") != FORMAT:
     raise FormatError(f"{path}: format {body.get('format')!r}, this version reads {FORMAT}; use a matching lmcompress")
   return body
@@ -219,6 +230,20 @@ def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, P
   """
   folder = Path(folder)
   body = read_manifest(folder)
+  try:
+    return _load(folder, body, mesh)
+  except FormatError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    what = " ".join(str(error).split())[:200]
+    raise FormatError(
+      f"{folder / MANIFEST}: does not describe a checkpoint ({type(error).__name__}: {what})"
+    ) from error
+
+
+def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params, Tokenizer | None]:
+  if WEIGHTS not in body["files"]:
+    raise FormatError(f"{folder / MANIFEST}: names no {WEIGHTS}")
   extra = {p.name for p in folder.iterdir() if p.is_file()} - {MANIFEST, *body["files"]}
   if extra:
     raise FormatError(f"{folder / sorted(extra)[0]}: not part of this checkpoint; remove it")
@@ -231,18 +256,35 @@ def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, P
   file = _verified(folder / WEIGHTS, body)
   model = _model(body["model"], folder / MANIFEST)
 
-  def read(name: str) -> Any:
-    return file.read(name)
+  def read(description: Mapping[str, Any]) -> Any:
+    name = description["array"]
+    if not isinstance(name, str) or name not in body["arrays"]:
+      raise FormatError(f"{folder / MANIFEST}: array {name!r} is not in {WEIGHTS}")
+    x = file.read(name)
+    if description != {"array": name, "dtype": str(x.dtype), "shape": list(x.shape)}:
+      raise FormatError(f"{folder / MANIFEST}: array {name!r} is {x.dtype}{list(x.shape)}, described as {description}")
+    return x
+
+  if set(body["leaves"]) != set(body["shapes"]):
+    raise FormatError(f"{folder / MANIFEST}: leaves and shapes name different paths")
 
   leaves = {}
   for path, description in body["leaves"].items():
     leaf = rebuild(description, read, path, folder / MANIFEST)
+    if isinstance(leaf, CompressedArray):
+      quantized = getattr(leaf, "values", leaf)
+      if isinstance(quantized, QuantizedArray) and not (quantized.group_size == -1 or quantized.group_size > 0):
+        raise FormatError(f"{folder / MANIFEST}: {path} has group_size {quantized.group_size}")
+      dense = jax.eval_shape(lambda x: x.materialize(), leaf)
+      if dense.shape != leaf.shape:
+        raise FormatError(f"{folder / MANIFEST}: the parts of {path} do not fit one another")
     if list(leaf.shape) != body["shapes"].get(path):
       raise FormatError(
         f"{folder / MANIFEST}: {path} has shape {list(leaf.shape)}, recorded is {body['shapes'].get(path)}"
       )
     leaves[path] = leaf
   params = tree.unflatten(leaves)
+  names.check_shapes(params, model.config.head_dim, str(folder / MANIFEST))
   if mesh is None:
     params = jax.device_put(params)
   else:
@@ -257,7 +299,8 @@ def _verified(path: Path, body: Mapping[str, Any]) -> safetensors.File:
   """The weights file after every digest has been checked; padding must be zeros."""
   size = path.stat().st_size
   if size >= 8:
-    length = int.from_bytes(path.open("rb").read(8), "little")
+    with path.open("rb") as f:
+      length = int.from_bytes(f.read(8), "little")
     if length <= size - 8:
       with path.open("rb") as f:
         header = hashlib.sha256(f.read(8 + length)).hexdigest()
@@ -289,5 +332,35 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
   model, config = known
   fields = dict(description["config"])
   if "rope" in fields:
-    fields["rope"] = Rope(**{**fields["rope"], "factors": tuple(fields["rope"]["factors"])})
-  return model(config(**fields))
+    rope = {**fields["rope"], "factors": tuple(fields["rope"]["factors"])}
+    fields["rope"] = _typed(Rope, rope, where)
+  return model(_typed(config, fields, where))
+
+
+@functools.cache
+def _checkers(cls: Any) -> dict[str, Any]:
+  """A strict checker of each field's annotated type."""
+  import pydantic
+
+  hints = typing.get_type_hints(cls)
+  return {
+    name: pydantic.TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else {"strict": True})
+    for name, hint in hints.items()
+  }
+
+
+def _typed(cls: Any, fields: Mapping[str, Any], where: Path) -> Any:
+  """`cls(**fields)`, each value of its annotated type."""
+  import pydantic
+
+  for name, value in fields.items():
+    try:
+      _checkers(cls)[name].validate_python(value)
+    except (KeyError, pydantic.ValidationError):
+      raise FormatError(f"{where}: {cls.__name__} takes no {name}={str(value)[:80]!r}") from None
+  made = cls(**fields)
+  if getattr(made, "kind", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
+    raise FormatError(f"{where}: rope {made.kind!r} is unknown")
+  if getattr(made, "head_dim", 2) < 2 or getattr(made, "head_dim", 2) % 2 or getattr(made, "max_length", 1) < 1:
+    raise FormatError(f"{where}: head_dim or max_length out of range")
+  return made

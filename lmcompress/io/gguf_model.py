@@ -53,7 +53,7 @@ def load_gguf(path: Path) -> tuple[Llama, Params, Tokenizer]:
     leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
   params = tree.unflatten(leaves)
   names.check_shapes(params, config.head_dim, str(path))
-  return Llama(config), params, Tokenizer.from_gguf(header.metadata)
+  return Llama(config), params, Tokenizer.from_gguf(header.metadata, str(path))
 
 
 def unpermute(array: np.ndarray, heads: int, name: str, where: Path) -> np.ndarray:

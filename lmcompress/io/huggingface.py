@@ -54,6 +54,8 @@ def load_folder(folder: Path) -> tuple[Llama, Params, Tokenizer | None]:
   mapping = names.plan(names.LLAMA, "hf", files, _int(config, "num_hidden_layers", folder), str(folder))
   if config.get("tie_word_embeddings", False):
     mapping.pop("head/table", None)
+  elif "head/table" not in mapping:
+    raise FormatError(f"{folder}: the tensor 'lm_head.weight' is missing and config.json does not tie it")
   leaves = {}
   for path, theirs in mapping.items():
     array = files[theirs].read(theirs)
@@ -104,7 +106,10 @@ def _number(config: Mapping[str, Any], key: str, default: float, where: Path) ->
   value = config.get(key, default)
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
     raise FormatError(f"{where}: {key} is {value!r}; a positive number is needed")
-  return float(value)
+  try:
+    return float(value)
+  except OverflowError:
+    raise FormatError(f"{where}: {key} is over the range of floats") from None
 
 
 def _llama_config(config: Mapping[str, Any], where: Path) -> LlamaConfig:
@@ -113,7 +118,7 @@ def _llama_config(config: Mapping[str, Any], where: Path) -> LlamaConfig:
   head_dim = config.get("head_dim") or _int(config, "hidden_size", where) // _int(config, "num_attention_heads", where)
   if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
     raise FormatError(f"{where}: head_dim is {head_dim!r}; an even integer is needed")
-  max_length = config.get("max_position_embeddings", 2048)
+  max_length = _int({"max_position_embeddings": 2048, **config}, "max_position_embeddings", where)
   return LlamaConfig(
     head_dim=head_dim,
     rope=_rope(config, where, max_length),
@@ -132,6 +137,8 @@ def _rope(config: Mapping[str, Any], where: Path, max_length: int) -> Rope:
   original = (
     scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
   )
+  if type(original) is not int or original < 1:
+    raise FormatError(f"{where}: original_max_position_embeddings is {original!r}; a positive integer is needed")
   if kind == "default":
     return Rope(theta)
   factor = _number(scaling, "factor", 1.0, where)
@@ -156,7 +163,7 @@ def _rope(config: Mapping[str, Any], where: Path, max_length: int) -> Rope:
       original,
       _number(scaling, "beta_slow", 1.0, where),
       _number(scaling, "beta_fast", 32.0, where),
-      scaling.get("attention_factor"),
+      None if scaling.get("attention_factor") is None else _number(scaling, "attention_factor", 1.0, where),
       bool(scaling.get("truncate", True)),
     )
   raise FormatError(f"{where}: rope type {kind!r} is not known here; known are default, linear, dynamic, llama3, yarn")

@@ -105,7 +105,13 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
   """
   from lmcompress import tree
 
-  features = params["embed"]["table"].shape[-1]
+  def rank(path: str) -> int:
+    return 2 if path.endswith(("kernel", "table")) else 1
+
+  for path, leaf in tree.flatten(params).items():
+    if len(leaf.shape) != rank(path):
+      raise FormatError(f"{where}: {path} has shape {list(leaf.shape)}, {rank(path)} axes expected")
+  vocab, features = params["embed"]["table"].shape
 
   def expect(path: str, extent: int, wanted: int, what: str) -> None:
     if extent != wanted:
@@ -123,5 +129,19 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
       source = path.replace("/o/", "/q/").replace("/down/", "/up/")
       expect(path, shape[-1], features, "outputs")
       expect(path, shape[-2], tree.get(params, source).shape[-1], "inputs")
+    elif path.endswith("bias"):
+      expect(path, shape[-1], tree.get(params, path.replace("/bias", "/kernel")).shape[-1], "entries")
     elif path == "head/table":
       expect(path, shape[-1], features, "features")
+      expect(path, shape[0], vocab, "rows")
+  for i, layer in params["layers"].items():
+    q, k, v, gate, up = (
+      layer[a][b]["kernel"].shape[-1]
+      for a, b in (("attn", "q"), ("attn", "k"), ("attn", "v"), ("mlp", "gate"), ("mlp", "up"))
+    )
+    expect(f"layers/{i}/attn/v/kernel", v, k, "outputs")
+    expect(f"layers/{i}/mlp/gate/kernel", gate, up, "outputs")
+    if q % k:
+      raise FormatError(
+        f"{where}: layers/{i}/attn has {q // head_dim} query heads, no multiple of {k // head_dim} key heads"
+      )

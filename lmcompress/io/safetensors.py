@@ -111,7 +111,7 @@ def _entry(path: Path, name: str, item: Any, base: int, size: int) -> Entry:
 
   if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= set(item):
     raise bad("has no dtype, shape and data_offsets")
-  if item["dtype"] not in DTYPES:
+  if not isinstance(item["dtype"], str) or item["dtype"] not in DTYPES:
     raise bad(f"has dtype {item['dtype']!r}; known are {', '.join(DTYPES)}")
   shape, offsets = item["shape"], item["data_offsets"]
   if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):

@@ -61,7 +61,9 @@ def test_stride_scores_only_new_tokens(tiny, tokens):
 
 def test_kl_and_agreement_equal_float64(tiny, tokens):
   model, params = tiny
-  small = tree.map_weights(lambda p, w: quantize_matrix(w, bits=2, group_size=16, axis=tree.contraction_axis(p)), params)
+  small = tree.map_weights(
+    lambda p, w: quantize_matrix(w, bits=2, group_size=16, axis=tree.contraction_axis(p)), params
+  )
   total = {"same": Score(0, 0, 0, 0), "small": Score(0, 0, 0, 0)}
   for _, scores in compare(model, params, {"same": params, "small": small}, tokens):
     total = {k: total[k] + scores[k] for k in total}
@@ -79,8 +81,12 @@ def test_done_windows_are_skipped(tiny, tokens):
 
 @pytest.mark.parametrize(
   ("bad", "message"),
-  [(np.zeros((0, 4), np.int32), "predict"), (np.zeros((2, 1), np.int32), "predict"), (np.zeros(4, np.int32), "length"),
-   (np.zeros((2, 4)), "integers")],
+  [
+    (np.zeros((0, 4), np.int32), "predict"),
+    (np.zeros((2, 1), np.int32), "predict"),
+    (np.zeros(4, np.int32), "length"),
+    (np.zeros((2, 4)), "integers"),
+  ],
 )
 def test_bad_tokens(tiny, bad, message):
   model, params = tiny
@@ -93,7 +99,9 @@ def test_sizes_count_every_part(tiny):
   found = sizes(params)
   count = sum(leaf.size for leaf in tree.flatten(params).values())
   assert found["parameters"] == count and found["nbits"] == 32 * count and found["bits_per_weight"] == 32
-  small = tree.map_weights(lambda p, w: quantize_matrix(w, bits=4, group_size=32, axis=tree.contraction_axis(p)), params)
+  small = tree.map_weights(
+    lambda p, w: quantize_matrix(w, bits=4, group_size=32, axis=tree.contraction_axis(p)), params
+  )
   assert sizes(small)["bits_per_weight"] == pytest.approx(4 + 16 / 32)
 
 

@@ -15,8 +15,14 @@ from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.types import FormatError, Model
 
 BASE = {
-  "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-  "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
+  "vocab_size": 97,
+  "hidden_size": 48,
+  "intermediate_size": 80,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 6,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 128,
+  "initializer_range": 0.3,
 }
 ROPE = {"rope_theta": 10000.0}
 CASES = {
@@ -30,8 +36,12 @@ CASES = {
   "dynamic rope": {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}},
   "llama3 rope": {
     "rope_parameters": {
-      "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 32, "rope_theta": 500000.0,
+      "rope_type": "llama3",
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 32,
+      "rope_theta": 500000.0,
     }
   },
   "yarn rope": {
@@ -81,7 +91,9 @@ def test_padding_does_not_change_logits(tiny, side):
   pad = [(0, 0), (5, 0) if side == "left" else (0, 5)]
   padded, mask = np.pad(tokens, pad), np.pad(np.ones_like(tokens), pad)
   logits = model.apply(params, padded, attention_mask=mask)
-  np.testing.assert_allclose(logits[:, 5:] if side == "left" else logits[:, :10], model.apply(params, tokens), atol=1e-5)
+  np.testing.assert_allclose(
+    logits[:, 5:] if side == "left" else logits[:, :10], model.apply(params, tokens), atol=1e-5
+  )
 
 
 def test_is_a_model_and_block_view_equals_apply(tiny):
@@ -151,7 +163,11 @@ def test_every_parameter_has_axes(tiny):
 
 @pytest.mark.parametrize(
   ("tokens", "message"),
-  [(np.zeros(4, np.int32), "batch, length"), (np.zeros((1, 4)), "integers"), (np.zeros((1, 3000), np.int32), "context")],
+  [
+    (np.zeros(4, np.int32), "batch, length"),
+    (np.zeros((1, 4)), "integers"),
+    (np.zeros((1, 3000), np.int32), "context"),
+  ],
 )
 def test_bad_tokens(tiny, tokens, message):
   model, params = tiny
