@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -117,6 +118,8 @@ def _batches(params: Params, rows: Sequence[int], tokens: np.ndarray, masks: np.
 @jax.jit
 def _sums(logp: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
   """Per row: sums of the negative log-likelihood, the KL and the agreement, and the count."""
+  logp = logp[:, :-1]
+  reference = None if reference is None else reference[:, :-1]
   keep = masks[:, 1, 1:] & masks[:, 0, :-1]
   nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
   count = jnp.sum(keep, axis=1)
@@ -129,13 +132,13 @@ def _sums(logp: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.A
 
 
 def log_probabilities(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray) -> jax.Array:
-  """Next-token log-probabilities `[batch, length - 1, vocab]` float32, layer by compiled layer."""
+  """Next-token log-probabilities `[batch, length, vocab]` float32, layer by compiled layer."""
   return _log_softmax(model.apply(params, tokens, attention_mask=masks[:, 0]))
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _log_softmax(logits: jax.Array) -> jax.Array:
-  return jax.nn.log_softmax(logits[:, :-1], axis=-1)
+  return jax.nn.log_softmax(logits, axis=-1)
 
 
 def compare(
