@@ -63,7 +63,7 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
   return leaves, arrays
 
 
-def rebuild(description: Any, read: Callable[[Mapping[str, Any]], Any], path: str, where: Path) -> Any:
+def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path) -> Any:
   """Undoes `describe` for one leaf.
 
   Raises:
@@ -74,7 +74,11 @@ def rebuild(description: Any, read: Callable[[Mapping[str, Any]], Any], path: st
       return description
     raise FormatError(f"{where}: {path} is described by {type(description).__name__}")
   if "array" in description:
-    return read(description)
+    name = description["array"]
+    x = read(name)
+    if description != {"array": name, "dtype": str(np.dtype(x.dtype)), "shape": list(x.shape)}:
+      raise FormatError(f"{where}: array {name!r} is {x.dtype}{list(x.shape)}, described as {description}")
+    return x
   name = str(description.get("kind"))
   given = {k: v for k, v in description.items() if k != "kind"}
   if name == "Table" and set(given) == {"name"} and given["name"] in _TABLES:
@@ -256,14 +260,10 @@ def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params
   file = _verified(folder / WEIGHTS, body)
   model = _model(body["model"], folder / MANIFEST)
 
-  def read(description: Mapping[str, Any]) -> Any:
-    name = description["array"]
+  def read(name: str) -> Any:
     if not isinstance(name, str) or name not in body["arrays"]:
       raise FormatError(f"{folder / MANIFEST}: array {name!r} is not in {WEIGHTS}")
-    x = file.read(name)
-    if description != {"array": name, "dtype": str(x.dtype), "shape": list(x.shape)}:
-      raise FormatError(f"{folder / MANIFEST}: array {name!r} is {x.dtype}{list(x.shape)}, described as {description}")
-    return x
+    return file.read(name)
 
   if set(body["leaves"]) != set(body["shapes"]):
     raise FormatError(f"{folder / MANIFEST}: leaves and shapes name different paths")
