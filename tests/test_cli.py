@@ -13,19 +13,15 @@ import time
 from pathlib import Path
 
 import gguf
-import jax
 import numpy as np
 import pytest
-import tokenizers
 import yaml
 from gguf import GGUFWriter
 from safetensors.numpy import save_file
-from tokenizers import decoders, pre_tokenizers
-from tokenizers.models import BPE
+from small_model import byte_level, random_params
 
 import lmcompress as lmc
 from lmcompress import cli, tree
-from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.models import Llama, LlamaConfig
 
 VERBS = ("run", "resume", "validate", "ls", "cp", "eval", "generate", "bench", "inspect", "report", "compare",
@@ -35,38 +31,6 @@ RECIPE = [
   {"name": "magnitude", "at": "layers/*/mlp/down", "sparsity": 0.2},
   {"name": "round_to_nearest", "at": "layers/*/mlp/down", "bits": 4, "group_size": 32, "symmetric": False},
 ]
-
-
-def byte_level():
-  """A tokenizer whose tokens are the 256 bytes and one that ends a text."""
-  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  backend = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(["<|endoftext|>", *alphabet])}, []))
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens(["<|endoftext|>"])
-  return Tokenizer(backend, tokens={"eos_token": "<|endoftext|>"})
-
-
-def random_params(vocab=264, embed=64, mlp=128, kv=32):
-  """A Llama's tree with two layers, drawn without a compiler."""
-  rng = np.random.default_rng(0)
-
-  def draw(*shape):
-    return jax.device_put(rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32))
-
-  def linear(inputs, outputs):
-    return {"kernel": draw(inputs, outputs)}
-
-  ones = jax.device_put(np.ones(embed, np.float32))
-  layers = {
-    str(i): {
-      "attn_norm": {"scale": ones}, "mlp_norm": {"scale": ones},
-      "attn": {"q": linear(embed, embed), "k": linear(embed, kv), "v": linear(embed, kv),
-               "o": linear(embed, embed)},
-      "mlp": {"gate": linear(embed, mlp), "up": linear(embed, mlp), "down": linear(mlp, embed)},
-    } for i in range(2)
-  }
-  return {"embed": {"table": 4 * draw(vocab, embed)}, "layers": layers, "final_norm": {"scale": ones}}
 
 
 @pytest.fixture(scope="module")

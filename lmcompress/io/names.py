@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress import tree
 from lmcompress.types import FormatError, Params
 
 
@@ -103,8 +104,6 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
   Raises:
     FormatError: names the first parameter that does not fit.
   """
-  from lmcompress import tree
-
   def rank(path: str) -> int:
     return 2 if path.endswith(("kernel", "table")) else 1
 

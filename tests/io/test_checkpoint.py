@@ -20,15 +20,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors as package
-import tokenizers
 import yaml
-from tokenizers import decoders, pre_tokenizers
-from tokenizers.models import BPE
+from small_model import byte_level
 
 import lmcompress as lmc
 from lmcompress import config as config_module
 from lmcompress import ops, tree
-from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.distributed import make_mesh
 from lmcompress.evaluate.size import bytes_in_memory, sizes
 from lmcompress.io import checkpoint, safetensors
@@ -53,16 +50,6 @@ FORMS = {  # every form of leaf, one for each weight of a layer
   "step": lmc.at("layers/1/mlp/down", ROUND(bits=8, step=2.0**-6)),
 }
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 12), np.int32)
-
-
-def byte_level():
-  """A tokenizer whose tokens are the 256 bytes and one that ends a text."""
-  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  backend = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(["<|endoftext|>", *alphabet])}, []))
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
-  backend.add_special_tokens(["<|endoftext|>"])
-  return Tokenizer(backend, tokens={"eos_token": "<|endoftext|>"})
 
 
 @pytest.fixture(scope="module")
