@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmcompress.data import gguf_vocabulary
+from lmcompress.data.gguf_vocabulary import library_errors
 from lmcompress.types import FormatError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_FILE_NBYTES = 64 << 20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-MAX_TOKEN_CHARACTERS = 1 << 10
 
 END_OF_TURN = frozenset(
   {
@@ -34,38 +34,7 @@ END_OF_TURN = frozenset(
 )
 """Special tokens that end a reply, whatever the file calls its end of sequence."""
 
-# The pre-tokenizers of llama.cpp's src/llama-vocab.cpp: each pattern cuts the pieces that others left.
-_DIGIT = r"\p{N}"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-  r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _WORDS.format(digits="{1,3}")
-_QWEN2 = _WORDS.format(digits="")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-  rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-  r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
-_PATTERNS = {
-  "default": _DEFAULT,
-  "falcon": _FALCON,
-  "tekken": (_TEKKEN,),
-  **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "roberta-bpe"), (_GPT2,)),
-  **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (_DIGIT, _GPT2)),
-  **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-  **dict.fromkeys(("qwen2", "stablelm2", "megrez", "deepseek-r1-qwen"), (_QWEN2,)),
-}
-# A word that is itself a token needs no merges, and sequences begin with a token unless told otherwise.
-_WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
-
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-_NORMAL = 1
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
-_SPACE = "▁"
 
 
 class Tokenizer:
@@ -139,7 +108,7 @@ class Tokenizer:
         user wrote.
       add_special: adds what the tokenizer's own template adds, such as BERT's `[CLS]` and `[SEP]`.
     """
-    with _library("the tokenizer cannot encode the text"):
+    with library_errors("the tokenizer cannot encode the text"):
       ids = self._parser(parse_special).encode(text, add_special_tokens=add_special).ids
     if not add_bos:
       return ids
@@ -149,7 +118,7 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Ids to text; bytes that are no UTF-8 become U+FFFD."""
-    with _library("the tokenizer cannot decode the ids"):
+    with library_errors("the tokenizer cannot decode the ids"):
       return self._plain.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   def stream(self, skip_special: bool = True) -> TextStream:
@@ -210,28 +179,13 @@ class Tokenizer:
     Raises:
       FormatError: the tokenizer is of another kind, or its parts do not fit together.
     """
-    model = metadata.get("tokenizer.ggml.model")
-    if not isinstance(model, str) or model not in _BUILDERS:
-      raise FormatError(
-        f"{source}: tokenizer.ggml.model is {str(model)[:80]!r}; supported are "
-        f"{', '.join(_BUILDERS)}. Export the model with a tokenizer.json instead"
-      )
-    vocabulary = _Vocabulary(metadata, source)
-    with _library(f"{source}: the tokenizer cannot be built"):
-      backend, wants_bos = _BUILDERS[model](vocabulary)
-      _add_tokens(backend, vocabulary)
-    tokens = {
-      role: vocabulary.role(key)
-      for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
-    }
-    wants_bos = vocabulary.flag("add_bos_token", wants_bos)
-    if wants_bos and tokens["bos_token"] is not None:
-      _begin(backend, tokens["bos_token"])
-    stop_ids = [index for index in (vocabulary.index("eot"), vocabulary.index("eom")) if index is not None]
+    built = gguf_vocabulary.build(metadata, source)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
       raise FormatError(f"{source}: tokenizer.chat_template is no string; fetch the file again")
-    return cls(backend, tokens=tokens, stop_ids=stop_ids, chat_template=template, wants_bos=wants_bos)
+    return cls(
+      built.backend, tokens=built.tokens, stop_ids=built.stop_ids, chat_template=template, wants_bos=built.wants_bos
+    )
 
   @classmethod
   def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -254,7 +208,7 @@ class Tokenizer:
         f"{folder} has no tokenizer.json; save one with transformers: "
         "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
       )
-    with _library(f"{path} is no tokenizer that the tokenizers library reads"):
+    with library_errors(f"{path} is no tokenizer that the tokenizers library reads"):
       backend = Backend.from_str(text)
     config = _read_json(folder / "tokenizer_config.json")
     tokens = {role: token for role in _ROLES if (token := _spelling(config.get(role))) is not None}
@@ -272,7 +226,7 @@ class Tokenizer:
       template = _default_template(config.get("chat_template"))
     wants_bos = config.get("add_bos_token")
     if wants_bos is None:
-      with _library(f"{path} cannot encode"):
+      with library_errors(f"{path} cannot encode"):
         first = backend.encode("").ids[:1]
       wants_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
     return cls(backend, tokens=tokens, stop_ids=stop_ids, chat_template=template, wants_bos=bool(wants_bos))
@@ -323,167 +277,6 @@ class TextStream:
       return ""
     self._window, self._given = self._window[self._given :], len(self._window) - self._given
     return text[len(before) :]
-
-
-class _Vocabulary:
-  """The tokenizer's part of GGUF metadata, checked."""
-
-  def __init__(self, metadata: Mapping[str, Any], source: str):
-    self.metadata = metadata
-    self.source = source
-    # llama.cpp's spelling of tokens that have none.
-    self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.strings("tokens"))]
-    self.ids = {token: i for i, token in enumerate(self.tokens)}
-    if len(self.ids) != len(self.tokens):
-      raise self.fail(f"tokenizer.ggml.tokens has {len(self.tokens)} entries, {len(self.ids)} distinct ones")
-    longest = max(map(len, self.tokens), default=0)
-    if longest > MAX_TOKEN_CHARACTERS:
-      raise self.fail(f"a token has {longest} characters, {MAX_TOKEN_CHARACTERS} are allowed")
-    self.types = self.numbers("token_type", default=_NORMAL)
-
-  def fail(self, what: str) -> FormatError:
-    return FormatError(f"{self.source}: {what}; fetch the file again, or export the model with a tokenizer.json")
-
-  def strings(self, key: str) -> list[str]:
-    values = self.metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-      raise self.fail(f"tokenizer.ggml.{key} is missing or no list of strings")
-    return values
-
-  def numbers(self, key: str, default: float) -> list:
-    values = self.metadata.get(f"tokenizer.ggml.{key}")
-    if values is None:
-      return [default] * len(self.tokens)
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if (
-      not isinstance(values, list)
-      or len(values) != len(self.tokens)
-      or not all(isinstance(value, int | float) for value in values)
-    ):
-      raise self.fail(f"tokenizer.ggml.{key} is no list of {len(self.tokens)} numbers, one for each token")
-    return values
-
-  def index(self, key: str) -> int | None:
-    value = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    if value is None:
-      return None
-    if type(value) is not int or not 0 <= value < len(self.tokens):
-      raise self.fail(
-        f"tokenizer.ggml.{key}_token_id is {str(value)[:80]}, the vocabulary has {len(self.tokens)} tokens"
-      )
-    return value
-
-  def role(self, key: str) -> str | None:
-    index = self.index(key)
-    return None if index is None else self.tokens[index]
-
-  def flag(self, key: str, default: bool) -> bool:
-    value = self.metadata.get(f"tokenizer.ggml.{key}")
-    return value if isinstance(value, bool) else default
-
-  def merges(self) -> list[tuple[str, str]]:
-    pairs = []
-    for merge in self.strings("merges"):
-      # The first character may itself be a space in a vocabulary that is not byte-level.
-      cut = merge.find(" ", 1)
-      if cut < 0:
-        raise self.fail(f"merge {merge[:40]!r} is no pair of tokens")
-      pairs.append((merge[:cut], merge[cut + 1 :]))
-    return pairs
-
-
-def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-  """Byte-level BPE, as of GPT-2."""
-  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-  name = vocabulary.metadata.get("tokenizer.ggml.pre", "default")
-  if not isinstance(name, str) or name not in _PATTERNS:
-    raise FormatError(
-      f"{vocabulary.source}: tokenizer.ggml.pre is {str(name)[:80]!r}; supported are "
-      f"{', '.join(sorted(_PATTERNS))}. Export the model with a tokenizer.json instead"
-    )
-  patterns = _PATTERNS[name]
-  own = patterns[-1] == _GPT2  # ByteLevel cuts by this pattern itself
-  splits = [
-    pre_tokenizers.Digits(individual_digits=True)
-    if pattern == _DIGIT
-    else pre_tokenizers.Split(Regex(pattern), "isolated")
-    for pattern in (patterns[:-1] if own else patterns)
-  ]
-  backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges(), ignore_merges=name in _WHOLE_WORDS))
-  backend.pre_tokenizer = pre_tokenizers.Sequence(
-    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)]
-  )
-  backend.decoder = decoders.ByteLevel()
-  return backend, name in _WHOLE_WORDS
-
-
-def _sentencepiece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-  """BPE over characters with scores, bytes for what the vocabulary lacks, as of Llama 2."""
-  from tokenizers import Tokenizer, decoders, models, normalizers
-
-  unknown = [vocabulary.tokens[i] for i, kind in enumerate(vocabulary.types) if kind == _UNKNOWN]
-  backend = Tokenizer(
-    models.BPE(
-      vocab=vocabulary.ids,
-      merges=_merges_by_score(vocabulary),
-      byte_fallback=True,
-      fuse_unk=True,
-      unk_token=unknown[0] if unknown else vocabulary.role("unknown"),
-    )
-  )
-  prefix = vocabulary.flag("add_space_prefix", True)
-  backend.normalizer = normalizers.Sequence(
-    [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)]
-  )
-  backend.decoder = decoders.Sequence(
-    [
-      decoders.Replace(_SPACE, " "),
-      decoders.ByteFallback(),
-      decoders.Fuse(),
-      *([decoders.Strip(" ", 1, 0)] if prefix else []),
-    ]
-  )
-  return backend, True
-
-
-def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-  """Every cut of a token into two tokens, the best score of the whole first, as SentencePiece merges."""
-  scores = vocabulary.numbers("scores", default=0.0)
-  ids = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == _NORMAL}
-  ranked = []
-  for token, i in ids.items():
-    for cut in range(1, len(token)):
-      left, right = token[:cut], token[cut:]
-      if left in ids and right in ids:
-        ranked.append((-scores[i], -len(left), i, left, right))
-  ranked.sort()
-  return [(left, right) for *_, left, right in ranked]
-
-
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-  from tokenizers import AddedToken
-
-  special, plain = [], []
-  for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-    if kind in (_CONTROL, _UNKNOWN):
-      special.append(AddedToken(token, normalized=False, special=True))
-    elif kind == _USER_DEFINED:
-      plain.append(AddedToken(token, normalized=False, special=False))
-  backend.add_special_tokens(special)
-  backend.add_tokens(plain)
-
-
-def _begin(backend: tokenizers.Tokenizer, token: str) -> None:
-  from tokenizers import processors
-
-  name, index = "BOS", backend.token_to_id(token)
-  backend.post_processor = processors.TemplateProcessing(
-    single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[{"id": name, "ids": [index], "tokens": [token]}]
-  )
 
 
 def _read(path: Path) -> str | None:
@@ -552,18 +345,3 @@ def _template(text: str) -> Any:
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
   return environment.from_string(text)
-
-
-@contextlib.contextmanager
-def _library(what: str) -> Iterator[None]:
-  """Turns what the tokenizers library raises, bare exceptions and panics, into `FormatError`."""
-  try:
-    yield
-  except FormatError:
-    raise
-  except Exception as error:
-    raise FormatError(f"{what}: {error}") from error
-  except BaseException as error:
-    if type(error).__name__ != "PanicException":
-      raise
-    raise FormatError(f"{what}: {error}") from error

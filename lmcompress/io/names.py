@@ -104,6 +104,7 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
   Raises:
     FormatError: names the first parameter that does not fit.
   """
+
   def rank(path: str) -> int:
     return 2 if path.endswith(("kernel", "table")) else 1
 

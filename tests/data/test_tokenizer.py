@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lmcompress.data import tokenizer as module
+from lmcompress.data import gguf_vocabulary
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.types import FormatError
 
@@ -131,14 +131,14 @@ def test_a_byte_level_vocabulary_encodes_as_the_tokenizer_it_came_from():
   assert tokenizer.vocab_size == trained.get_vocab_size() == len(metadata["tokenizer.ggml.tokens"])
 
 
-@pytest.mark.parametrize("pre", sorted(module._PATTERNS))
+@pytest.mark.parametrize("pre", sorted(gguf_vocabulary._PATTERNS))
 def test_a_pre_tokenizer_cuts_as_its_patterns_say(pre):
   tokenizer = Tokenizer.from_gguf(byte_level(pre)[0])
   splitter, decoder = tokenizer.backend.pre_tokenizer, decoders.ByteLevel()
   for text in texts(60):
     cuts = [decoder.decode([piece]) for piece, _ in splitter.pre_tokenize_str(text)]
     assert "".join(cuts) == text
-    assert cuts == cut_by(module._PATTERNS[pre], text)
+    assert cuts == cut_by(gguf_vocabulary._PATTERNS[pre], text)
 
 
 CUTS = {
