@@ -303,23 +303,42 @@ def generate(
   seed: Annotated[int, typer.Option()] = 0,
   stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation; repeat for more.")] = None,
   chat: Annotated[bool, typer.Option("--chat", help="Wraps the prompt in the model's chat template.")] = False,
+  draft: Annotated[
+    str | None, typer.Option(help="A cheaper model, same tokenizer, that proposes tokens; the text stays the same.")
+  ] = None,
+  draft_layers: Annotated[int | None, typer.Option(help="Drafts with the model's own first layers instead.")] = None,
+  draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
+  stats: Annotated[bool, typer.Option("--stats", help="Tells times and acceptance on standard error.")] = False,
 ) -> None:
   """Continues a prompt, streaming the text.
 
   Examples:
 
-    lmcompress generate smollm2-135m "The capital of France is" -n 32
+    lmcompress generate smollm2-135m "The capital of France is" -n 32 --stats
 
     lmcompress generate results/quickstart-1a2b3c4d/model "Write a haiku about rain." --chat --temperature 0.7
+
+    lmcompress generate smollm2-135m "Once upon a time" --draft results/quickstart-1a2b3c4d/model --stats
+
+    lmcompress generate smollm2-135m "Once upon a time" --draft-layers 20 --draft-tokens 2 --stats
   """
   import jax
 
   import lmcompress as lmc
+  from lmcompress.generation import first_layers
 
+  if draft is not None and draft_layers is not None:
+    raise lmc.ConfigError(f"--draft {draft} and --draft-layers {draft_layers}: one draft at a time; leave one out")
   net, params, tokenizer = lmc.load(model)
   if tokenizer is None:
     raise lmc.SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
+  drafter = None
+  if draft is not None:
+    drafter = lmc.load(draft)[:2]
+  elif draft_layers is not None:
+    drafter = net, first_layers(params, draft_layers)
   text = sys.stdin.read() if prompt == "-" else prompt
+  found: list[Any] = []
   lmc.generate(
     net,
     params,
@@ -332,9 +351,14 @@ def generate(
     key=jax.random.key(seed),
     stop=stop or (),
     chat=chat,
+    draft=drafter,
+    draft_tokens=draft_tokens,
     on_text=lambda piece: typer.echo(piece, nl=False),
+    on_stats=found.append,
   )
   typer.echo()
+  if stats:
+    typer.echo(found[0], err=True)
 
 
 @app.command()

@@ -14,7 +14,7 @@ def facts() -> dict[str, str]:
   """What `lmcompress env` prints, in order."""
   import jax
 
-  from lmcompress.evaluate.latency import backend
+  from lmcompress.ops import backend
   from lmcompress.experiment import device, versions
 
   devices = device()
@@ -22,7 +22,7 @@ def facts() -> dict[str, str]:
   return {
     **versions(),
     "devices": f"{devices['devices']} x {devices['name']} ({devices['platform']}), {devices['cores']} cores",
-    "backend": backend(),
+    "backend": backend.describe(),
     "cuda": _plugin("cuda")
     if gpus
     else "none in use" + ("; the extra `lmcompress[cuda]` brings it" if not _plugin("cuda") else ""),

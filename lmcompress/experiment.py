@@ -21,7 +21,7 @@ from lmcompress import tree
 from lmcompress.calibration import compress
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
-from lmcompress.evaluate.latency import backend, latency
+from lmcompress.evaluate.latency import latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.perplexity import Score, compare
@@ -29,6 +29,7 @@ from lmcompress.evaluate.size import sizes
 from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
+from lmcompress.ops import backend
 from lmcompress.types import ConfigError, FormatError, Params, SourceError
 
 RESULT, METRICS, CONFIG, MODEL = "result.json", "metrics.jsonl", "config.yaml", "model"
@@ -293,7 +294,7 @@ def _stage_row(stage: _Stage, original: _Stage, scores: dict[str, Score], speed:
     "kl": {text: s["kl"] for text, s in summaries.items()},
     "top1": {text: s["top1"] for text, s in summaries.items()},
     "tokens_per_s": speed,
-    "backend": backend(),
+    "backend": backend.describe(),
     "seconds": stage.seconds,
     "peak_memory_bytes": stage.peak_memory_bytes,
   }

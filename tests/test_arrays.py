@@ -17,7 +17,24 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lmcompress import ops, tree
-from lmcompress.arrays import MaskedArray, Packed, QuantizedArray, masked
+from lmcompress.arrays import (
+  BitmapArray,
+  ClusteredArray,
+  InputArray,
+  Int8PerToken,
+  LowRankArray,
+  MaskedArray,
+  NMSparseArray,
+  Packed,
+  QuantizedArray,
+  bitmap,
+  clustered,
+  low_rank,
+  masked,
+  nm_mask,
+  nm_sparse,
+  with_act,
+)
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.transforms.round_to_nearest import quantize_matrix
@@ -35,6 +52,9 @@ class Row:
     trains: data fields that gradients must reach.
     alike: differs from another row in numbers only; what depends on the form (loops, gradients, meshes) is
       checked for that row.
+    keeps: `(w, axis) -> mask` in NumPy, of the entries that are not removed.
+    error: largest relative error of the value against what is kept of `w`; None goes by the bits of the codes.
+    rounding: relative, between two ways to the same value; 1e-6 but where the value itself is a sum.
   """
 
   name: str
@@ -43,20 +63,76 @@ class Row:
   inputs: int = 64
   trains: tuple[str, ...] = ("scale",)
   alike: bool = False
+  keeps: Callable[[np.ndarray, int], np.ndarray] = lambda w, axis: np.ones(w.shape, bool)
+  error: float | None = None
+  rounding: float = 1e-6
 
 
 def quantized(**options):
   return lambda w, axis: quantize_matrix(w, axis=axis, **options)
 
 
-def pruned(**options):
-  """Every third entry removed, the values dense or quantized."""
+def third(w, axis=-2):
+  """Every third entry removed."""
+  return np.arange(w.size).reshape(w.shape) % 3 != 0
 
+
+def pruned(**options):
+  """The values dense or quantized."""
+  return lambda w, axis: masked(quantize_matrix(w, axis=axis, **options) if options else w, third(w), axis)
+
+
+def largest(n, m):
+  """The n largest magnitudes of each m inputs, in NumPy."""
+
+  def keep(w, axis):
+    groups = np.abs(np.moveaxis(w, axis, -1)).reshape(w.shape[-3 - axis], -1, m)
+    rank = np.argsort(np.argsort(-groups, axis=-1, kind="stable"), axis=-1)
+    return np.moveaxis((rank < n).reshape(w.shape[-3 - axis], -1), -1, axis)
+
+  return keep
+
+
+def sparse(n, m, **options):
   def of(w, axis):
-    keep = (jnp.arange(w.size) % 3 != 0).reshape(w.shape)
-    return masked(quantize_matrix(w, axis=axis, **options) if options else w, keep, axis)
+    quantize = functools.partial(quantize_matrix, axis=axis, **options) if options else None
+    return nm_sparse(w, nm_mask(w, n, m, axis), n, m, axis, quantize)
 
   return of
+
+
+def unstructured(**options):
+  def of(w, axis):
+    return bitmap(w, third(w), axis, functools.partial(quantize_matrix, axis=axis, **options) if options else None)
+
+  return of
+
+
+def nearest(entries, bits, dtype="float32"):
+  """Each weight to the closest of evenly spaced values."""
+
+  def of(w, axis):
+    codebook = np.linspace(-1.5, 1.5, entries, dtype=np.float32)
+    codes = np.abs(np.asarray(w)[..., None] - codebook).argmin(-1)
+    return clustered(jnp.asarray(codes), jnp.asarray(codebook, dtype), bits, axis, w.dtype)
+
+  return of
+
+
+def factored(rank, **options):
+  """The best approximation of that rank, its factors dense or quantized."""
+
+  def of(w, axis):
+    u, s, vt = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+    factors = (u[:, :rank] * np.sqrt(s[:rank])), np.sqrt(s[:rank])[:, None] * vt[:rank]
+    factors = (jnp.asarray(f, w.dtype) for f in factors)
+    return low_rank(*(quantize_matrix(f, axis=axis, **options) if options else f for f in factors), axis)
+
+  return of
+
+
+def act_before(make):
+  return lambda w, axis: with_act(make(w, axis), Int8PerToken(), axis)
 
 
 F32 = {"scale_dtype": "float32"}
@@ -82,10 +158,24 @@ ROWS = [
   Row("mxfp4", quantized(grid="mxfp4", group_size=32), 4 + 8 / 32, trains=()),
   Row("nvfp4", quantized(grid="nvfp4", group_size=16), 4 + 8 / 16 + 32 / 2560),
   Row("step", quantized(bits=8, step=2.0**-5), 8 + 32 / 2560, alike=True),
-  Row("masked dense", pruned(), 32 + 1, trains=("values",)),
-  Row("masked int4", pruned(bits=4, group_size=32, **F32), 4 + 1 + 1, trains=("values",)),
+  Row("masked dense", pruned(), 32 + 1, trains=("values",), keeps=third),
+  Row("masked int4", pruned(bits=4, group_size=32, **F32), 4 + 1 + 1, trains=("values",), keeps=third),
   Row("masked ragged minimum", pruned(bits=4, group_size=32, symmetric=False, zero="real"), inputs=48,
-      trains=("values",), alike=True),
+      trains=("values",), alike=True, keeps=third),
+  Row("clustered 16", nearest(16, 4), 4 + 16 * 32 / 2560, trains=("codebook",), error=0.15),
+  Row("clustered 5", nearest(5, 3, "bfloat16"), inputs=50, trains=("codebook",), alike=True, error=0.5),
+  Row("2:4 float32", sparse(2, 4), 32 / 2 + 2 / 2, trains=("values",), keeps=largest(2, 4)),
+  Row("2:4 int8 row", sparse(2, 4, bits=8), (8 + 2) / 2 + 16 / 64, trains=("values",), keeps=largest(2, 4)),
+  Row("1:4 int4 g8 zero", sparse(1, 4, bits=4, group_size=8, symmetric=False), (4 + 2) / 4 + 20 / 32,
+      trains=("values",), alike=True, keeps=largest(1, 4)),
+  Row("4:8 float32", sparse(4, 8), inputs=56, trains=("values",), alike=True, keeps=largest(4, 8)),
+  Row("bitmap float32", unstructured(), 1 + 32 * 43 / 64, trains=("values",), keeps=third),
+  Row("bitmap int4 g32", unstructured(bits=4, group_size=32), inputs=50, trains=("values",), alike=True,
+      keeps=third),
+  Row("low rank 8", factored(8), 32 * 8 * 104 / 2560, trains=("left", "right"), error=0.9, rounding=1e-5),
+  Row("low rank 8 int8", factored(8, bits=8), trains=("left", "right"), error=0.9, rounding=1e-5),
+  Row("int8 per token x int4 g32", act_before(quantized(bits=4, group_size=32, **F32)), 5.0, trains=("weight",)),
+  Row("int8 per token x dense", act_before(lambda w, axis: w), 32.0, trains=("weight",), alike=True),
 ]
 OUT = 40
 AXES = [-2, -1]
@@ -120,12 +210,24 @@ def product(axis):
   return ops.linear if axis == -2 else ops.attend
 
 
-def expected(x, dense, axis):
-  return np.asarray(x, np.float64) @ (dense if axis == -2 else dense.T)
+def expected(x, dense, axis, row=None):
+  """The product in float64, after what the row's leaf does to its input."""
+  leaf = None if row is None else leaf_of(row, axis)
+  return acted(np.asarray(x), leaf).astype(np.float64) @ (dense if axis == -2 else dense.T)
+
+
+def acted(x, leaf):
+  """The input as the product sees it, in NumPy."""
+  if not isinstance(leaf, InputArray):
+    return x
+  x = x.astype(np.float32)
+  scale = np.abs(x).max(-1, keepdims=True, initial=0) / np.float32(127)
+  return np.round(x / np.where(scale == 0, 1, scale)) * scale
 
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
-TABLES = ("int8 row", "int3 odd", "int4 g32 zero", "int4 g16 double", "masked int4")
+TABLES = ("int8 row", "int3 odd", "int4 g32 zero", "int4 g16 double", "masked int4",
+          "2:4 int8 row", "bitmap float32", "low rank 8 int8")
 
 
 def leaves(*pairs):
@@ -163,30 +265,40 @@ def test_materialize(row, axis):
   """Eager equals jit; the value is near the weight that it stands for, and is what the invariant says."""
   leaf, w, dense = leaf_of(row, axis), np.asarray(weight(row, axis)), dense_of(row, axis)
   if not row.alike:
-    np.testing.assert_allclose(leaf.materialize(), dense, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(leaf.materialize(), dense, rtol=row.rounding, atol=row.rounding / 10)
   assert dense.shape == w.shape and dense.dtype == w.dtype and np.isfinite(dense).all()
-  kept = np.asarray(unpack(leaf.mask)) != 0 if isinstance(leaf, MaskedArray) else np.ones(w.shape, bool)
+  kept = row.keeps(w, axis)
   assert (dense[~kept] == 0).all()
-  values = leaf.values if isinstance(leaf, MaskedArray) else leaf
+  np.testing.assert_allclose(by_invariant(leaf), dense, rtol=row.rounding, atol=row.rounding)
   error = np.linalg.norm((dense - w)[kept]) / np.linalg.norm(w[kept])
-  if isinstance(values, QuantizedArray):
-    assert error < {2: 0.6, 3: 0.3, 4: 0.16, 5: 0.07, 8: 0.06}[values.grid.bits]
-    np.testing.assert_allclose(np.where(kept, by_invariant(values), 0), dense, rtol=1e-6, atol=1e-6)
-  else:
-    assert error == 0
+  bits = bits_of_codes(leaf)
+  assert error <= (row.error or {2: 0.6, 3: 0.3, 4: 0.16, 5: 0.07, 8: 0.06, None: 0}[bits])
+
+
+def bits_of_codes(leaf):
+  """Bits of the grid under a leaf's masks, positions and acts; None where the values are dense."""
+  if isinstance(leaf, QuantizedArray):
+    return leaf.grid.bits
+  inner = getattr(leaf, "weight", getattr(leaf, "values", None))
+  return None if inner is None else bits_of_codes(inner)
 
 
 unpack = jax.jit(Packed.unpack)
 
 
 def by_invariant(leaf):
+  """What the docstring of a kind says that its dense value is, in NumPy float64."""
+  if isinstance(leaf, CompressedArray):
+    return INVARIANTS[type(leaf)](leaf)
+  return np.asarray(unpack(leaf) if isinstance(leaf, Packed) else leaf).astype(np.float64)
+
+
+def by_scale(leaf):
   """`(values - zero_point) * scale` or `values * scale + minimum`, the parts repeated for each input."""
   group = leaf.shape[leaf.axis] if leaf.group_size == -1 else leaf.group_size
 
   def wide(part):
-    if not isinstance(part, jax.Array):
-      part = by_invariant(part) if isinstance(part, QuantizedArray) else unpack(part)
-    part = np.asarray(part).astype(np.float64)
+    part = by_invariant(part)
     if part.shape[leaf.axis] > 1:
       part = np.repeat(part, group, axis=leaf.axis)
       part = part[: leaf.shape[0]] if leaf.axis == -2 else part[:, : leaf.shape[1]]
@@ -198,6 +310,36 @@ def by_invariant(leaf):
   return values * wide(leaf.scale) + (0 if leaf.minimum is None else wide(leaf.minimum))
 
 
+def by_position(leaf):
+  """Entry by entry: value k of a group of n goes to its position in the group of m."""
+  dense, values, positions = np.zeros(leaf.shape), by_invariant(leaf.values), by_invariant(leaf.indices).astype(int)
+  outputs_first = (lambda x: x.T) if leaf.axis == -2 else (lambda x: x)  # views
+  for dense_row, row_values, row_positions in zip(*map(outputs_first, (dense, values, positions)), strict=True):
+    for i, (value, position) in enumerate(zip(row_values, row_positions, strict=True)):
+      dense_row[i // leaf.n * leaf.m + position] = value
+  return dense
+
+
+def by_bitmap(leaf):
+  """Each output's ones filled with its values in order."""
+  dense, kept = np.zeros(leaf.shape), by_invariant(leaf.bitmap) != 0
+  outputs_first = (lambda x: x.T) if leaf.axis == -2 else (lambda x: x)  # views
+  for dense_row, ones, row in zip(*map(outputs_first, (dense, kept, by_invariant(leaf.values))), strict=True):
+    dense_row[ones] = row[: ones.sum()]
+  return dense
+
+
+INVARIANTS = {
+  QuantizedArray: by_scale,
+  MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
+  ClusteredArray: lambda leaf: by_invariant(leaf.codebook)[by_invariant(leaf.codes).astype(int)],
+  NMSparseArray: by_position,
+  BitmapArray: by_bitmap,
+  LowRankArray: lambda leaf: by_invariant(leaf.left) @ by_invariant(leaf.right),
+  InputArray: lambda leaf: by_invariant(leaf.weight),
+}
+
+
 @each_leaf
 def test_products(row, axis):
   """`linear` and `attend` for few rows, many, and none; jit equals eager."""
@@ -206,7 +348,7 @@ def test_products(row, axis):
   ys = jax.jit(lambda leaf, xs: [door(x, leaf) for x in xs])(leaf, xs)
   for x, y in zip(xs, ys, strict=True):
     assert y.shape == (*x.shape[:-1], OUT) and y.dtype == x.dtype
-    close(y, expected(x, dense, axis))
+    close(y, expected(x, dense, axis, row))
   np.testing.assert_allclose(door(xs[1], leaf), ys[1], rtol=1e-5, atol=1e-5)
 
 
@@ -229,7 +371,7 @@ def test_tiles(row, axis):
     tile = cut(leaf, start)
     assert tile.dtype == jnp.float32
     want = dense[:, start : start + 7] if axis == -2 else dense[start : start + 7]
-    np.testing.assert_allclose(tile, want, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(tile, want, rtol=row.rounding, atol=row.rounding / 10)
 
 
 @each_row
@@ -241,8 +383,8 @@ def test_rows_and_embed(row):
   for ids, (rows, embedded) in zip(several, found, strict=True):
     assert rows.shape == embedded.shape == (*ids.shape, row.inputs)
     assert rows.dtype == jnp.float32 and embedded.dtype == jnp.dtype(leaf.dtype)
-    np.testing.assert_allclose(rows, dense[ids], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(embedded, dense[ids], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(rows, dense[ids], rtol=row.rounding, atol=row.rounding / 10)
+    np.testing.assert_allclose(embedded, dense[ids], rtol=row.rounding, atol=row.rounding / 10)
 
 
 @each_form
@@ -262,11 +404,12 @@ def test_stacked(row, axis):
     scanned = jax.lax.scan(lambda _, leaf: (None, seen(leaf)), None, stacked)[1]
     return jax.vmap(seen)(stacked), scanned, stacked.materialize()
 
-  want = np.stack([expected(x, dense_of(row, axis, seed), axis) for seed in (0, 1)])
+  want = np.stack([expected(x, dense_of(row, axis, seed), axis, row) for seed in (0, 1)])
   mapped, scanned, dense = run(stacked)
   close(mapped, want)
   close(scanned, want)
-  np.testing.assert_allclose(dense, np.stack([dense_of(row, axis, n) for n in (0, 1)]), rtol=1e-6, atol=1e-7)
+  both = np.stack([dense_of(row, axis, seed) for seed in (0, 1)])
+  np.testing.assert_allclose(dense, both, rtol=row.rounding, atol=row.rounding / 10)
 
 
 @each_form
@@ -281,7 +424,7 @@ def test_gradients(row, axis):
 
   def through_dense(train):
     w = tree.combine(train, rest)["kernel"].materialize()
-    return jnp.sum(g * (x @ (w if axis == -2 else w.T)))
+    return jnp.sum(g * (acted(np.asarray(x), leaf) @ (w if axis == -2 else w.T)))
 
   gx, got = jax.jit(jax.grad(through_the_door, (0, 1)))(x, train)
   want = jax.jit(jax.grad(through_dense))(train)
@@ -327,12 +470,14 @@ def test_sharded(row, axis):
   chex.assert_tree_is_sharded(codes_of(placed), devices=jax.devices())
   assert largest_shard(placed) <= codes_of(leaf).nbytes / 8
   x = inputs_of(row, 3)
-  close(jax.jit(product(axis))(x, placed), expected(x, dense_of(row, axis), axis))
+  close(jax.jit(product(axis))(x, placed), expected(x, dense_of(row, axis), axis, row))
 
 
 def codes_of(leaf):
-  values = leaf.values if isinstance(leaf, MaskedArray) else leaf
-  return values if isinstance(values, jax.Array) else values.codes.data
+  """The largest array that holds the outputs."""
+  if isinstance(leaf, LowRankArray):
+    leaf = leaf.right if leaf.axis == -2 else leaf.left
+  return max(jax.tree.leaves(leaf), key=lambda x: x.nbytes)
 
 
 def largest_shard(leaf):
@@ -403,7 +548,8 @@ def test_more_outputs_than_a_tile(name, axis):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["int4 g32 zero", "nf4 g32", "masked dense"])
+@pytest.mark.parametrize("name", ["int4 g32 zero", "nf4 g32", "masked dense", "clustered 16", "low rank 8",
+                                  "int8 per token x int4 g32"])
 def test_low_precision_weights_and_inputs(name, dtype):
   """The leaf keeps the weight's dtype, a product keeps x's; sums are in float32."""
   row = row_of(name)
@@ -414,7 +560,7 @@ def test_low_precision_weights_and_inputs(name, dtype):
   assert y.dtype == dtype
   dense = np.asarray(jax.jit(lambda leaf: leaf.columns(0, OUT))(leaf), np.float64)
   # one rounding, of the output, to 8 bits of mantissa
-  np.testing.assert_allclose(np.asarray(y, np.float64), expected(x, dense, -2), rtol=2**-8, atol=2**-8)
+  np.testing.assert_allclose(np.asarray(y, np.float64), expected(x, dense, -2, row), rtol=2**-8, atol=2**-8)
 
 
 class UnknownArray(CompressedArray):
@@ -467,3 +613,134 @@ def test_the_backward_pass_holds_no_dense_weight():
   x = jnp.ones((16, 512))
   compiled = jax.jit(jax.grad(lambda x: jnp.sum(ops.linear(x, leaf) ** 2))).lower(x).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 512 * 2048 * 4
+
+
+# ------------------------------------------------------------------------------------- one kind at a time
+
+
+@each_axis
+def test_a_group_of_fewer_than_n_holds_zeros_at_unused_positions(axis):
+  """Positions stay ascending and distinct; what is removed, NaN included, does not come back."""
+  w = np.arange(1.0, 17.0, dtype=np.float32).reshape(2, 8)
+  keep = np.array([[0, 0, 0, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1, 0, 0]], bool)
+  dense = np.where(keep, w, 0)
+  w = np.where(keep, w, np.nan)
+  turn = (lambda x: x.T) if axis == -2 else (lambda x: x)
+  leaf = nm_sparse(jnp.asarray(turn(w)), jnp.asarray(turn(keep)), 2, 4, axis)
+  np.testing.assert_array_equal(leaf.materialize(), turn(dense))
+  np.testing.assert_array_equal(turn(np.asarray(leaf.indices.unpack())), [[0, 3, 0, 1], [0, 2, 0, 1]])
+
+
+def test_unused_positions_need_an_exact_zero():
+  w = weight(row_of("2:4 float32"), -2) + 1.0
+  minimum = functools.partial(quantize_matrix, bits=4, group_size=8, symmetric=False, zero="real")
+  few = nm_mask(w, 1, 4, -2)
+  with pytest.raises(ValueError, match=r"keeps fewer than 2, and int4 g8 min cannot hold the 0"):
+    nm_sparse(w - 3.0, few, 2, 4, -2, lambda v: dataclasses.replace(minimum(v), minimum=minimum(v).scale))
+  nm_sparse(w, few, 2, 4, -2, functools.partial(quantize_matrix, bits=4))
+  nm_sparse(w, nm_mask(w, 2, 4, -2), 2, 4, -2, minimum)  # every position used
+
+
+def test_the_largest_of_each_group_are_kept():
+  w = jnp.asarray([[1.0, -4.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0]])
+  np.testing.assert_array_equal(nm_mask(w, 2, 4, -1), [[0, 1, 1, 0, 1, 1, 0, 0]])
+
+
+@each_axis
+def test_outputs_that_keep_nothing_and_all(axis):
+  """The room is the largest count; a mask of nothing keeps room for one."""
+  w = weight(row_of("bitmap float32"), axis)
+  outputs = jnp.arange(OUT) % 4 == 0
+  keep = jnp.broadcast_to(outputs[None, :] if axis == -2 else outputs[:, None], w.shape)
+  leaf = bitmap(w, keep, axis)
+  assert leaf.values.shape == w.shape
+  np.testing.assert_array_equal(leaf.materialize(), np.where(keep, w, 0))
+  nothing = bitmap(w, jnp.zeros(w.shape, bool), axis)
+  assert nothing.values.shape[axis] == 1 and not np.asarray(nothing.materialize()).any()
+
+
+def test_layers_of_one_room_stack():
+  w = weight(row_of("bitmap float32"), -2)
+  keeps = [jnp.asarray(np.random.default_rng(seed).random(w.shape) < 0.5) for seed in (0, 1)]
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(bitmap(w, keep, -2, most=64) for keep in keeps))
+  np.testing.assert_array_equal(stacked.materialize(), [np.where(keep, w, 0) for keep in keeps])
+  several = bitmap(jnp.stack([w, w]), jnp.stack(keeps), -2, most=64)  # or made at once
+  chex.assert_trees_all_equal(several, stacked)
+
+
+def test_int8_per_token():
+  """Within half a step of each token's own scale; zeros stay, NaN and infinity are not rounded away."""
+  x = inputs_of(ROWS[0], 5) * jnp.asarray([1e-30, 1.0, 1e30, 0.0, 1.0])[:, None]
+  act = jax.jit(Int8PerToken())
+  y, scale = act(x), np.abs(x).max(-1, keepdims=True) / 127
+  assert (np.abs(y - x) <= scale * (0.5 + 1e-5)).all() and not y[3].any()
+  np.testing.assert_allclose(np.abs(y).max(-1), np.abs(x).max(-1), rtol=1e-6)
+  bad = act(x.at[0, 3].set(jnp.nan).at[1, 5].set(jnp.inf).at[4, 5].set(-jnp.inf))
+  assert np.isnan(bad[jnp.array([0, 1, 4])]).all()
+  np.testing.assert_array_equal(bad[2], y[2])
+  assert act(x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_an_act_stands_outside_a_mask():
+  """A mask over it would decode the weight and leave the act out."""
+  leaf = leaf_of(row_of("int8 per token x int4 g32"), -2)
+  with pytest.raises(ValueError, match=r"int8 per token x int4 g32 acts on its input.*mask its weight"):
+    masked(leaf, jnp.asarray(third(np.ones(leaf.shape))), -2)
+
+
+@pytest.mark.parametrize("name", ["clustered 16", "2:4 int8 row", "bitmap float32", "low rank 8"])
+def test_a_mask_over_any_form(name):
+  row = row_of(name)
+  keep = np.arange(64 * OUT).reshape(64, OUT) % 5 != 0
+  leaf, x = masked(leaf_of(row, -2), jnp.asarray(keep), -2), inputs_of(row, 3)
+  assert leaf.kind == f"masked {leaf.values.kind}"
+  close(jax.jit(ops.linear)(x, leaf), expected(x, np.where(keep, dense_of(row, -2), 0), -2))
+
+
+def test_a_rank_above_a_tile():
+  """The rows of a compressed table add up over tiles of its rank."""
+  rng = np.random.default_rng(0)
+  left, right = (jnp.asarray(rng.normal(0, 0.1, shape).astype(np.float32)) for shape in ((8, 200), (200, 16)))
+  leaf = low_rank(left, quantize_matrix(right, bits=8, axis=-1), -1)
+  close(jax.jit(ops.embed)(jnp.arange(8), leaf), by_invariant(leaf))
+
+
+def test_low_rank_multiplies_no_weight_out():
+  """The largest temporary of a product is an activation."""
+  leaf = low_rank(jnp.ones((2048, 8)), jnp.ones((8, 2048)), -2)
+  compiled = jax.jit(ops.linear).lower(jnp.ones((4, 2048)), leaf).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048
+
+
+W = np.ones((8, 6), np.float32)
+REFUSED = {
+  "bits": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones(4), 9, -2), "bits are 1 to 8"),
+  "entries": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones(5), 2, -2), "5 entries in the codebook"),
+  "codes outside": (lambda: clustered(jnp.full((8, 6), 3), jnp.ones(3), 2, -2), "codes from 3 to 3 point outside"),
+  "float codes": (lambda: clustered(jnp.zeros((8, 6)), jnp.ones(3), 2, -2), "integer codes and a float codebook"),
+  "a codebook too many": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones((2, 3)), 2, -2), "does not fit codes"),
+  "inputs": (lambda: nm_sparse(W, W > 0, 2, 4, -1), "no multiple of 4 inputs along axis -1"),
+  "pattern": (lambda: nm_mask(W, 4, 4, -2), "1 <= n < m"),
+  "a full mask": (lambda: nm_sparse(W, W > 0, 2, 4, -2), "the mask keeps 4 of a group of 4"),
+  "another mask": (lambda: nm_sparse(W, W[:4] > 0, 2, 4, -2), "does not fit a weight"),
+  "values along the outputs": (
+    lambda: nm_sparse(W, nm_mask(W, 2, 4, -2), 2, 4, -2, functools.partial(quantize_matrix, axis=-1)),
+    r"quantize gave int4 row \(4, 6\)"),
+  "a bitmap's mask": (lambda: bitmap(W, W[:4] > 0, -2), "does not fit a weight"),
+  "too little room": (lambda: bitmap(W, W > 0, -2, most=7), "most=7, and an output keeps 8"),
+  "a traced mask": (lambda: jax.jit(lambda k: bitmap(W, k, -2))(W > 0), "to be given where the mask is traced"),
+  "a bitmap's axis": (lambda: bitmap(W, W > 0, 0), "axis is -2"),
+  "ranks": (lambda: low_rank(W, W, -2), r"\(8, 6\) and \(8, 6\) cannot be multiplied"),
+  "a factor along the rank": (
+    lambda: low_rank(W, quantize_matrix(jnp.ones((6, 8)), axis=-1), -2), "right is compressed along -1"),
+  "integer factors": (lambda: low_rank(W.astype(int), W.T, -2), "left has dtype int"),
+  "no axis": (lambda: with_act(jnp.asarray(W), Int8PerToken()), "axis is -2"),
+  "another axis": (lambda: with_act(quantize_matrix(jnp.asarray(W)), Int8PerToken(), -1), "the weight's is -2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_factories_refuse_what_does_not_fit(case):
+  make, words = REFUSED[case]
+  with pytest.raises(ValueError, match=words):
+    make()

@@ -1,7 +1,12 @@
 """How a weight is stored: one representation per file."""
 
+from lmcompress.arrays.bitmap import BitmapArray, bitmap
+from lmcompress.arrays.clustered import ClusteredArray, clustered
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
+from lmcompress.arrays.input import Act, InputArray, Int8PerToken, with_act
+from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
+from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
 
@@ -10,14 +15,27 @@ __all__ = [
   "FP8_E4M3",
   "FP8_E5M2",
   "NF4",
+  "Act",
+  "BitmapArray",
+  "ClusteredArray",
   "Float8",
   "Grid",
+  "InputArray",
+  "Int8PerToken",
   "Integer",
+  "LowRankArray",
   "MaskedArray",
+  "NMSparseArray",
   "Packed",
   "QuantizedArray",
   "Table",
+  "bitmap",
+  "clustered",
   "integer",
+  "low_rank",
   "masked",
+  "nm_mask",
+  "nm_sparse",
   "pack",
+  "with_act",
 ]

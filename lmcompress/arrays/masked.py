@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lmcompress.arrays import parts
+from lmcompress.arrays.input import InputArray
 from lmcompress.arrays.packing import Packed, choose_block, multiple, pack
 from lmcompress.types import CompressedArray
 
@@ -42,47 +44,40 @@ class MaskedArray(CompressedArray):
 
   @property
   def nbits(self) -> int:
-    values = self.values
-    return (values.nbits if isinstance(values, CompressedArray) else values.nbytes * 8) + self.mask.nbits
+    return parts.nbits(self.values) + self.mask.nbits
 
   @property
   def kind(self) -> str:
-    values = self.values
-    return f"masked {values.kind if isinstance(values, CompressedArray) else values.dtype}"
+    return f"masked {parts.kind(self.values)}"
 
   @classmethod
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("values",)
 
   def materialize(self) -> jax.Array:
-    values = self.values.materialize() if isinstance(self.values, CompressedArray) else self.values
-    return jnp.where(self.mask.unpack() != 0, values, 0).astype(values.dtype)
+    return jnp.where(self.mask.unpack() != 0, parts.materialize(self.values), 0)
 
   def columns(self, start: Any, size: int) -> jax.Array:
     """`size` outputs (table rows) from `start` on, dense float32: a tile of the weight."""
-    if isinstance(self.values, CompressedArray):
-      values = self.values.columns(start, size)
-    else:
-      values = jax.lax.dynamic_slice_in_dim(self.values, start, size, self.values.ndim - 3 - self.axis)
-    return jnp.where(self.mask.columns(start, size).unpack() != 0, values.astype(jnp.float32), 0.0)
+    values = parts.columns(self.values, start, size, self.axis)
+    return jnp.where(self.mask.columns(start, size).unpack() != 0, values, 0.0)
 
   def rows(self, ids: jax.Array) -> jax.Array:
     """Table rows `[*ids.shape, features]` in float32."""
-    values = self.values.rows(ids) if isinstance(self.values, CompressedArray) else self.values[ids]
-    mask = dataclasses.replace(self.mask, data=self.mask.data[ids])
-    return jnp.where(mask.unpack() != 0, values.astype(jnp.float32), 0.0)
+    return jnp.where(self.mask.rows(ids).unpack() != 0, parts.rows(self.values, ids), 0.0)
 
   def sharding_like(self, spec: PartitionSpec) -> MaskedArray:
-    values = self.values.sharding_like(spec) if isinstance(self.values, CompressedArray) else spec
-    return MaskedArray(values, self.mask.sharding_like(spec))
+    return MaskedArray(parts.sharding_like(self.values, spec), self.mask.sharding_like(spec))
 
 
 def masked(values: Any, mask: jax.Array, axis: int) -> MaskedArray:
   """Wraps `values` with a boolean `mask` of the same shape; a mask already there is replaced.
 
   Raises:
-    ValueError: the shapes differ.
+    ValueError: the shapes differ, or `values` acts on its input: mask the weight within.
   """
+  if isinstance(values, InputArray):
+    raise ValueError(f"masked: {values.kind} acts on its input, which a mask over it would leave out; mask its weight")
   if isinstance(values, MaskedArray):
     values = values.values
   if tuple(mask.shape) != tuple(values.shape):

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _LARGEST_BLOCK = 128
 
 
 def multiple(bits: int) -> int:
   """The number of codes that a block must be a multiple of, for each bit plane to fill whole bytes."""
-  return 8 // min(_PLANES[bits])
+  return 8 // min(PLANES[bits])
 
 
 def choose_block(inputs: int, group_size: int, bits: int) -> int:
@@ -87,6 +87,10 @@ class Packed:
     where = self.data.ndim - 1 if self.axis == -2 else self.data.ndim - 3
     return dataclasses.replace(self, data=jax.lax.dynamic_slice_in_dim(self.data, start, size, where))
 
+  def rows(self, ids: jax.Array) -> Packed:
+    """The codes of the rows `ids` of a table, still packed."""
+    return dataclasses.replace(self, data=self.data[ids])
+
   def sharding_like(self, spec: PartitionSpec) -> Packed:
     """Blocks are split as the contraction axis is; bytes never."""
     parts = _pad_spec(spec, len(self.shape))
@@ -124,7 +128,7 @@ def pack(codes: jax.Array, bits: int, axis: int, block: int) -> Packed:
     raise ValueError(f"pack(bits={bits}): a block of {block} codes is not a multiple of {multiple(bits)}")
   blocks = split_blocks(codes.astype(jnp.uint8), axis, block)
   planes, shift = [], 0
-  for width in _PLANES[bits]:
+  for width in PLANES[bits]:
     per_byte, part = 8 // width, block * width // 8
     plane = (blocks >> shift) & (2**width - 1)
     byte = jnp.zeros((), jnp.uint8)
@@ -146,7 +150,7 @@ def fields(data: jax.Array, bits: int, axis: int) -> list[jax.Array]:
   out = []
   for j in range(parts):
     code, shift, offset = None, 0, 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
       plane = block * width // 8
       field, within = divmod(j * part, plane)
       byte = jax.lax.slice_in_dim(data, offset + within, offset + within + part, axis=axis)

@@ -11,18 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress.generation.cache import init_cache
-from lmcompress.generation.generate import prefill as read_prompt
-from lmcompress.generation.generate import step as write_token
+from lmcompress.generation import loop
+from lmcompress.generation.prefill import prefill as read_prompt
 from lmcompress.generation.sampling import Sampler
+from lmcompress.ops import backend
 from lmcompress.types import Params
 
-BACKEND = "reference"
-"""The kernels that run: plain JAX loops that XLA compiles."""
-
-
-def backend() -> str:
-  """Which kernels multiply compressed weights here, e.g. `reference (XLA cpu)`."""
-  return f"{BACKEND} (XLA {jax.default_backend()})"
+_NEVER = loop.stop_array(())
 
 
 def latency(
@@ -45,7 +40,8 @@ def latency(
 
   Returns:
     `prefill` and `decode` in tokens per second over the batch (medians), `prefill_s` (median, the time to the
-    first token) and `decode_ms` with the `minimum`, `median` and `maximum` of a step, `backend`, and the setting.
+    first token) and `decode_ms` with the `minimum`, `median` and `maximum` of a step (steps run on the device in
+    chunks of up to 16; each chunk gives one mean), `backend`, and the setting.
 
   Raises:
     ValueError: a size is not positive, or the model's context is shorter.
@@ -67,11 +63,15 @@ def latency(
     current, cache, key = jax.block_until_ready(read_prompt(model, greedy, params, tokens, mask, cache, key))
     if n:
       prefill_s.append(time.perf_counter() - begun)
-    for _ in range(decode if n else 2):
+    done = jnp.zeros(batch, bool)
+    for left in range(decode, 0, -loop.CHUNK) if n else (2,):
+      steps = min(left, loop.CHUNK)
       begun = time.perf_counter()
-      current, cache, key = jax.block_until_ready(write_token(model, greedy, params, current, cache, key))
+      _, current, cache, key, done = jax.block_until_ready(
+        loop.run(model, greedy, params, current, cache, key, done, np.int32(steps), _NEVER)
+      )
       if n:
-        step_s.append(time.perf_counter() - begun)
+        step_s.append((time.perf_counter() - begun) / steps)
   step = statistics.median(step_s)
   return {
     "prefill": batch * prefill / statistics.median(prefill_s),
@@ -82,5 +82,5 @@ def latency(
     "batch": batch,
     "rounds": rounds,
     "cache_dtype": str(jnp.dtype(cache_dtype)),
-    "backend": backend(),
+    "backend": backend.describe(),
   }

@@ -10,24 +10,77 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=())
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("k", "v", "k_scale", "v_scale"), meta_fields=()
+)
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-  """Keys and values of one block, dense float32 or bfloat16, keys after RoPE."""
+  """Keys (after RoPE) and values of one block, dense or in codes; the form is the dtype of `k`.
+
+  float32 and bfloat16 hold values. int8 holds codes with a scale for each token and head, `value == code * scale`,
+  `scale == max(|x|) / 127`. uint8 holds two 4-bit codes a byte (low nibbles the first half of a head), with a scale
+  and a minimum, `value == code * scale + minimum`, `scale == (max - min) / 15`.
+
+  Attributes:
+    k, v: `[batch, kv, slots, head]` (`head / 2` for 4-bit codes).
+    k_scale, v_scale: float32 `[batch, kv, slots, 1]`, `[..., 2]` for 4-bit codes; None for dense ones.
+  """
 
   k: jax.Array
   v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
 
-  def update(self, k: jax.Array, v: jax.Array, slot: jax.Array) -> LayerCache:
+  @property
+  def buffers(self) -> tuple[jax.Array, ...]:
+    """The arrays that there are: keys, values, and their scales."""
+    return (self.k, self.v) if self.k_scale is None else (self.k, self.v, self.k_scale, self.v_scale)  # type: ignore
+
+  def with_buffers(self, buffers: tuple[jax.Array, ...]) -> LayerCache:
+    """The cache of new `buffers`."""
+    return LayerCache(*buffers)
+
+  def update(self, k: jax.Array, v: jax.Array, slot: Any) -> LayerCache:
     """Writes `[batch, kv, length, head]` at `slot`."""
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
-    return LayerCache(write(self.k, k.astype(self.k.dtype)), write(self.v, v.astype(self.v.dtype)))
+    if self.k_scale is None:
+      return LayerCache(write(self.k, k.astype(self.k.dtype)), write(self.v, v.astype(self.v.dtype)))
+    encode = _to_int8 if self.k.dtype == jnp.int8 else _to_int4
+    (kc, ks), (vc, vs) = encode(k), encode(v)
+    return LayerCache(write(self.k, kc), write(self.v, vc), write(self.k_scale, ks), write(self.v_scale, vs))
 
   def keys(self) -> jax.Array:
-    return self.k
+    """`[batch, kv, slots, head]`."""
+    return _values(self.k, self.k_scale)
 
   def values(self) -> jax.Array:
-    return self.v
+    """`[batch, kv, slots, head]`."""
+    return _values(self.v, self.v_scale)
+
+
+def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x = x.astype(jnp.float32)
+  amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  scale = jnp.where(amax > 0, amax / 127, 1.0)
+  return jnp.round(x * jnp.where(amax > 0, 127 / amax, 0.0)).astype(jnp.int8), scale
+
+
+def _to_int4(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x = x.astype(jnp.float32)
+  low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
+  scale = jnp.where(high > low, (high - low) / 15, 1.0)
+  codes = jnp.round((x - low) / scale).astype(jnp.uint8)
+  first, second = jnp.split(codes, 2, axis=-1)
+  return first | second << 4, jnp.concatenate([scale, low], axis=-1)
+
+
+def _values(codes: jax.Array, scale: jax.Array | None) -> jax.Array:
+  if scale is None:
+    return codes
+  if codes.dtype == jnp.int8:
+    return codes.astype(jnp.float32) * scale
+  wide = jnp.concatenate([codes & 15, codes >> 4], axis=-1).astype(jnp.float32)
+  return wide * scale[..., :1] + scale[..., 1:]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", "real", "length"), meta_fields=())
@@ -51,12 +104,6 @@ class KVCache:
     """Positions `[batch, length]` of the next tokens: how many real ones stand before each."""
     return jax.lax.dynamic_slice_in_dim(jnp.maximum(jnp.cumsum(self.real, axis=1) - 1, 0), self.length, length, axis=1)
 
-  def visible(self, length: int) -> jax.Array:
-    """`[batch, length, slots]`: real slots up to each of the next tokens."""
-    slots = jnp.arange(self.real.shape[1])
-    past = slots[None, :] <= self.length + jnp.arange(length)[:, None]
-    return past[None] & self.real[:, None, :]
-
   def layer(self, path: str) -> LayerCache:
     return self.layers[path]
 
@@ -73,16 +120,30 @@ class KVCache:
     return dataclasses.replace(self, length=length, real=self.real & (jnp.arange(self.real.shape[1]) < length)[None])
 
 
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
 def init_cache(model: Any, params: Any, batch: int, slots: int, dtype: Any = jnp.float32) -> KVCache:
   """An empty cache for `batch` sequences of up to `slots` tokens.
 
+  Args:
+    dtype: float32, bfloat16, int8 or "int4" (see `LayerCache`).
+
   Raises:
-    ValueError: the dtype is neither float32 nor bfloat16.
+    ValueError: the dtype is none of these, or a head is odd and cannot hold two codes a byte.
   """
-  if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-    raise ValueError(f"init_cache(dtype={dtype}): a dense cache is float32 or bfloat16")
-  layers = {
-    path: LayerCache(*(jnp.zeros((batch, kv, slots, head), dtype) for _ in range(2)))
-    for path, (kv, head) in model.cache_shapes(params).items()
-  }
+  name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+  if name not in CACHE_DTYPES:
+    raise ValueError(f"init_cache(dtype={name}): a cache is one of {', '.join(CACHE_DTYPES)}")
+
+  def layer(kv: int, head: int) -> LayerCache:
+    if name in ("float32", "bfloat16"):
+      return LayerCache(*(jnp.zeros((batch, kv, slots, head), name) for _ in range(2)))
+    if name == "int4" and head % 2:
+      raise ValueError(f"init_cache(dtype=int4): a head of {head} is odd; two codes share a byte")
+    shape, parts = ((head,), 1) if name == "int8" else ((head // 2,), 2)
+    codes = [jnp.zeros((batch, kv, slots, *shape), jnp.int8 if name == "int8" else jnp.uint8) for _ in range(2)]
+    return LayerCache(*codes, *(jnp.zeros((batch, kv, slots, parts), jnp.float32) for _ in range(2)))
+
+  layers = {path: layer(kv, head) for path, (kv, head) in model.cache_shapes(params).items()}
   return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.int32(0))

@@ -1,27 +1,21 @@
-"""Generation: prompts prefilled in buckets, then one compiled step a token."""
+"""Generation: a prompt or several in, text out, streamed as it comes."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lmcompress.generation.cache import KVCache, init_cache
+from lmcompress.generation.engine import Engine, Stats
+from lmcompress.generation.loop import step
+from lmcompress.generation.prefill import bucket, prefill
+from lmcompress.generation.prefix import PrefixCache
 from lmcompress.generation.sampling import Sampler
 from lmcompress.types import Params
 
-_SMALLEST_BUCKET = 16
-_SLOTS = 128
-"""Cache sizes are multiples of this."""
-
-
-def bucket(length: int) -> int:
-  """The power of two, at least 16, that a length is padded to: few shapes, few compilations."""
-  return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+__all__ = ["bucket", "decode", "generate", "prefill", "step"]
 
 
 def generate(
@@ -38,7 +32,11 @@ def generate(
   stop: Sequence[str] = (),
   chat: bool = False,
   cache_dtype: Any = jnp.float32,
+  draft: tuple[Any, Params] | None = None,
+  draft_tokens: int = 4,
+  prefix_cache: PrefixCache | None = None,
   on_text: Callable[[str], None] | None = None,
+  on_stats: Callable[[Stats], None] | None = None,
 ) -> Any:
   """Continues a prompt, or a batch of prompts of different lengths.
 
@@ -51,14 +49,21 @@ def generate(
     key: decides the draw; needed when the temperature is positive.
     stop: texts at which a continuation ends (and which it leaves out), beside the tokenizer's stop tokens.
     chat: wraps each prompt in the tokenizer's chat template as a user's message.
-    cache_dtype: float32 or bfloat16.
+    cache_dtype: float32 or bfloat16, or whatever else `init_cache` takes.
+    draft: `(model, params)` of a cheaper model with the same tokenizer: it proposes tokens, the model keeps those it
+      agrees with. The text is drawn from the same distribution as without it (greedy: is the same text but for ties
+      in the last bits, see `speculative.py`). For instance `(model, first_layers(params, 8))`.
+    draft_tokens: how many tokens the draft proposes at once.
+    prefix_cache: remembers prompts, so that one which begins like an earlier one reads only the rest.
     on_text: called with each piece of text as it comes; for a single prompt.
+    on_stats: called once at the end with the `Stats`: times, tokens, how many drafts were kept.
 
   Returns:
     The continuation (without the prompt), or a list of them for a sequence of prompts.
 
   Raises:
-    ValueError: nothing to continue, a setting out of range, or more tokens than the model's context.
+    ValueError: nothing to continue, a setting out of range, a draft that does not fit, or more tokens than the
+      model's context.
   """
   single = isinstance(prompt, str)
   prompts = [prompt] if single else list(prompt)
@@ -73,29 +78,31 @@ def generate(
   ids = [row or ([bos] if bos is not None else []) for row in ids]
   if not all(ids):
     raise ValueError("generate: a prompt has no tokens; give it some text")
+  engine = Engine(
+    model,
+    params,
+    Sampler(temperature, top_k, top_p),
+    cache_dtype=cache_dtype,
+    draft=draft,
+    draft_tokens=draft_tokens,
+    prefix_cache=prefix_cache,
+    ahead=not stop,  # a stop text is found here, not on the device
+  )
   streams = [tokenizer.stream() for _ in prompts]
   texts, done = ["" for _ in prompts], [False] * len(prompts)
   sent = 0
-  steps = decode(
-    model,
-    params,
-    ids,
-    max_new_tokens,
-    Sampler(temperature, top_k, top_p),
-    key,
-    cache_dtype,
-  )
-  for tokens in steps:
-    for i, token in enumerate(tokens):
-      if done[i]:
-        continue
-      if token in tokenizer.stop_ids:
-        done[i] = True
-        continue
-      texts[i] += streams[i].push(token)
-      found = [texts[i].find(s) for s in stop if s in texts[i]]
-      if found:
-        texts[i], done[i] = texts[i][: min(found)], True
+  for rows in engine.stream(ids, max_new_tokens, key, tokenizer.stop_ids):
+    for i, row in enumerate(rows):
+      for token in row:
+        if done[i]:
+          break
+        if token in tokenizer.stop_ids:
+          done[i] = True
+          break
+        texts[i] += streams[i].push(token)
+        found = [texts[i].find(s) for s in stop if s in texts[i]]
+        if found:
+          texts[i], done[i] = texts[i][: min(found)], True
     if on_text is not None:
       held = 0 if done[0] else max((len(s) - 1 for s in stop), default=0)
       ready = max(sent, len(texts[0]) - held)
@@ -109,6 +116,8 @@ def generate(
       texts[i] += stream.flush()
   if on_text is not None and len(texts[0]) > sent:
     on_text(texts[0][sent:])
+  if on_stats is not None:
+    on_stats(engine.stats)
   return texts[0] if single else texts
 
 
@@ -121,58 +130,11 @@ def decode(
   key: jax.Array | None = None,
   cache_dtype: Any = jnp.float32,
 ) -> Iterator[list[int]]:
-  """Yields the next token of every sequence, step by step, until `max_new_tokens`.
-
-  The next step runs on the device while the caller looks at the last one's tokens.
+  """Yields the next token of every sequence, step by step, until `max_new_tokens`; `Engine` has more to set.
 
   Raises:
     ValueError: see `generate`.
   """
-  sampler.check()
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
-  if sampler.temperature > 0 and key is None:
-    raise ValueError("a temperature above 0 draws at random: pass key=jax.random.key(seed)")
-  longest = max(len(row) for row in ids)
-  limit = model.config.max_length
-  if longest + max_new_tokens > limit:
-    raise ValueError(
-      f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's context of {limit}"
-    )
-  width = bucket(longest)
-  slots = _SLOTS * -(-(width + max_new_tokens) // _SLOTS)
-  tokens = np.zeros((len(ids), width), np.int32)
-  mask = np.zeros((len(ids), width), bool)
-  for row, (t, m) in zip(ids, zip(tokens, mask, strict=True), strict=True):
-    t[width - len(row) :], m[width - len(row) :] = row, True
-  key = jax.random.key(0) if key is None else key
-  cache = init_cache(model, params, len(ids), slots, cache_dtype)
-  current, cache, key = prefill(model, sampler, params, tokens, mask, cache, key)
-  for n in range(max_new_tokens):
-    last = n == max_new_tokens - 1
-    following = None if last else step(model, sampler, params, current, cache, key)
-    yield [int(t) for t in np.asarray(current)]
-    if following is not None:
-      current, cache, key = following
-
-
-def prefill(
-  model: Any, sampler: Sampler, params: Params, tokens: Any, mask: Any, cache: KVCache, key: jax.Array
-) -> tuple[jax.Array, KVCache, jax.Array]:
-  """Reads the prompts, layer by compiled layer, and draws the first token of each."""
-  carry = model.start(params, {"tokens": tokens, "attention_mask": mask, "cache": cache})
-  for block in model.blocks(params):
-    carry, _ = model.run(block, params, carry)
-  logits, cache = model.finish(params, carry, last=True)
-  key, draw = jax.random.split(key)
-  return sampler(logits[:, -1], draw), cache, key
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sampler"), donate_argnames=("cache",))
-def step(
-  model: Any, sampler: Sampler, params: Params, tokens: jax.Array, cache: KVCache, key: jax.Array
-) -> tuple[jax.Array, KVCache, jax.Array]:
-  """Reads one token of each sequence and draws the next."""
-  logits, cache = model.apply(params, tokens[:, None], cache=cache)
-  key, draw = jax.random.split(key)
-  return sampler(logits[:, -1], draw), cache, key
+  engine = Engine(model, params, sampler, cache_dtype=cache_dtype)
+  for rows in engine.stream(ids, max_new_tokens, key):
+    yield from map(list, zip(*rows, strict=True))

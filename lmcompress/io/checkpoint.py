@@ -18,7 +18,22 @@ import numpy as np
 
 import lmcompress
 from lmcompress import tree
-from lmcompress.arrays import E2M1, NF4, Float8, Integer, MaskedArray, Packed, QuantizedArray, Table
+from lmcompress.arrays import (
+  E2M1,
+  NF4,
+  BitmapArray,
+  ClusteredArray,
+  Float8,
+  InputArray,
+  Int8PerToken,
+  Integer,
+  LowRankArray,
+  MaskedArray,
+  NMSparseArray,
+  Packed,
+  QuantizedArray,
+  Table,
+)
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import names, safetensors
 from lmcompress.models import ARCHITECTURES, Rope
@@ -27,8 +42,21 @@ from lmcompress.types import CompressedArray, FormatError, Params
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 FORMAT = 1
 
-_KINDS = {c.__name__: c for c in (QuantizedArray, MaskedArray, Packed)}
-_VALUES = {c.__name__: c for c in (Integer, Float8, Table)}
+_KINDS = {
+  c.__name__: c
+  for c in (
+    BitmapArray,
+    ClusteredArray,
+    InputArray,
+    LowRankArray,
+    MaskedArray,
+    NMSparseArray,
+    Packed,
+    QuantizedArray,
+  )
+}
+_ACTS = (Int8PerToken,)
+_VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
 _OURS = {MANIFEST, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
@@ -92,6 +120,48 @@ def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path
   if cls is Table:
     return Table(str(given["name"]), tuple(float(v) for v in given["values"]))
   return cls(**{k: rebuild(v, read, f"{path}.{k}", where) for k, v in given.items()})
+
+
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+  "act": lambda v: type(v) in _ACTS,
+  "axis": lambda v: type(v) is int and v in (-2, -1),
+  "bits": lambda v: type(v) is int and 1 <= v <= 8,
+  "group_size": lambda v: type(v) is int and (v == -1 or v > 0),
+  "lowest": lambda v: type(v) is int and 0 <= v <= 255,
+  "m": lambda v: type(v) is int and 2 <= v <= 256,
+  "n": lambda v: type(v) is int and 1 <= v <= 255,
+  "offset": lambda v: type(v) is int and 0 <= v <= 255,
+  "pad": lambda v: type(v) is int and v >= 0,
+}
+"""What the static fields of a compressed leaf and its grids may be, by name."""
+
+
+def _check_settings(node: Any, path: str, where: Path) -> None:
+  """Refuses settings, here and in the parts, that nothing here makes.
+
+  Raises:
+    FormatError: names the setting.
+  """
+  for field in dataclasses.fields(node):
+    value = getattr(node, field.name)
+    if field.name in _SETTINGS and not _SETTINGS[field.name](value):
+      raise FormatError(f"{where}: {path} has {field.name} {str(value)[:80]}")
+    if type(value) in (*_KINDS.values(), *_VALUES.values()):
+      _check_settings(value, f"{path}.{field.name}", where)
+  if isinstance(node, NMSparseArray) and node.n >= node.m:
+    raise FormatError(f"{where}: {path} keeps {node.n} of {node.m}")
+
+
+def _fits(leaf: CompressedArray) -> bool:
+  """Whether the parts fit one another: the dense value and a tile of it have the shapes that the leaf says."""
+  parts = (getattr(leaf, field.name) for field in dataclasses.fields(leaf))  # type: ignore[arg-type]
+  if not all(_fits(part) for part in parts if isinstance(part, CompressedArray)):
+    return False
+  dense, tile = jax.eval_shape(lambda x: (x.materialize(), x.columns(0, 1)), leaf)
+  axis: int = leaf.axis  # type: ignore[attr-defined]
+  expected = list(leaf.shape)
+  expected[-3 - axis] = 1
+  return dense.shape == leaf.shape and list(tile.shape) == expected
 
 
 def tree_hash(params: Params) -> str:
@@ -268,16 +338,16 @@ def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params
   if set(body["leaves"]) != set(body["shapes"]):
     raise FormatError(f"{folder / MANIFEST}: leaves and shapes name different paths")
 
-  leaves = {}
+  leaves: Params = {}
+  fitting: set[Any] = set()
   for path, description in body["leaves"].items():
     leaf = rebuild(description, read, path, folder / MANIFEST)
     if isinstance(leaf, CompressedArray):
-      quantized = getattr(leaf, "values", leaf)
-      if isinstance(quantized, QuantizedArray) and not (quantized.group_size == -1 or quantized.group_size > 0):
-        raise FormatError(f"{folder / MANIFEST}: {path} has group_size {quantized.group_size}")
-      dense = jax.eval_shape(lambda x: x.materialize(), leaf)
-      if dense.shape != leaf.shape:
+      _check_settings(leaf, path, folder / MANIFEST)
+      form = (jax.tree.structure(leaf), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(leaf)))
+      if form not in fitting and not _fits(leaf):
         raise FormatError(f"{folder / MANIFEST}: the parts of {path} do not fit one another")
+      fitting.add(form)
     if list(leaf.shape) != body["shapes"].get(path):
       raise FormatError(
         f"{folder / MANIFEST}: {path} has shape {list(leaf.shape)}, recorded is {body['shapes'].get(path)}"

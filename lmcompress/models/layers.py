@@ -29,16 +29,23 @@ class Linear(nn.Module):
   use_bias: bool = False
 
   @nn.compact
+  def leaves(self, inputs: int) -> tuple[Any, jax.Array | None]:
+    """The kernel for that many inputs, and the bias or None."""
+    kernel = raw(self, "kernel", _kernel_init, (inputs, self.features))
+    if kernel.shape[-2] != inputs:
+      raise ValueError(f"{'/'.join(self.path)}/kernel: shape {tuple(kernel.shape)} does not take an input of {inputs}")
+    biased = self.use_bias if self.is_initializing() else self.has_variable("params", "bias")
+    return kernel, raw(self, "bias", nn.initializers.zeros, (kernel.shape[-1],)) if biased else None
+
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = raw(self, "kernel", _kernel_init, (x.shape[-1], self.features))
-    if kernel.shape[-2] != x.shape[-1]:
-      raise ValueError(
-        f"{'/'.join(self.path)}/kernel: shape {tuple(kernel.shape)} does not take an input of {x.shape[-1]}"
-      )
-    y = ops.linear(x, kernel)
-    if self.use_bias if self.is_initializing() else self.has_variable("params", "bias"):
-      y = y + raw(self, "bias", nn.initializers.zeros, (y.shape[-1],)).astype(y.dtype)
-    return y
+    return linears(x, self)[0]
+
+
+def linears(x: jax.Array, *modules: Linear) -> list[jax.Array]:
+  """What each of several linears makes of the same input."""
+  leaves = [module.leaves(x.shape[-1]) for module in modules]
+  ys = ops.linears(x, [kernel for kernel, _ in leaves])
+  return [y if bias is None else y + bias.astype(y.dtype) for y, (_, bias) in zip(ys, leaves, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +56,4 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = raw(self, "scale", nn.initializers.ones, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)
-    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-    return (normal * scale).astype(x.dtype)
+    return ops.rms_norm(x, scale, self.epsilon)

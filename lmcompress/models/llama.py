@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import ops
-from lmcompress.models.attention import attention, causal
-from lmcompress.models.layers import Linear, RMSNorm
-from lmcompress.models.rope import Rope, rotate
+from lmcompress.models.layers import Linear, RMSNorm, linears
+from lmcompress.models.rope import Rope
 from lmcompress.types import Block, Params, Stage, Tokens
 
 STAGES = (
@@ -80,21 +79,12 @@ class _Attention(nn.Module):
   sizes: LlamaSizes | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, view: dict[str, Any], layer_cache: Any) -> tuple[jax.Array, Any]:
+  def __call__(self, x: jax.Array, view: ops.View, layer_cache: Any) -> tuple[jax.Array, Any]:
     head, s = self.config.head_dim, self.sizes
     dense = functools.partial(Linear, use_bias=bool(s and s.attention_bias))
-    q = dense(s.heads * head if s else 0, name="q")(x)
-    k = dense(s.kv_heads * head if s else 0, name="k")(x)
-    v = dense(s.kv_heads * head if s else 0, name="v")(x)
-    batch, length, kv = *x.shape[:2], k.shape[-1] // head
-    q = rotate(q.reshape(batch, length, -1, head), view["cos"], view["sin"])
-    q = q.reshape(batch, length, kv, -1, head)
-    k = rotate(k.reshape(batch, length, kv, head), view["cos"], view["sin"]).swapaxes(1, 2)
-    v = v.reshape(batch, length, kv, head).swapaxes(1, 2)
-    if layer_cache is not None:
-      layer_cache = layer_cache.update(k, v, view["slot"])
-      k, v = layer_cache.keys(), layer_cache.values()
-    mixed = attention(q, k, v, view["visible"], head**-0.5)
+    kv = s.kv_heads * head if s else 0
+    q, k, v = linears(x, dense(s.heads * head if s else 0, name="q"), dense(kv, name="k"), dense(kv, name="v"))
+    mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
     return dense(x.shape[-1], name="o")(mixed), layer_cache
 
@@ -106,8 +96,8 @@ class _Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     s = self.sizes
     dense = functools.partial(Linear, use_bias=bool(s and s.mlp_bias))
-    gate = nn.silu(dense(s.mlp if s else 0, name="gate")(x))
-    hidden = gate * dense(s.mlp if s else 0, name="up")(x)
+    width = s.mlp if s else 0
+    hidden = ops.gated_silu(*linears(x, dense(width, name="gate"), dense(width, name="up")))
     self.sow("taps", "down_input", hidden)
     return dense(x.shape[-1], name="down")(hidden)
 
@@ -117,7 +107,7 @@ class _Layer(nn.Module):
   sizes: LlamaSizes | None = None
 
   @nn.compact
-  def __call__(self, h: jax.Array, view: dict[str, Any], layer_cache: Any = None) -> tuple[jax.Array, Any]:
+  def __call__(self, h: jax.Array, view: ops.View, layer_cache: Any = None) -> tuple[jax.Array, Any]:
     x = RMSNorm(self.config.rms_epsilon, name="attn_norm")(h)
     self.sow("taps", "qkv_input", x)
     mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
@@ -129,7 +119,7 @@ class _Layer(nn.Module):
 
 @functools.partial(jax.jit, static_argnames=("config", "taps"))
 def _run_layer(
-  config: LlamaConfig, params: Params, h: jax.Array, view: dict[str, Any], layer_cache: Any, taps: tuple[str, ...]
+  config: LlamaConfig, params: Params, h: jax.Array, view: ops.View, layer_cache: Any, taps: tuple[str, ...]
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
   """One layer, compiled once for all layers of the same form."""
   mutable = ["taps"] if taps else []
@@ -241,15 +231,12 @@ class Llama:
     h = ops.embed(tokens, params["embed"]["table"])
     return {"h": h, "view": self._view(mask, cache), "cache": cache}
 
-  def _view(self, mask: jax.Array, cache: Any) -> dict[str, Any]:
+  def _view(self, mask: jax.Array, cache: Any) -> ops.View:
     if cache is None:
-      positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-      view = {"visible": causal(mask)}
+      positions, real, slot = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), mask, jnp.int32(0)
     else:
-      positions = cache.positions(mask.shape[1])
-      view = {"visible": cache.visible(mask.shape[1]), "slot": cache.length}
-    cos, sin = self.config.rope.cos_sin(positions, self.config.head_dim)
-    return {**view, "cos": cos, "sin": sin}
+      positions, real, slot = cache.positions(mask.shape[1]), cache.real, cache.length
+    return ops.View(real, slot, *self.config.rope.cos_sin(positions, self.config.head_dim))
 
   def blocks(self, params: Params) -> tuple[Block, ...]:
     """The layers that the tree has, in order; keys are never renumbered."""

@@ -1,7 +1,28 @@
 """Arithmetic: the door through which weights are met, rounding and masks. No trees, no names."""
 
-from lmcompress.ops import quantized as _quantized  # registers its rules
-from lmcompress.ops.linear import Rules, attend, embed, linear, register
+from lmcompress.ops import factored as _factored  # these three register rules
+from lmcompress.ops import quantized as _quantized
+from lmcompress.ops import sparse as _sparse
+from lmcompress.ops.attention import View, attention
+from lmcompress.ops.backend import backends, use_backend
+from lmcompress.ops.elementwise import gated_silu, rms_norm
+from lmcompress.ops.kernels import cpu as _cpu  # and this one
+from lmcompress.ops.linear import Rules, attend, embed, linear, linears, register
+from lmcompress.ops.prepare import prepare
 
-__all__ = ["Rules", "attend", "embed", "linear", "register"]
-del _quantized
+__all__ = [
+  "Rules",
+  "View",
+  "attend",
+  "attention",
+  "backends",
+  "embed",
+  "gated_silu",
+  "linear",
+  "linears",
+  "prepare",
+  "register",
+  "rms_norm",
+  "use_backend",
+]
+del _cpu, _factored, _quantized, _sparse

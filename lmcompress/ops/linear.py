@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,20 @@ class Rules(NamedTuple):
 
 
 _RULES: dict[type, Rules] = {}
+_SHARED: dict[type, Callable[[jax.Array, Sequence[Any]], list[jax.Array]]] = {}
 
 
-def register(kind: type, rules: Rules) -> None:
-  """Adds the rules of an array type; a type without rules raises at its first use."""
+def register(
+  kind: type, rules: Rules, linears: Callable[[jax.Array, Sequence[Any]], list[jax.Array]] | None = None
+) -> None:
+  """Adds the rules of an array type; a type without rules raises at its first use.
+
+  Args:
+    linears: products of one input with several weights of that type, where doing them together pays.
+  """
   _RULES[kind] = rules
+  if linears is not None:
+    _SHARED[kind] = linears
 
 
 def _rules(w: Any, door: str) -> Rules:
@@ -47,6 +56,13 @@ def _rules(w: Any, door: str) -> Rules:
 def linear(x: jax.Array, w: Any) -> jax.Array:
   """`x @ w` for `x: [..., in]` and `w: [in, out]`, accumulated in float32, in the dtype of `x`."""
   return _rules(w, "linear").linear(x, w)
+
+
+def linears(x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
+  """`x @ w` for weights that read the same input; in one operation where their kernel can."""
+  kinds = {type(w) for w in weights}
+  shared = _SHARED.get(kinds.pop()) if len(kinds) == 1 else None
+  return shared(x, weights) if shared is not None else [linear(x, w) for w in weights]
 
 
 def embed(ids: jax.Array, w: Any) -> jax.Array:

@@ -7,6 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmcompress.arrays.nm_sparse import n_of_m
+
+__all__ = ["kth_smallest", "n_of_m", "smallest"]
+
 
 def _ordered(score: jax.Array) -> jax.Array:
   """Bits of a non-negative float32 as int32: the same order, and integers can be bisected exactly."""
@@ -62,13 +66,3 @@ def smallest(score: jax.Array, k: Any, axis: int | None = None) -> jax.Array:
     return below | (tied & (jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape) <= spare))
   spare = k - jnp.sum(below, axis=axis, keepdims=True, dtype=jnp.int32)
   return below | (tied & (jnp.cumsum(tied, axis=axis, dtype=jnp.int32) <= spare))
-
-
-def n_of_m(score: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-  """True for the `n` largest of each `m` consecutive entries along `axis`; the earlier of equals first."""
-  where = score.ndim + axis
-  s = score.reshape(*score.shape[:where], score.shape[axis] // m, m, *score.shape[where + 1 :])
-  s = jnp.moveaxis(s, where + 1, 0)
-  position = jnp.arange(m).reshape(m, *([1] * (s.ndim - 1)))
-  rank = sum((s[j] > s) | ((s[j] == s) & (j < position)) for j in range(m))
-  return jnp.moveaxis(rank < n, 0, where + 1).reshape(score.shape)

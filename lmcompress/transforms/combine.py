@@ -13,6 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from lmcompress import tree
+from lmcompress.arrays import MaskedArray
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 STATISTICS = ("hessian", "second_moment", "absmax", "mean_abs")
@@ -248,7 +249,7 @@ def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
 
 def require_dense(name: str, path: str, leaf: Any) -> None:
   """Raises unless the weight is dense or a masked dense one, with finite floating values."""
-  values = getattr(leaf, "values", leaf)
+  values = leaf.values if isinstance(leaf, MaskedArray) else leaf
   if isinstance(values, CompressedArray):
     raise WeightError(f"{name} at {path}: the weight is already stored as {values.kind}; start from dense weights")
   if not jnp.issubdtype(values.dtype, jnp.floating):

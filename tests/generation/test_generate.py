@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmcompress.generation import Sampler, decode, generate, init_cache
-from lmcompress.generation.generate import bucket, step
+from lmcompress.generation import PrefixCache, Sampler, decode, first_layers, generate, init_cache
+from lmcompress.generation.generate import bucket
+from lmcompress.generation.loop import run
 from lmcompress.generation.sampling import restrict
 
 
@@ -39,10 +40,13 @@ class Letters:
 
 
 def greedy_by_recomputation(model, params, ids, count):
-  ids = list(ids)
-  for _ in range(count):
-    ids.append(int(jnp.argmax(model.apply(params, np.asarray([ids], np.int32))[0, -1])))
-  return ids[-count:]
+  """The whole text read anew for each token, in one shape: what stands behind a token does not change its logits."""
+  apply = jax.jit(model.apply)
+  row, length = np.zeros((1, 32), np.int32), len(ids)
+  row[0, :length] = ids
+  for n in range(length, length + count):
+    row[0, n] = int(jnp.argmax(apply(params, row)[0, n - 1]))
+  return row[0, length : length + count].tolist()
 
 
 def tokens_of(model, params, rows, count, sampler=None, key=None, **options):
@@ -60,40 +64,43 @@ def test_greedy_equals_recomputation_in_a_batch_of_unequal_prompts(tiny):
 
 def test_cache_logits_equal_full_logits(tiny):
   model, params = tiny
+  apply = jax.jit(model.apply)
   tokens = np.random.default_rng(0).integers(0, 64, (2, 9), np.int32)
   cache = init_cache(model, params, 2, 16)
-  first, cache = model.apply(params, tokens[:, :6], cache=cache)
-  second, cache = model.apply(params, tokens[:, 6:], cache=cache)
-  full = model.apply(params, tokens)
+  first, cache = apply(params, tokens[:, :6], cache=cache)
+  second, cache = apply(params, tokens[:, 6:], cache=cache)
+  full = apply(params, tokens)
   np.testing.assert_allclose(np.concatenate([first, second], axis=1), full, atol=1e-5)
   assert int(cache.length) == 9
 
 
 def test_rollback_forgets(tiny):
   model, params = tiny
+  apply = jax.jit(model.apply)
   tokens = np.arange(8, dtype=np.int32)[None]
-  _, cache = model.apply(params, tokens, cache=init_cache(model, params, 1, 16))
-  _, ahead = model.apply(params, tokens[:, :3], cache=cache)
-  a, _ = model.apply(params, tokens[:, :1], cache=ahead.rollback(3))
-  b, _ = model.apply(params, tokens[:, :1], cache=cache)
+  _, cache = apply(params, tokens, cache=init_cache(model, params, 1, 16))
+  _, ahead = apply(params, tokens[:, :3], cache=cache)
+  a, _ = apply(params, tokens[:, :1], cache=ahead.rollback(3))
+  b, _ = apply(params, tokens[:, :1], cache=cache)
   np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_bfloat16_cache_is_close(tiny):
   model, params = tiny
+  apply = jax.jit(model.apply)
   tokens = np.arange(8, dtype=np.int32)[None]
-  a, _ = model.apply(params, tokens, cache=init_cache(model, params, 1, 16, jnp.bfloat16))
-  np.testing.assert_allclose(a, model.apply(params, tokens), atol=0.05)
-  with pytest.raises(ValueError, match="float32 or bfloat16"):
-    init_cache(model, params, 1, 16, jnp.int8)
+  a, _ = apply(params, tokens, cache=init_cache(model, params, 1, 16, jnp.bfloat16))
+  np.testing.assert_allclose(a, apply(params, tokens), atol=0.05)
+  with pytest.raises(ValueError, match="float32, bfloat16"):
+    init_cache(model, params, 1, 16, jnp.float16)
 
 
-def test_one_step_compiles_once_for_any_prompt_in_a_bucket(tiny):
+def test_the_loop_compiles_once_for_any_prompt_in_a_bucket(tiny):
   model, params = tiny
-  before = step._cache_size()
+  before = run._cache_size()
   for length in (2, 5, 11, 16):
     tokens_of(model, params, [list(range(length))], 4)
-  assert step._cache_size() - before <= 1
+  assert run._cache_size() - before <= 1
   assert [bucket(n) for n in (1, 16, 17, 100)] == [16, 16, 32, 128]
 
 
@@ -130,6 +137,21 @@ def test_text_streams_and_stops(tiny):
   stopped = generate(model, params, Letters(), "hello", 12, stop=[cut])
   assert stopped == text[: text.index(cut)]
   assert generate(model, params, Letters(), ["hello", "a"], 12)[0] == text
+
+
+def test_a_draft_and_a_prefix_cache_leave_the_text_as_it_is(tiny):
+  model, params = tiny
+  prompts = [f"a system prompt of some length, then {end}" for end in ("this", "something else")]
+  plain = [generate(model, params, Letters(), prompt, 12) for prompt in prompts]
+  prefixes, found = PrefixCache(), []
+  options = {"draft": (model, first_layers(params, 1)), "prefix_cache": prefixes, "on_stats": found.append}
+  assert [generate(model, params, Letters(), prompt, 12, **options) for prompt in prompts] == plain
+  first, second = found
+  assert first.reused_tokens == 0 and second.reused_tokens >= 36 and second.rounds > 0
+  assert 0 < second.first_token_s <= second.total_s
+  cut = plain[1][4]
+  stopped = generate(model, params, Letters(), prompts[1], 12, stop=[cut], **options)
+  assert stopped == plain[1][: plain[1].index(cut)]
 
 
 @pytest.mark.parametrize(

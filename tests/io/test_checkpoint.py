@@ -26,11 +26,13 @@ from small_model import byte_level
 import lmcompress as lmc
 from lmcompress import config as config_module
 from lmcompress import ops, tree
+from lmcompress.arrays import Int8PerToken, bitmap, clustered, low_rank, nm_mask, nm_sparse, with_act
 from lmcompress.distributed import make_mesh
 from lmcompress.evaluate.size import bytes_in_memory, sizes
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.io.checkpoint import MANIFEST, WEIGHTS, tree_hash, weights_size
 from lmcompress.models import Llama, LlamaConfig, Rope
+from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import CompressedArray, FormatError
 
 ROUND = lmc.round_to_nearest
@@ -84,7 +86,23 @@ def random_params(vocab, embed, mlp, kv):
 def mixed(dense):
   """The model with a weight of every form."""
   model, params = dense
-  return model, lmc.compress(model, params, FORMS.values())[0]
+  params = lmc.compress(model, params, FORMS.values())[0]
+  for name, make in MADE.items():
+    path = f"layers/1/attn/{name}/kernel"
+    params = tree.put(params, path, make(tree.get(dense[1], path)))
+  return model, params
+
+
+def int8(values):
+  return quantize_matrix(values, bits=8, axis=-2)
+
+
+MADE = {  # forms that no transform above makes
+  "q": lambda w: with_act(nm_sparse(w, nm_mask(w, 2, 4, -2), 2, 4, -2, int8), Int8PerToken()),
+  "k": lambda w: clustered((w > 0).astype(int), np.float32([-0.1, 0.1, 0.3]), 2, -2),
+  "v": lambda w: bitmap(w, w > 0, -2, int8),
+  "o": lambda w: low_rank(int8(w[:, :8]), w[:8], -2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +383,7 @@ def test_another_architecture_is_refused(folder):
   refused(folder, str(folder / MANIFEST), "'mamba'", "llama")
 
 
+NM, CLUSTERED, BITMAP, LOW_RANK = (f"layers/1/attn/{name}/kernel" for name in "qkvo")
 Q, GATE, EMBED = "layers/0/attn/q/kernel", "layers/0/mlp/gate/kernel", "embed/table"
 LIES = {
   "an unknown kind": lambda b: b["leaves"][Q].update(kind="Function"),
@@ -381,6 +400,7 @@ LIES = {
   "padding": lambda b: b["leaves"][Q]["codes"].update(pad=8),
   "an unknown table": lambda b: b["leaves"][Q].update(grid={"kind": "Table", "name": "nf5"}),
   "a table of nothing": lambda b: b["leaves"][Q].update(grid={"kind": "Table", "name": "x", "values": None}),
+  "a grid's offset of nothing": lambda b: b["leaves"][Q]["grid"].update(offset=None),
   "a grid that is a number": lambda b: b["leaves"][Q].update(grid=4),
   "an unknown float": lambda b: b["leaves"][GATE].update(grid={"kind": "Float8", "name": "fp9"}),
   "a group of nothing": lambda b: b["leaves"][Q].update(group_size=0),
@@ -397,6 +417,31 @@ LIES = {
   "a shape that is no list": lambda b: b["shapes"].update({Q: 64}),
   "a shape too few": lambda b: b["shapes"].pop(Q),
   "a shape too many": lambda b: b["shapes"].update({"layers/9/attn/q/kernel": [1, 1]}),
+  "an act that is a number": lambda b: b["leaves"][NM].update(act=3),
+  "an act that is a grid": lambda b: b["leaves"][NM].update(act=b["leaves"][Q]["grid"]),
+  "an act with more": lambda b: b["leaves"][NM]["act"].update(more=1),
+  "another axis of an act": lambda b: b["leaves"][NM].update(axis=-1),
+  "an act within a mask": lambda b: b["leaves"]["layers/1/mlp/gate/kernel"].update(values=b["leaves"][NM]),
+  "n of nothing": lambda b: b["leaves"][NM]["weight"].update(n=0),
+  "more than m": lambda b: b["leaves"][NM]["weight"].update(n=4, m=2),
+  "n beyond all": lambda b: b["leaves"][NM]["weight"].update(n=2**40, m=2**41),
+  "a pattern that is a text": lambda b: b["leaves"][NM]["weight"].update(m="4"),
+  "another pattern": lambda b: b["leaves"][NM]["weight"].update(n=1),
+  "positions that are a number": lambda b: b["leaves"][NM]["weight"].update(indices=0),
+  "positions along the outputs": lambda b: b["leaves"][NM]["weight"]["indices"].update(axis=-1),
+  "values that are positions": lambda b: b["leaves"][NM]["weight"].update(values=b["leaves"][NM]["weight"]["indices"]),
+  "a part's group of nothing": lambda b: b["leaves"][NM]["weight"]["values"].update(group_size=0),
+  "a codebook that is a number": lambda b: b["leaves"][CLUSTERED].update(codebook=1.0),
+  "a codebook for each row": lambda b: b["leaves"][CLUSTERED].update(codebook=b["leaves"][LOW_RANK]["right"]),
+  "a codebook's dtype": lambda b: b["leaves"][CLUSTERED].update(dtype="float128x"),
+  "bits that are values": lambda b: b["leaves"][BITMAP].update(bitmap=b["leaves"][BITMAP]["values"]),
+  "values of other outputs": lambda b: b["leaves"][BITMAP].update(values=b["leaves"][LOW_RANK]["right"]),
+  "a strange axis": lambda b: b["leaves"][LOW_RANK].update(axis=-3),
+  "an axis that is true": lambda b: b["leaves"][LOW_RANK].update(axis=True),
+  "another axis of the factors": lambda b: b["leaves"][LOW_RANK].update(axis=-1),
+  "factors that do not fit": lambda b: b["leaves"][LOW_RANK].update(right=b["leaves"][LOW_RANK]["left"]),
+  "a factor's scale": lambda b: b["leaves"][LOW_RANK]["left"].update(scale=b["leaves"][BITMAP]["values"]["scale"]),
+  "a factor that is a number": lambda b: b["leaves"][LOW_RANK].update(left=2.0),
   "a leaf that is a number": lambda b: b["leaves"].update({Q: 3}),
   "a leaf that is nothing": lambda b: b["leaves"].update({Q: None}),
   "a leaf that is a list": lambda b: b["leaves"].update({Q: []}),

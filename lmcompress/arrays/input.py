@@ -1,0 +1,122 @@
+"""InputArray: a weight that does something to its input first, such as rounding it to 8 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lmcompress.arrays import parts
+from lmcompress.types import CompressedArray
+
+
+class Act(Protocol):
+  """What is done to an input: a frozen, hashable value that is called.
+
+  Attributes:
+    name: short word for tables.
+  """
+
+  @property
+  def name(self) -> str: ...
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float32 of the shape of `x: [..., features]`."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8PerToken:
+  """Rounds each token to int8 by a scale of its own: `scale == max(|x|) / 127`, symmetric.
+
+  `x` comes back fake-quantized; its gradient passes straight through. A token that holds NaN or infinity
+  becomes NaN.
+  """
+
+  @property
+  def name(self) -> str:
+    return "int8 per token"
+
+  def scale(self, x: jax.Array) -> jax.Array:
+    """`[..., 1]` float32; 1 for a token of zeros."""
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True, initial=0.0) / 127
+    return jnp.where(scale == 0, 1.0, scale)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    scale = self.scale(x)
+    rounded = jnp.clip(jnp.round(x / scale), -127, 127) * scale
+    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("act", "axis"))
+@dataclasses.dataclass(frozen=True)
+class InputArray(CompressedArray):
+  """`linear(x, self) == linear(act(x), weight)`, and `attend` likewise; the dense value is the weight's.
+
+  It stands outermost, over masks too: what decodes a weight tile by tile would leave `act` out.
+
+  Attributes:
+    weight: dense or compressed.
+    act: what is done to the input.
+    axis: the contraction axis, which a dense weight does not tell.
+  """
+
+  weight: Any
+  act: Act
+  axis: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.weight.dtype
+
+  @property
+  def nbits(self) -> int:
+    return parts.nbits(self.weight)
+
+  @property
+  def kind(self) -> str:
+    return f"{self.act.name} x {parts.kind(self.weight)}"
+
+  @classmethod
+  def trainable_fields(cls) -> tuple[str, ...]:
+    return ("weight",)
+
+  def materialize(self) -> jax.Array:
+    return parts.materialize(self.weight)
+
+  def columns(self, start: Any, size: int) -> jax.Array:
+    return parts.columns(self.weight, start, size, self.axis)
+
+  def rows(self, ids: jax.Array) -> jax.Array:
+    return parts.rows(self.weight, ids)
+
+  def sharding_like(self, spec: PartitionSpec) -> InputArray:
+    return dataclasses.replace(self, weight=parts.sharding_like(self.weight, spec))
+
+
+def with_act(weight: Any, act: Act, axis: int | None = None) -> InputArray:
+  """A weight with `act` on its input.
+
+  Args:
+    weight: dense or compressed.
+    act: such as `Int8PerToken()`.
+    axis: the contraction axis; a compressed weight knows it.
+
+  Raises:
+    ValueError: the axis is missing, or is not the weight's.
+  """
+  known = getattr(weight, "axis", axis)
+  if known not in (-2, -1) or axis not in (None, known):
+    raise ValueError(
+      f"with_act(axis={axis}) over {parts.kind(weight)}: axis is -2 (kernel) or -1 (table), the weight's is {known}"
+    )
+  return InputArray(weight, act, known)

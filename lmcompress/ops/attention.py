@@ -1,0 +1,115 @@
+"""Attention: rotary positions, the cache's update and scaled dot products with grouped queries, as one operation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.ops import backend
+
+
+class View(NamedTuple):
+  """What the current tokens may look at.
+
+  Attributes:
+    real: bool `[batch, slots]`, True where a slot holds a token (of these, or of the cache).
+    slot: int32, the slot of the first current token; 0 without a cache.
+    cos, sin: `[batch, length, head / 2]` float32, of each token's position.
+  """
+
+  real: jax.Array
+  slot: jax.Array | int
+  cos: jax.Array
+  sin: jax.Array
+
+  def visible(self) -> jax.Array:
+    """`[batch, length, slots]`: real slots up to each current token."""
+    length = self.cos.shape[1]
+    past = jnp.arange(self.real.shape[1])[None, :] <= self.slot + jnp.arange(length)[:, None]
+    return past[None] & self.real[:, None, :]
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Turns `x: [batch, length, heads, head]`, the first half of a head paired with the second."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def mix(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float) -> jax.Array:
+  """Softmax attention in float32.
+
+  Args:
+    q: `[batch, length, kv, group, head]`.
+    k, v: `[batch, kv, slots, head]`.
+    visible: bool `[batch, length, slots]`, True where a query may look.
+    scale: factor on the scores.
+
+  Returns:
+    `[batch, length, kv * group * head]` in the dtype of `q`.
+  """
+  scores = jnp.einsum("btkgh,bksh->bkgts", q * scale, k.astype(q.dtype), preferred_element_type=jnp.float32)
+  scores = jnp.where(visible[:, None, None], scores, -1e30)
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  out = jnp.einsum("bkgts,bksh->btkgh", weights, v.astype(q.dtype), preferred_element_type=jnp.float32)
+  return out.reshape(*out.shape[:2], -1).astype(q.dtype)
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, view: View, head: int, layer_cache: Any = None
+) -> tuple[jax.Array, Any]:
+  """Causal attention of the current tokens to themselves, and to a cache where there is one.
+
+  Args:
+    q: `[batch, length, heads * head]`, before the rotation; k, v: `[batch, length, kv * head]`.
+    view: positions and what may be seen.
+    head: extent of a head.
+    layer_cache: a `LayerCache`, with its `buffers`, `update`, `keys` and `values`.
+
+  Returns:
+    `[batch, length, heads * head]`, and the cache with these tokens' keys (rotated) and values.
+  """
+  scale = head**-0.5
+  if _native(q, head, layer_cache):
+    return _fused(q, k, v, view, head, layer_cache, scale)
+  return _reference(q, k, v, view, head, layer_cache, scale)
+
+
+def _native(q: jax.Array, head: int, layer_cache: Any) -> bool:
+  """Whether the kernel takes this: a whole number of vectors in a head, float32."""
+  return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0
+
+
+def _reference(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scale: float) -> tuple[jax.Array, Any]:
+  batch, length, kv = *q.shape[:2], k.shape[-1] // head
+  q = rotate(q.reshape(batch, length, -1, head), view.cos, view.sin).reshape(batch, length, kv, -1, head)
+  k = rotate(k.reshape(batch, length, kv, head), view.cos, view.sin).swapaxes(1, 2)
+  v = v.reshape(batch, length, kv, head).swapaxes(1, 2)
+  if layer_cache is not None:
+    layer_cache = layer_cache.update(k, v, view.slot)
+    k, v = layer_cache.keys(), layer_cache.values()
+  return mix(q, k, v, view.visible(), scale), layer_cache
+
+
+def _fused(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scale: float) -> tuple[jax.Array, Any]:
+  """The kernel, with the reference's gradients and batching."""
+  from lmcompress.ops.kernels import cpu
+
+  @jax.custom_batching.sequential_vmap
+  def forward(q: Any, k: Any, v: Any, view: View, layer_cache: Any) -> Any:
+    buffers = () if layer_cache is None else layer_cache.buffers
+    args = (q, k, v, view.cos, view.sin, view.real, view.slot)
+    mixed, after = cpu.attention(*args, buffers, head, scale)
+    return mixed, None if layer_cache is None else layer_cache.with_buffers(after)
+
+  @jax.custom_vjp
+  def run(q: Any, k: Any, v: Any, view: View, layer_cache: Any) -> Any:
+    return forward(q, k, v, view, layer_cache)
+
+  def reference(q: Any, k: Any, v: Any, view: View, layer_cache: Any) -> Any:
+    return _reference(q, k, v, view, head, layer_cache, scale)
+
+  run.defvjp(lambda *args: (forward(*args), args), lambda saved, g: jax.vjp(reference, *saved)[1](g))
+  return run(q, k, v, view._replace(slot=jnp.asarray(view.slot, jnp.int32)), layer_cache)

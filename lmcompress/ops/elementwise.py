@@ -1,0 +1,49 @@
+"""What stands between products: RMS normalization and the gated activation, each with a fused CPU kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.ops import backend
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """`x / rms(x) * scale` in float32, in the dtype of `x: [..., features]` (arXiv:1910.07467)."""
+
+  def reference(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (normal * scale).astype(x.dtype)
+
+  if not _native(x, scale):
+    return reference(x, scale)
+  from lmcompress.ops.kernels import cpu
+
+  return _with_gradients(lambda x, scale: cpu.rms_norm(x, scale, epsilon), reference)(x, scale)
+
+
+def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """`silu(gate) * up` (Shazeer 2020, arXiv:2002.05202)."""
+
+  def reference(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+  if not _native(gate, up):
+    return reference(gate, up)
+  from lmcompress.ops.kernels import cpu
+
+  return _with_gradients(cpu.gated_silu, reference)(gate, up)
+
+
+def _native(*xs: jax.Array) -> bool:
+  floats = all(x.dtype == jnp.float32 for x in xs)
+  return floats and backend.runs_native()
+
+
+def _with_gradients(kernel: Callable, reference: Callable) -> Callable:
+  run = jax.custom_vjp(kernel)
+  run.defvjp(lambda *args: (kernel(*args), args), lambda saved, g: jax.vjp(reference, *saved)[1](g))
+  return run

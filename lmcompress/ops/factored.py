@@ -1,0 +1,68 @@
+"""Products in two steps: through the rank of a low-rank weight, and after what is done to an input first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.arrays import parts
+from lmcompress.arrays.input import InputArray
+from lmcompress.arrays.low_rank import LowRankArray
+from lmcompress.ops.linear import TILE, Rules, attend, embed, linear, register
+from lmcompress.types import CompressedArray
+
+
+def low_rank_linear(x: jax.Array, w: LowRankArray) -> jax.Array:
+  """`(x @ left) @ right`, float32 in between."""
+  return linear(linear(x.astype(jnp.float32), w.left), w.right).astype(x.dtype)
+
+
+def low_rank_attend(x: jax.Array, w: LowRankArray) -> jax.Array:
+  """`(x @ right.T) @ left.T`, float32 in between."""
+  return attend(attend(x.astype(jnp.float32), w.right), w.left).astype(x.dtype)
+
+
+def low_rank_embed(ids: jax.Array, w: LowRankArray) -> jax.Array:
+  """The rows of `left`, times `right`."""
+  rows = parts.rows(w.left, ids)
+  return _times_table(rows.reshape(-1, w.rank), w.right).reshape(*ids.shape, w.shape[-1]).astype(w.dtype)
+
+
+def _times_table(x: jax.Array, table: Any) -> jax.Array:
+  """`x @ table` for `x: [m, rank]`: against a table's grain, so tiles of its rows are added up."""
+  if not isinstance(table, CompressedArray):
+    return jnp.matmul(x, table.astype(jnp.float32))
+  rank, features = table.shape
+  tile = min(TILE, rank)
+
+  def product(start: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 1) @ table.columns(start, size)
+
+  def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+    return total + product(start, tile), None
+
+  zeros = jnp.zeros((x.shape[0], features), jnp.float32)
+  starts = jnp.arange(rank // tile, dtype=jnp.int32) * tile
+  total, _ = jax.lax.scan(jax.checkpoint(add), zeros, starts)
+  return total + product(rank - rank % tile, rank % tile) if rank % tile else total
+
+
+def input_linear(x: jax.Array, w: InputArray) -> jax.Array:
+  """`linear(act(x), weight)`, float32 from the act on."""
+  return linear(w.act(x), w.weight).astype(x.dtype)
+
+
+def input_attend(x: jax.Array, w: InputArray) -> jax.Array:
+  """`attend(act(x), weight)`, float32 from the act on."""
+  return attend(w.act(x), w.weight).astype(x.dtype)
+
+
+def input_embed(ids: jax.Array, w: InputArray) -> jax.Array:
+  """The weight's rows; ids are not acted on."""
+  return embed(ids, w.weight)
+
+
+register(LowRankArray, Rules(low_rank_linear, low_rank_embed, low_rank_attend))
+register(InputArray, Rules(input_linear, input_embed, input_attend))

@@ -1,0 +1,463 @@
+"""Products of compressed weights on GPUs: codes are read as bytes and decoded in registers (Pallas, by Triton).
+
+One kernel serves few rows and many. A program owns a tile of `[rows of x, outputs]` and loops over steps of the
+contraction axis; a step is a slice of one packing block, so that its low nibbles meet a contiguous slice of x, its
+high nibbles another (two half products, nothing interleaved), and all of it one scale group. With few rows (bound
+by memory) bare codes, which any float type holds exactly, are multiplied and the scale goes on the partial product;
+steps are split over programs and the splits summed. With many rows (bound by arithmetic) scale and zero go on the
+decoded tile, which is rounded to the dtype of x. Sums are in float32. No operand is padded or copied: every load
+is masked. Block sizes are powers of two, as Triton wants.
+
+Tile sizes are estimates for a device that was not at hand: only interpret mode and the lowering are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from lmcompress.arrays.grids import Grid, Integer
+from lmcompress.arrays.nm_sparse import NMSparseArray
+from lmcompress.arrays.packing import Packed
+from lmcompress.arrays.quantized import QuantizedArray, affine
+from lmcompress.ops.kernels.opaque import DTYPES, Product, around, dtype_reason, quantized_reason
+from lmcompress.ops.linear import gathered_embed, tiled_attend, tiled_linear
+
+
+class Tiles(NamedTuple):
+  """Block sizes of one case; `inputs` is the largest slice of a packing block, in bytes."""
+
+  rows: int
+  outputs: int
+  inputs: int
+  warps: int
+  stages: int
+
+
+FEW_ROWS = 16
+"""Rows of x up to which a product is bound by reading the codes; also the least that a tensor core takes."""
+
+FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4)
+MANY = Tiles(rows=64, outputs=128, inputs=64, warps=8, stages=3)
+PROGRAMS = 264
+"""Two programs for each of an H100's 132 multiprocessors: what splitting the contraction axis aims at."""
+
+STEPS_OF_A_SPLIT = 4
+LEAST_DOT = 16
+WASTE = 0.25
+SPARSE_QUADS = 32
+"""Quads of a step of the 2:4 product: 64 stored values for each output."""
+
+
+class Layout(NamedTuple):
+  """Where codes, scales and zeros lie; static to the kernel.
+
+  Attributes:
+    parts: slices of a block that share bytes, 2 at 4 bits.
+    block: inputs of a block.
+    length: bytes of a block along the contraction axis.
+    blocks: blocks of the contraction axis.
+    blocks_per_group: blocks that share a scale; 0 where one scale serves the row.
+    zero_block: zero points packed together along the outputs; 0 for none.
+    minimum: the zero is a real minimum.
+    table: outputs are the first axis.
+    inputs, outputs: extents of the dense weight.
+    scaled_outputs: outputs that have scales of their own, 1 where one serves them all.
+  """
+
+  grid: Grid
+  parts: int
+  block: int
+  length: int
+  blocks: int
+  blocks_per_group: int
+  zero_block: int
+  minimum: bool
+  table: bool
+  inputs: int
+  outputs: int
+  scaled_outputs: int
+
+
+def supports(x: Any, w: Any, door: str) -> str:
+  """Why `door(x, w)` is left to the reference, in a short phrase, or '' if the kernel takes it."""
+  if isinstance(w, NMSparseArray):
+    if door != "linear":
+      return "a 2:4 table"
+    return dtype_reason(x) or _sparse_reason(w)
+  if not isinstance(w, QuantizedArray):
+    return f"a {type(w).__name__}"
+  if door == "embed":
+    return quantized_reason(w, -1)
+  return dtype_reason(x) or quantized_reason(w, -2 if door == "linear" else -1) or _block_reason(w)
+
+
+def linear(x: jax.Array, w: Any, *, interpret: bool = False) -> jax.Array:
+  """`x @ w` for `x: [..., in]` and a compressed kernel `w: [in, out]` that `supports` takes, in the dtype of x."""
+  return (_sparse if isinstance(w, NMSparseArray) else _linear)(interpret)(x, w)
+
+
+def attend(x: jax.Array, w: QuantizedArray, *, interpret: bool = False) -> jax.Array:
+  """`x @ w.T` for `x: [..., features]` and a compressed table `w: [vocab, features]`, in the dtype of x."""
+  return _attend(interpret)(x, w)
+
+
+embed = gathered_embed
+"""Rows of a table: a gather of bytes, which XLA does as well."""
+
+
+@functools.cache
+def _linear(interpret: bool) -> Product:
+  return around(functools.partial(_quantized, interpret=interpret), tiled_linear, lambda w: w.shape[-1])
+
+
+@functools.cache
+def _attend(interpret: bool) -> Product:
+  return around(functools.partial(_quantized, interpret=interpret), tiled_attend, lambda w: w.shape[-2])
+
+
+@functools.cache
+def _sparse(interpret: bool) -> Product:
+  return around(functools.partial(_nm_sparse, interpret=interpret), tiled_linear, lambda w: w.shape[-1])
+
+
+# Quantized kernels and tables
+
+
+def _block_reason(w: QuantizedArray) -> str:
+  """A slice that a tensor core takes would be mostly padding (8-bit blocks may be joined)."""
+  length = w.codes.data.shape[w.axis]
+  if w.codes.bits == 4 and 2 * length < LEAST_DOT:
+    return f"packing blocks of {length} bytes, {LEAST_DOT // 2} at least are taken"
+  return ""
+
+
+def _layout(w: QuantizedArray) -> Layout:
+  codes = w.codes
+  inputs, outputs = w.shape[w.axis], w.shape[-3 - w.axis]
+  one = w.scale.shape[w.axis] == 1
+  block, blocks = codes.block, codes.blocks
+  if codes.bits == 8:  # a byte is a code: a block may be as long as a group
+    block, blocks = (inputs, 1) if one else (w.group_size, pl.cdiv(inputs, w.group_size))
+  return Layout(
+    grid=w.grid,
+    parts=8 // codes.bits,
+    block=block,
+    length=block * codes.bits // 8,
+    blocks=blocks,
+    blocks_per_group=0 if one else w.group_size // block,
+    zero_block=0 if w.zero_point is None else w.zero_point.block,
+    minimum=w.minimum is not None,
+    table=w.axis == -1,
+    inputs=inputs,
+    outputs=outputs,
+    scaled_outputs=w.scale.shape[-3 - w.axis],
+  )
+
+
+def _affine_operands(w: QuantizedArray) -> list[jax.Array]:
+  """Scales as they are stored, and packed zero points or minimums."""
+  scale = w.scale if isinstance(w.scale, jax.Array) and str(w.scale.dtype) in DTYPES else w.scales()
+  if w.zero_point is not None:
+    return [scale, _flat(w.zero_point)]
+  return [scale] if w.minimum is None else [scale, w.minimum]
+
+
+def _flat(packed: Packed) -> jax.Array:
+  """The bytes of all blocks in one axis: a view."""
+  data = packed.data
+  if packed.axis == -1:
+    return data.reshape(data.shape[0], data.shape[1] * data.shape[2])
+  return data.reshape(data.shape[0] * data.shape[1], data.shape[2])
+
+
+def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool) -> jax.Array:
+  """`[m, inputs] -> [m, outputs]`."""
+  at, few = _layout(w), x.shape[0] <= FEW_ROWS
+  tiles = FEW if few else MANY
+  tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs))
+  body = functools.partial(_product, at=at, tiles=tiles, few=few, interpret=interpret)
+  steps = at.blocks * pl.cdiv(at.length, tiles.inputs)
+  return _call(body, x, [_flat(w.codes), *_affine_operands(w)], at.outputs, tiles, steps, few, interpret)
+
+
+def _slice_of(length: int, largest: int) -> int:
+  """The largest power of two up to `largest` that wastes at most a quarter of its lanes on a block of `length`."""
+  size = largest
+  while size > LEAST_DOT and pl.cdiv(length, size) * size * (1 - WASTE) > length:
+    size //= 2
+  return size
+
+
+def _call(
+  body: Any,
+  x: jax.Array,
+  operands: list[jax.Array],
+  outputs: int,
+  tiles: Tiles,
+  steps: int,
+  few: bool,
+  interpret: bool,
+) -> jax.Array:
+  """Runs `body` over tiles of rows and outputs; few rows split the steps over programs too."""
+  rows = x.shape[0]
+  grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(outputs, tiles.outputs))
+  wanted = max(1, PROGRAMS // (grid[0] * grid[1])) if few else 1
+  share = max(pl.cdiv(steps, wanted), min(steps, STEPS_OF_A_SPLIT))
+  splits = pl.cdiv(steps, share)
+  y = pl.pallas_call(
+    functools.partial(_over_steps, body, tiles=tiles, steps=steps, share=share),
+    grid=(*grid, splits),
+    out_shape=jax.ShapeDtypeStruct((splits, rows, outputs), x.dtype if splits == 1 else jnp.float32),
+    interpret=interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+    name="few_rows" if few else "many_rows",
+  )(x, *operands)
+  return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(x.dtype)
+
+
+class Window(NamedTuple):
+  """Where a program's tile lies: its first row and output, all its outputs, and which of both exist."""
+
+  row: jax.Array
+  output: jax.Array
+  outputs: jax.Array
+  rows_inside: jax.Array
+  outputs_inside: jax.Array
+
+
+def _over_steps(body: Any, x_ref: Any, *refs: Any, tiles: Tiles, steps: int, share: int) -> None:
+  """Sums `body(window, step, x_ref, *refs)` over the steps of this program's split and stores the tile."""
+  *operand_refs, y_ref = refs
+  row, output, split = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.outputs, pl.program_id(2)
+  outputs = output + _range(tiles.outputs)
+  window = Window(row, output, outputs, row + _range(tiles.rows) < y_ref.shape[1], outputs < y_ref.shape[2])
+  first = split * share
+  total = jax.lax.fori_loop(
+    first,
+    jnp.minimum(first + share, steps),
+    lambda step, total: total + body(window, step, x_ref, *operand_refs),
+    jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),
+  )
+  plgpu.store(
+    y_ref.at[split, pl.ds(row, tiles.rows), pl.ds(output, tiles.outputs)],
+    total.astype(y_ref.dtype),
+    mask=window.rows_inside[:, None] & window.outputs_inside[None, :],
+  )
+
+
+def _product(
+  window: Window,
+  step: jax.Array,
+  x_ref: Any,
+  codes_ref: Any,
+  scale_ref: Any,
+  *zero_refs: Any,
+  at: Layout,
+  tiles: Tiles,
+  few: bool,
+  interpret: bool,
+) -> jax.Array:
+  """The partial product `[rows, outputs]` of a slice of one block, float32."""
+  chunks = pl.cdiv(at.length, tiles.inputs)
+  block = step // chunks
+  within = (step - block * chunks) * tiles.inputs
+  byte = block * at.length + within
+  inside = within + _range(tiles.inputs) < at.length
+  stored = inside & (byte + _range(tiles.inputs) < codes_ref.shape[1 if at.table else 0])
+  if at.table:
+    at_codes = codes_ref.at[pl.ds(window.output, tiles.outputs), pl.ds(byte, tiles.inputs)]
+    mask = window.outputs_inside[:, None] & stored[None, :]
+  else:
+    at_codes = codes_ref.at[pl.ds(byte, tiles.inputs), pl.ds(window.output, tiles.outputs)]
+    mask = stored[:, None] & window.outputs_inside[None, :]
+  codes = plgpu.load(at_codes, mask=mask, other=jnp.uint8(0))
+
+  def across(values: jax.Array) -> jax.Array:
+    """One value for each output, laid along a tile of codes."""
+    return values[:, None] if at.table else values[None, :]
+
+  group = block // at.blocks_per_group if at.blocks_per_group else jnp.int32(0)
+  scale, zero, minimum = _of_groups(scale_ref, zero_refs, group, window.outputs, at)
+  total = jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+  sums = jnp.zeros((tiles.rows,), jnp.float32)
+  for part in range(at.parts):
+    start = block * at.block + part * at.length + within
+    xs = plgpu.load(
+      x_ref.at[pl.ds(window.row, tiles.rows), pl.ds(start, tiles.inputs)],
+      mask=window.rows_inside[:, None] & (inside & (start + _range(tiles.inputs) < at.inputs))[None, :],
+      other=jnp.zeros((), x_ref.dtype),
+    )
+    values = _decode((codes >> (4 * part)) & 15 if at.parts == 2 else codes, at.grid, x_ref.dtype)
+    if zero is not None:
+      values = values - across(zero).astype(x_ref.dtype)  # exact: integers within 255
+    if few and minimum is not None:
+      sums = sums + jnp.sum(xs.astype(jnp.float32), axis=1)
+    if not few:
+      values = values.astype(jnp.float32) * across(scale)
+      values = values if minimum is None else values + across(minimum)
+      values = values.astype(x_ref.dtype)  # where many rows drop precision
+    total = total + _dot(xs, values, at.table, interpret)
+  if few:
+    total = total * scale[None, :]
+    total = total if minimum is None else total + sums[:, None] * minimum[None, :]
+  return total
+
+
+def _of_groups(
+  scale_ref: Any, zero_refs: tuple[Any, ...], group: jax.Array, outputs: jax.Array, at: Layout
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """Scale, zero point and minimum in float32; `group` and `outputs` are a scalar and a row, or of one shape."""
+  outputs = jnp.minimum(outputs, at.scaled_outputs - 1)
+
+  def load(ref: Any, index: jax.Array) -> jax.Array:
+    return plgpu.load(ref.at[index, group] if at.table else ref.at[group, index])
+
+  zero = minimum = None
+  if at.zero_block:
+    bits = at.grid.bits
+    length = at.zero_block * bits // 8
+    block = outputs // at.zero_block
+    within = outputs - block * at.zero_block
+    part = within // length
+    byte = load(zero_refs[0], block * length + within - part * length)
+    zero = ((byte.astype(jnp.int32) >> (part * bits)) & (2**bits - 1)).astype(jnp.float32)
+  elif at.minimum:
+    minimum = load(zero_refs[0], outputs).astype(jnp.float32)
+  return load(scale_ref, outputs).astype(jnp.float32), zero, minimum
+
+
+def _range(size: int) -> jax.Array:
+  return jnp.arange(size, dtype=jnp.int32)
+
+
+def _decode(codes: jax.Array, grid: Grid, dtype: Any) -> jax.Array:
+  """Grid values of uint8 `codes` in the dtype of x: exact, since every code fits 8 bits of mantissa."""
+  if isinstance(grid, Integer):
+    values = codes.astype(dtype)
+    return values - jnp.asarray(grid.offset, dtype) if grid.offset else values
+  wide = codes.astype(jnp.uint16)
+  if grid.name == "fp8_e5m2":  # the upper byte of a float16
+    return jax.lax.bitcast_convert_type(wide << 8, jnp.float16).astype(dtype)
+  # e4m3 shifted into a float16 is the value over 256, subnormals too; a hardware cast needs compute capability 8.9
+  half = jax.lax.bitcast_convert_type(((wide & 0x80) << 8) | ((wide & 0x7F) << 7), jnp.float16)
+  values = half.astype(jnp.float32) * 256.0
+  return jnp.where((wide & 0x7F) == 0x7F, jnp.nan, values).astype(dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array, transposed: bool, interpret: bool) -> jax.Array:
+  """`x @ w` or `x @ w.T` in float32; float32 operands meet in three tf32 products, as exact as float32 ones."""
+  precision: Any = None
+  if x.dtype == jnp.float32:
+    precision = jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+  return jax.lax.dot_general(
+    x,
+    w,
+    (((1,), (1 if transposed else 0,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+# 2:4 kernels
+
+
+def _sparse_reason(w: NMSparseArray) -> str:
+  if (w.n, w.m) != (2, 4):
+    return f"{w.n}:{w.m} sparsity"
+  if w.indices.data.ndim != 3:
+    return f"a stack of {w.indices.data.ndim - 3} leading axes"
+  if w.indices.axis != -2:
+    return "a table where a kernel is read"
+  if isinstance(w.values, QuantizedArray):
+    return quantized_reason(w.values, -2)
+  return "" if isinstance(w.values, jax.Array) else f"values in a {type(w.values).__name__}"
+
+
+def _nm_sparse(x: jax.Array, w: NMSparseArray, interpret: bool) -> jax.Array:
+  """`[m, inputs] -> [m, outputs]`: quads are spread to dense tiles in registers; only what is stored is read."""
+  few = x.shape[0] <= FEW_ROWS
+  tiles = (FEW if few else MANY)._replace(inputs=SPARSE_QUADS)
+  steps = pl.cdiv(x.shape[1] // 4, tiles.inputs)
+  values = w.values
+  quantized = isinstance(values, QuantizedArray)
+  at = _layout(values) if quantized else None
+  operands = [_flat(values.codes), *_affine_operands(values)] if quantized else [values]
+  body = functools.partial(
+    _sparse_product,
+    at=at,
+    value_block=values.codes.block if quantized else 0,
+    group=values.group_size if quantized else 0,
+    index_block=w.indices.block,
+    tiles=tiles,
+    interpret=interpret,
+  )
+  return _call(body, x, [_flat(w.indices), *operands], w.shape[-1], tiles, steps, few, interpret)
+
+
+def _sparse_product(
+  window: Window,
+  step: jax.Array,
+  x_ref: Any,
+  indices_ref: Any,
+  values_ref: Any,
+  *affine_refs: Any,
+  at: Layout | None,
+  value_block: int,
+  group: int,
+  index_block: int,
+  tiles: Tiles,
+  interpret: bool,
+) -> jax.Array:
+  """The partial product `[rows, outputs]` of a slice of quads, float32."""
+  quads = step * tiles.inputs + _range(tiles.inputs)
+  inside = quads < x_ref.shape[1] // 4
+  shape = (tiles.inputs, tiles.outputs)
+  mask = inside[:, None] & window.outputs_inside[None, :]
+  outputs = jnp.broadcast_to(window.outputs[None, :], shape)
+
+  def field(ref: Any, entries: jax.Array, bits: int, block: int) -> jax.Array:
+    """Codes `[entries, outputs]`, int32; the entries that share a byte read it from the cache."""
+    length = block * bits // 8
+    whole = entries // block
+    within = entries - whole * block
+    part = within // length
+    byte = jnp.broadcast_to((whole * length + within - part * length)[:, None], shape)
+    codes = plgpu.load(ref.at[byte, outputs], mask=mask, other=jnp.uint8(0)).astype(jnp.int32)
+    return (codes >> (part * bits)[:, None]) & (2**bits - 1)
+
+  kept = []
+  for k in range(2):
+    entries = 2 * quads + k
+    index = field(indices_ref, entries, 2, index_block)
+    if at is None:
+      wide = jnp.broadcast_to(entries[:, None], shape)
+      value = plgpu.load(values_ref.at[wide, outputs], mask=mask, other=jnp.zeros((), values_ref.dtype))
+      value = value.astype(jnp.float32)
+    else:
+      codes = field(values_ref, entries, at.grid.bits, value_block)
+      value = _decode(codes.astype(jnp.uint8), at.grid, jnp.float32)
+      which = entries // group if at.blocks_per_group else jnp.zeros_like(entries)
+      last = affine_refs[0].shape[0] - 1
+      which = jnp.broadcast_to(jnp.minimum(which, last)[:, None], shape)
+      scale, zero, minimum = _of_groups(affine_refs[0], affine_refs[1:], which, outputs, at)
+      value = affine(value, scale, zero, minimum)
+    kept.append((index, value))
+
+  total = jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
+  columns = jnp.broadcast_to((4 * quads)[None, :], (tiles.rows, tiles.inputs))
+  rows = jnp.broadcast_to(window.row + _range(tiles.rows)[:, None], columns.shape)
+  for position in range(4):
+    first, second = (jnp.where(index == position, value, 0.0) for index, value in kept)
+    xs = plgpu.load(
+      x_ref.at[rows, columns + position],
+      mask=window.rows_inside[:, None] & inside[None, :],
+      other=jnp.zeros((), x_ref.dtype),
+    )
+    total = total + _dot(xs, (first + second).astype(x_ref.dtype), False, interpret)
+  return total

@@ -1,0 +1,85 @@
+"""A kernel that JAX cannot look into, made differentiable and batched by the reference that it stands beside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.arrays.grids import Float8, Integer
+from lmcompress.arrays.quantized import QuantizedArray
+
+Product = Callable[[jax.Array, Any], jax.Array]
+"""`(x [..., inputs], w) -> [..., outputs]`."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def around(kernel: Product, reference: Product, outputs: Callable[[Any], int]) -> Product:
+  """`kernel` as a product of any leading axes, with vmap by folding into rows and the reference's gradients.
+
+  The backward pass is that of `reference`, which rebuilds tiles and holds no dense weight; it reaches x and the
+  fields of the weight that train. Under vmap over x alone the mapped axis becomes rows of one call; where the
+  weight is mapped too, the kernel runs once for each.
+
+  Args:
+    kernel: `(x [m, inputs], w) -> [m, outputs]` in the dtype of x, m at least 1.
+    reference: differentiable, any leading axes.
+    outputs: extent of the result's last axis.
+  """
+
+  @jax.custom_batching.custom_vmap
+  def forward(x: jax.Array, w: Any) -> jax.Array:
+    lead, last = x.shape[:-1], outputs(w)
+    if 0 in (*x.shape, last):
+      return jnp.zeros((*lead, last), x.dtype)
+    return kernel(x.reshape(math.prod(lead), x.shape[-1]), w).reshape(*lead, last)
+
+  @forward.def_vmap
+  def _(axis_size: int, in_batched: Any, x: jax.Array, w: Any) -> tuple[jax.Array, bool]:
+    x_batched, w_batched = in_batched
+    if not any(jax.tree.leaves(w_batched)):
+      return forward(x, w), True
+
+    leaves, structure = jax.tree.flatten(w)
+    mapped = jax.tree.leaves(w_batched)
+
+    def one(i: jax.Array) -> jax.Array:
+      parts = [leaf[i] if m else leaf for leaf, m in zip(leaves, mapped, strict=True)]
+      return forward(x[i] if x_batched else x, jax.tree.unflatten(structure, parts))
+
+    return jax.lax.map(one, jnp.arange(axis_size, dtype=jnp.int32)), True
+
+  @jax.custom_vjp
+  def product(x: jax.Array, w: Any) -> jax.Array:
+    return forward(x, w)
+
+  def backward(saved: tuple[jax.Array, Any], g: jax.Array) -> Any:
+    return jax.vjp(reference, *saved)[1](g)
+
+  product.defvjp(lambda x, w: (forward(x, w), (x, w)), backward)
+  return product
+
+
+def dtype_reason(x: Any) -> str:
+  """Why `x` cannot be multiplied, or ''."""
+  return "" if str(x.dtype) in DTYPES else f"x is {x.dtype}, not one of {', '.join(DTYPES)}"
+
+
+def quantized_reason(w: QuantizedArray, axis: int) -> str:
+  """Why `w` is not a form that the kernels decode, or ''."""
+  codes, grid = w.codes, w.grid
+  if codes.data.ndim != 3:
+    return f"a stack of {codes.data.ndim - 3} leading axes"
+  if codes.axis != axis:
+    return "a table where a kernel is read" if axis == -2 else "a kernel where a table is read"
+  if not isinstance(grid, (Integer, Float8)):
+    return f"the grid {grid.name}"
+  if codes.bits not in (4, 8):
+    return f"{codes.bits}-bit codes"
+  if w.scale.shape[axis] > 1 and w.group_size % codes.block:
+    return f"groups of {w.group_size} cut packing blocks of {codes.block}"
+  return ""

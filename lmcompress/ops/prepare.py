@@ -1,0 +1,95 @@
+"""Preparing a tree for the kernels of a backend: leaves laid out anew, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lmcompress import tree
+from lmcompress.arrays.input import InputArray, Int8PerToken
+from lmcompress.arrays.low_rank import LowRankArray
+from lmcompress.arrays.masked import MaskedArray
+from lmcompress.arrays.tiled import TiledArray
+from lmcompress.ops import backend
+from lmcompress.types import CompressedArray, Params, WeightError
+
+ACTIVATIONS = ("float32", "bfloat16", "int8")
+
+
+def prepare(
+  params: Params,
+  *,
+  activations: str = "float32",
+  consume: bool = False,
+  progress: Callable[[str, int, int], None] | None = None,
+) -> Params:
+  """Lays compressed and bfloat16 weights out for this machine's kernels.
+
+  On a CPU with native kernels each becomes a `TiledArray`; elsewhere, and under `use_backend("reference")`, the tree
+  stays as it is. Dense float32 weights stay too (XLA's own products are as fast). A compressed form without a
+  fast path stays and says so once, by name.
+
+  Args:
+    params: a canonical tree.
+    activations: what inputs are rounded to before a product. `float32` computes in float; `bfloat16` rounds inputs of
+      many rows at once to bfloat16 (decoding stays in float32); `int8` rounds each token to 8 bits with a scale of
+      its own and multiplies integers, for integer codes (other forms take float32). An `InputArray` with
+      `Int8PerToken` asks for `int8` itself.
+    consume: empties `params` as it goes, so that memory never holds two copies of more than one weight.
+    progress: called with `("prepare", done, total)`.
+
+  Returns:
+    A tree of the same paths; it computes, and is not saved.
+
+  Raises:
+    ValueError: the word for activations is not known.
+    WeightError: a scale is NaN or infinite; names the weight.
+  """
+  if activations not in ACTIVATIONS:
+    raise ValueError(f"prepare(activations={activations!r}): one of {', '.join(ACTIVATIONS)}")
+  if not backend.runs_native():
+    return params
+  leaves = tree.flatten(params)
+  if consume:
+    params.clear()
+  done: dict[str, Any] = {}
+  total = len(leaves)
+  for n, path in enumerate(list(leaves), 1):
+    leaf = leaves.pop(path)
+    if tree.is_weight(path):
+      leaf = _prepared(path, leaf, tree.contraction_axis(path), activations)
+    done[path] = leaf
+    if progress is not None:
+      progress("prepare", n, total)
+  return tree.unflatten(done)
+
+
+def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
+  from lmcompress.ops.kernels.tiling import Unsupported, tile
+
+  if isinstance(leaf, TiledArray):
+    return leaf if leaf.activations == activations else dataclasses.replace(leaf, activations=_allowed(leaf, activations))
+  if isinstance(leaf, InputArray):
+    if not isinstance(leaf.act, Int8PerToken):
+      return dataclasses.replace(leaf, weight=_prepared(path, leaf.weight, axis, "float32"))
+    inner = _prepared(path, leaf.weight, axis, "int8")
+    fused = isinstance(inner, TiledArray) and inner.activations == "int8"
+    return inner if fused else dataclasses.replace(leaf, weight=inner)
+  if isinstance(leaf, LowRankArray):
+    left, right = (_prepared(path, part, axis, activations) for part in (leaf.left, leaf.right))
+    return dataclasses.replace(leaf, left=left, right=right)
+  if not isinstance(leaf, CompressedArray) and str(leaf.dtype) != "bfloat16":
+    return leaf
+  try:
+    return tile(leaf, axis, activations)
+  except Unsupported as reason:
+    if not isinstance(leaf, MaskedArray):
+      backend.say_once(f"no fast CPU kernel for {leaf.kind} ({reason}); it runs on the slower reference")
+    return leaf
+  except ValueError as error:
+    raise WeightError(f"prepare at {path}: {error}") from None
+
+
+def _allowed(leaf: TiledArray, activations: str) -> str:
+  return "float32" if activations == "int8" and leaf.form.codes != "integer" else activations

@@ -1,0 +1,11 @@
+"""Reference products of clustered and sparse weights: a tile of outputs is spread out, multiplied and forgotten."""
+
+from __future__ import annotations
+
+from lmcompress.arrays.bitmap import BitmapArray
+from lmcompress.arrays.clustered import ClusteredArray
+from lmcompress.arrays.nm_sparse import NMSparseArray
+from lmcompress.ops.linear import Rules, gathered_embed, register, tiled_attend, tiled_linear
+
+for _kind in (ClusteredArray, NMSparseArray, BitmapArray):
+  register(_kind, Rules(tiled_linear, gathered_embed, tiled_attend))

@@ -1,0 +1,88 @@
+// `lmc_rms_norm`, `lmc_gated_silu`: what stands between products; `lmc_read`: the memory's speed, for benchmarks.
+#include <string>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace lmc {
+namespace {
+
+constexpr int64_t kShare = 1 << 15;  // values from which work is shared out
+
+template <class Task>
+void over_rows(ffi::ThreadPool& pool, int64_t rows, int64_t width, Task task) {
+  int64_t threads = threads_of(pool), parts = rows * width < kShare ? 1 : std::min(rows, threads * 4);
+  parallel_for(pool, threads, parts, [&](int64_t p) { task(rows * p / parts, rows * (p + 1) / parts); });
+}
+
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                    ffi::ResultBuffer<ffi::F32> y, float epsilon) {
+  auto dims = x.dimensions();
+  if (dims.size() == 0 || scale.element_count() != size_t(dims.back()) || y->element_count() != x.element_count())
+    return ffi::Error::InvalidArgument("lmc_rms_norm: shapes differ");
+  int64_t width = dims.back(), rows = width ? int64_t(x.element_count()) / width : 0;
+  const Kernels& k = kernels();
+  over_rows(pool, rows, width, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++)
+      k.rms_norm(x.typed_data() + r * width, scale.typed_data(), epsilon, width, y->typed_data() + r * width);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error gated_silu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buffer<ffi::F32> up,
+                      ffi::ResultBuffer<ffi::F32> y) {
+  int64_t n = int64_t(gate.element_count());
+  if (up.element_count() != size_t(n) || y->element_count() != size_t(n))
+    return ffi::Error::InvalidArgument("lmc_gated_silu: shapes differ");
+  const Kernels& k = kernels();
+  over_rows(pool, (n + 1023) / 1024, 1024, [&](int64_t first, int64_t last) {
+    int64_t from = first * 1024, to = std::min(n, last * 1024);
+    if (from < to) k.gated_silu(gate.typed_data() + from, up.typed_data() + from, to - from, y->typed_data() + from);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error read(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::U32> y) {
+  if (y->element_count() != 2) return ffi::Error::InvalidArgument("lmc_read: the output is uint32 [2]");
+  int64_t words = int64_t(x.size_bytes()) / 8, threads = threads_of(pool), parts = threads * 16;
+  const uint64_t* from = (const uint64_t*)x.untyped_data();
+  std::atomic<uint64_t> total{0};
+  parallel_for(pool, threads, parts, [&](int64_t p) {
+    typedef uint64_t u64x8 __attribute__((vector_size(64), aligned(8), may_alias));
+    u64x8 sums[4] = {};
+    int64_t i = words * p / parts, end = words * (p + 1) / parts;
+    for (; i + 32 <= end; i += 32)
+      for (int j = 0; j < 4; j++) sums[j] ^= *(const u64x8*)(from + i + 8 * j);
+    uint64_t found = 0;
+    for (auto& s : sums)
+      for (int j = 0; j < 8; j++) found ^= s[j];
+    for (; i < end; i++) found ^= from[i];
+    total.fetch_xor(found);
+  });
+  uint64_t found = total;
+  y->typed_data()[0] = uint32_t(found), y->typed_data()[1] = uint32_t(found >> 32);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_rms_norm, rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("epsilon"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_gated_silu, gated_silu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_read, read,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>());
+
+}  // namespace lmc

@@ -1,0 +1,1069 @@
+// The kernels, compiled once for each instruction set (LMC_ISA names the namespace and the table).
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace lmc {
+namespace LMC_ISA {
+namespace {
+
+// ------------------------------------------------------------------------------------------------ decoding
+
+// Fields of one bit plane of width `w`, shifted into place in the codes of a block.
+template <int w>
+inline void add_plane(const uint8_t* p, int shift, u32 (&codes)[8]) {
+  constexpr int fields = 8 / w;
+  constexpr uint32_t mask = ((1u << w) - 1) * 0x01010101u;
+  for (int j = 0; j < w; j++) {
+    u32 v = load<u32>(p + 64 * j);
+    for (int f = 0; f < fields; f++) codes[j * fields + f] |= ((v >> (w * f)) & mask) << shift;
+  }
+}
+
+// The 512 codes of a block: codes[v], lane o, byte b is input 4 v + b of output o.
+template <int bits>
+inline void unpack(const uint8_t* p, u32 (&codes)[8]) {
+  if constexpr (bits == 8) {
+    for (int v = 0; v < 8; v++) codes[v] = load<u32>(p + 64 * v);
+    return;
+  }
+  for (auto& c : codes) c = u32{};
+  constexpr int first = bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
+  add_plane<first>(p, 0, codes);
+  constexpr int rest = bits - first;
+  if constexpr (rest == 3) {
+    add_plane<2>(p + 64 * first, first, codes);
+    add_plane<1>(p + 64 * (first + 2), first + 2, codes);
+  } else if constexpr (rest > 0) {
+    add_plane<rest>(p + 64 * first, first, codes);
+  }
+}
+
+inline f32 scale_at(Type type, const void* p, int64_t i) {
+  switch (type) {
+    case Type::f32: return load<f32>((const float*)p + i);
+    case Type::f16: return f16_to_f32((const uint16_t*)p + i);
+    case Type::bf16: return bf16_to_f32((const uint16_t*)p + i);
+    case Type::e8m0: return as_f32(widen(load<u8x16>((const uint8_t*)p + i)) << 23);
+    case Type::e4m3: {
+      u32 c = widen(load<u8x16>((const uint8_t*)p + i));
+      u32 magnitude = c & 0x7fu;
+      // exponent bias 7 to 127; subnormals are the mantissa times 2**-9
+      f32 normal = as_f32((magnitude << 20) + (120u << 23));
+      f32 small = to_f32(magnitude) * 0.001953125f;
+      u32 is_small = (u32)(magnitude < 8u);
+      return as_f32(as_u32(select(is_small, small, normal)) | (c & 0x80u) << 24);
+    }
+    default: return to_f32(widen(load<u8x16>((const uint8_t*)p + i)));
+  }
+}
+
+// Scale and minimum of each group of a tile, so that dense = value * scale + minimum.
+// `centered`: values have the offset taken off already. Returns whether any minimum is not zero.
+bool affine(const Weight& w, int64_t tile, bool centered, float* scale, float* minimum) {
+  bool any = false;
+  for (int64_t g = 0; g < w.groups; g++) {
+    int64_t at = (tile * w.groups + g) * 16;
+    f32 s = splat(1.f), m = f32{};
+    if (w.scale) s = scale_at(w.scale_type, w.scale, at);
+    if (w.outer_mode == 1) s *= w.outer[0];
+    if (w.outer_mode == 2) {
+      const float* o = w.outer + ((tile / 16) * w.groups + g) * 2;
+      s = s * o[0] + o[1];
+    }
+    if (w.outer_mode == 3) {
+      const float* o = w.outer + (tile * w.outer_groups + g / 256) * 32;
+      s = s * load<f32>(o) + load<f32>(o + 16);
+    }
+    if (w.minimum) {
+      m = scale_at(w.scale_type, w.minimum, at);
+    } else if (w.zero) {
+      m = -to_f32(widen(load<u8x16>(w.zero + at))) * s;
+    } else if (!centered && w.offset) {
+      m = s * float(-w.offset);
+    }
+    any |= w.minimum || w.zero || (!centered && w.offset);
+    store(scale + 16 * g, s);
+    store(minimum + 16 * g, m);
+  }
+  return any;
+}
+
+// Whether the float kernels read codes through a table of 16 values (which centers integers for nothing).
+inline bool by_table16(const Weight& w) {
+#if defined(__AVX512F__)
+  return w.bits <= 4;
+#else
+  return w.bits <= 4 && w.codes == Codes::table;
+#endif
+}
+
+inline f32 table16(const Weight& w) {
+  f32 t = f32{};
+  for (int i = 0; i < 16 && i < 1 << w.bits; i++) t[i] = w.codes == Codes::table ? w.table[i] : float(i - w.offset);
+  return t;
+}
+
+struct Scratch {  // of one tile's scales, on the stack up to a size
+  float* scale;
+  float* minimum;
+  float inside[2 * 16 * 128];
+  float* heap = nullptr;
+  explicit Scratch(int64_t groups) {
+    float* at = inside;
+    if (groups > 128) at = heap = new float[2 * 16 * groups];
+    scale = at, minimum = at + 16 * groups;
+  }
+  ~Scratch() { delete[] heap; }
+};
+
+// ------------------------------------------------------------------------------------------------ few rows, float
+
+enum class Read { convert, table16, table256 };
+
+#if defined(__AVX512VBMI__)
+// A table of up to 256 float32 values as four planes of bytes in registers.
+struct Planes {
+  __m512i part[4][4];
+  explicit Planes(const float* table, int entries) {
+    alignas(64) uint8_t bytes[4][256] = {};
+    for (int i = 0; i < entries; i++) {
+      uint32_t bits;
+      std::memcpy(&bits, table + i, 4);
+      for (int p = 0; p < 4; p++) bytes[p][i] = uint8_t(bits >> (8 * p));
+    }
+    for (int p = 0; p < 4; p++)
+      for (int q = 0; q < 4; q++) part[p][q] = _mm512_load_si512(bytes[p] + 64 * q);
+  }
+  // Values of 64 codes: in[i], 128-bit lane L, lane k is input k of output 4 L + i.
+  template <int bits>
+  void read(__m512i codes, f32 (&in)[4]) const {
+    __m512i r[4];
+    for (int p = 0; p < 4; p++) {
+      if constexpr (bits <= 6) {
+        r[p] = _mm512_permutexvar_epi8(codes, part[p][0]);
+      } else {
+        r[p] = _mm512_permutex2var_epi8(part[p][0], codes, part[p][1]);
+        if constexpr (bits == 8)
+          r[p] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), r[p],
+                                        _mm512_permutex2var_epi8(part[p][2], codes, part[p][3]));
+      }
+    }
+    __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
+    __m512i c = _mm512_unpackhi_epi8(r[0], r[1]), d = _mm512_unpackhi_epi8(r[2], r[3]);
+    in[0] = (f32)_mm512_unpacklo_epi16(a, b), in[1] = (f32)_mm512_unpackhi_epi16(a, b);
+    in[2] = (f32)_mm512_unpacklo_epi16(c, d), in[3] = (f32)_mm512_unpackhi_epi16(c, d);
+  }
+};
+
+inline f32 four_to_one(const f32 (&a)[4]) {
+  __m512 t01 = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[0], (__m512)a[1]), _mm512_unpackhi_ps((__m512)a[0], (__m512)a[1]));
+  __m512 t23 = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2], (__m512)a[3]), _mm512_unpackhi_ps((__m512)a[2], (__m512)a[3]));
+  return (f32)_mm512_add_ps(
+      (__m512)_mm512_unpacklo_pd((__m512d)t01, (__m512d)t23), (__m512)_mm512_unpackhi_pd((__m512d)t01, (__m512d)t23));
+}
+
+template <int bits, int rows, int span>
+void few_table256(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
+  Scratch scratch(w.groups);
+  bool shifted = affine(w, tile, true, scratch.scale, scratch.minimum);
+  const Planes planes(w.table, 1 << bits);
+  const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+  f32 total[rows] = {};
+  int64_t blocks_in_group = std::max<int64_t>(1, w.group / 32), g = 0;
+  for (int64_t first = 0; first < w.blocks; first += blocks_in_group) {
+    f32 part[rows][4] = {};
+    int64_t last = std::min(w.blocks, first + blocks_in_group);
+    auto flush = [&] {
+      f32 s = load<f32>(scratch.scale + 16 * g);
+      for (int r = 0; r < rows; r++) {
+        total[r] += four_to_one(part[r]) * s;
+        if (shifted) total[r] += load<f32>(scratch.minimum + 16 * g) * x.sums[(r0 + r) * w.groups + g];
+        for (auto& v : part[r]) v = f32{};
+      }
+      g++;
+    };
+    for (int64_t b = first; b < last; b++, p += bits * 64) {
+      u32 codes[8];
+      unpack<bits>(p, codes);
+      for (int v = 0; v < 8; v++) {
+        f32 in[4];
+        planes.read<bits>((__m512i)codes[v], in);
+        for (int r = 0; r < rows; r++) {
+          f32 xs = (f32)_mm512_broadcast_f32x4(_mm_loadu_ps(x.x + (r0 + r) * x.stride + 32 * b + 4 * v));
+          for (int i = 0; i < 4; i++) part[r][i] += in[i] * xs;
+        }
+        if (span < 8 && v == span - 1) flush();
+      }
+    }
+    flush();
+  }
+  for (int r = 0; r < rows; r++)
+    store_some(y + (r0 + r) * ldy, total[r], int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+}
+#endif
+
+template <int bits, Read read, int rows, int span>
+void few_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
+  Scratch scratch(w.groups);
+  bool shifted = affine(w, tile, read != Read::convert, scratch.scale, scratch.minimum);
+  const f32 table = read == Read::table16 ? table16(w) : f32{};
+  const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+  constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  f32 total[rows] = {};
+  int64_t blocks_in_group = std::max<int64_t>(1, w.group / 32), g = 0;
+  for (int64_t first = 0; first < w.blocks; first += blocks_in_group) {
+    f32 part[rows][chains] = {};
+    int64_t last = std::min(w.blocks, first + blocks_in_group);
+    auto flush = [&] {
+      f32 s = load<f32>(scratch.scale + 16 * g);
+      for (int r = 0; r < rows; r++) {
+        f32 t = part[r][0];
+        for (int c = 1; c < chains; c++) t += part[r][c];
+        total[r] += t * s;
+        if (shifted) total[r] += load<f32>(scratch.minimum + 16 * g) * x.sums[(r0 + r) * w.groups + g];
+        for (auto& v : part[r]) v = f32{};
+      }
+      g++;
+    };
+    for (int64_t b = first; b < last; b++, p += bits * 64) {
+      const float* xs = x.x + r0 * x.stride + 32 * b;
+      auto add = [&](int k, f32 value) {
+        for (int r = 0; r < rows; r++) part[r][k % chains] += value * xs[r * x.stride + k];
+      };
+      if constexpr (bits == 4 && read == Read::table16) {
+        for (int j = 0; j < 4; j++) {
+          u32 v = load<u32>(p + 64 * j);
+          for (int i = 0; i < 8; i++) add(8 * j + 4 * (i & 1) + i / 2, lookup16(table, v >> (4 * i)));
+          if (span < 8 && j == span / 2 - 1) flush();
+        }
+      } else {
+        u32 codes[8];
+        unpack<bits>(p, codes);
+        for (int v = 0; v < 8; v++) {
+          for (int i = 0; i < 4; i++) {
+            u32 code = (codes[v] >> (8 * i)) & 0xffu;
+            f32 value;
+            if constexpr (read == Read::convert) value = to_f32(code);
+            if constexpr (read == Read::table16) value = lookup16(table, code);
+            if constexpr (read == Read::table256)
+              for (int o = 0; o < 16; o++) value[o] = w.table[code[o]];
+            add(4 * v + i, value);
+          }
+          if (span < 8 && v == span - 1) flush();
+        }
+      }
+    }
+    flush();
+  }
+  for (int r = 0; r < rows; r++)
+    store_some(y + (r0 + r) * ldy, total[r], int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+}
+
+template <int rows>
+void few_bf16(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
+  const uint8_t* p = w.data + tile * w.blocks * 1024;
+  constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  f32 part[rows][chains] = {};
+  for (int64_t k = 0; k < w.padded(); k += 8, p += 256)
+    for (int j = 0; j < 4; j++) {
+      u32 pair = load<u32>(p + 64 * j);
+      f32 even = as_f32(pair << 16), odd = as_f32(pair & 0xffff0000u);
+      for (int r = 0; r < rows; r++) {
+        const float* xs = x.x + (r0 + r) * x.stride + k + 2 * j;
+        part[r][(2 * j) % chains] += even * xs[0];
+        part[r][(2 * j + 1) % chains] += odd * xs[1];
+      }
+    }
+  for (int r = 0; r < rows; r++) {
+    f32 t = part[r][0];
+    for (int c = 1; c < chains; c++) t += part[r][c];
+    store_some(y + (r0 + r) * ldy, t, int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+  }
+}
+
+inline int index_bits(int m) { return m <= 2 ? 1 : m <= 4 ? 2 : m <= 8 ? 3 : 4; }
+
+inline int value_bytes(Type type) { return type == Type::f32 ? 4 : type == Type::bf16 ? 2 : 1; }
+
+// Value j of a window of n:m, for 16 outputs.
+inline f32 sparse_value(const Weight& w, const uint8_t* values, int j) {
+  if (w.value_type == Type::f32) return load<f32>(values + 64 * j);
+  if (w.value_type == Type::bf16) return bf16_to_f32((const uint16_t*)values + 16 * j);
+  return to_f32((load<u32>(values + 64 * (j / 4)) >> (8 * (j % 4))) & 0xffu) - float(w.offset);
+}
+
+struct Window {  // of 16 inputs: how many values it holds and where they lie
+  int values, bits, bytes, index_bytes;
+  explicit Window(const Weight& w)
+      : values(16 * w.n / w.m), bits(index_bits(w.m)), bytes(values * 16 * value_bytes(w.value_type)),
+        index_bytes(values * bits <= 16 ? 32 : 64) {}
+  u32 index(const uint8_t* p) const { return index_bytes == 32 ? widen(load<u16x16>(p)) : load<u32>(p); }
+};
+
+template <Type type, int values>
+inline void few_window(const Weight& w, const Window& at, const uint8_t* p, u32 index, f32 x, f32 (&part)[2]) {
+  for (int j = 0; j < values; j++) {
+    u32 where = ((index >> (at.bits * j)) & uint32_t(w.m - 1)) | uint32_t(j / w.n * w.m);
+    f32 value;
+    if constexpr (type == Type::f32) value = load<f32>(p + 64 * j);
+    if constexpr (type == Type::bf16) value = bf16_to_f32((const uint16_t*)p + 16 * j);
+    if constexpr (type == Type::u8) value = to_f32(((load<u32>(p + 64 * (j / 4)) >> (8 * (j % 4))) & 0xffu)) - float(w.offset);
+    part[j & 1] += value * lookup16(x, where);
+  }
+}
+
+template <Type type, int values>
+void few_n_of_m(const Weight& w, int64_t tile, const Rows& x, int64_t r, float* y, int64_t ldy) {
+  const Window at(w);
+  int64_t windows = w.padded() / 16;
+  const uint8_t* p = w.data + tile * windows * at.bytes;
+  const uint8_t* index = w.index + tile * windows * at.index_bytes;
+  f32 part[2] = {};
+  for (int64_t i = 0; i < windows; i++, p += at.bytes, index += at.index_bytes)
+    few_window<type, values>(w, at, p, at.index(index), load<f32>(x.x + r * x.stride + 16 * i), part);
+  f32 s = w.scale ? scale_at(w.scale_type, w.scale, 16 * tile) : splat(1.f);
+  store_some(y + r * ldy, (part[0] + part[1]) * s, int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+}
+
+// The entries of one input of a bitmap tile, zeros where it has none; moves `p` on.
+inline f32 bitmap_entries(const Weight& w, uint16_t mask, const uint8_t*& p) {
+  const uint8_t* from = p;
+  p += __builtin_popcount(mask) * value_bytes(w.value_type);
+#if defined(__AVX512VBMI2__)
+  if (w.value_type == Type::f32) return (f32)_mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from));
+  if (w.value_type == Type::bf16) {
+    __m256i v = _mm256_maskz_expand_epi16(mask, _mm256_loadu_si256((const __m256i*)from));
+    return as_f32(widen((u16x16)v) << 16);
+  }
+  __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+  __m512 v = _mm512_sub_ps(_mm512_cvtepi32_ps(c), _mm512_set1_ps(float(w.offset)));
+  return (f32)_mm512_maskz_expand_ps(mask, v);
+#else
+  f32 v = f32{};
+  for (int o = 0, i = 0; o < 16; o++)
+    if (mask >> o & 1) {
+      if (w.value_type == Type::f32) {
+        float value;
+        std::memcpy(&value, from + 4 * i, 4);
+        v[o] = value;
+      } else if (w.value_type == Type::bf16) {
+        uint32_t bits = uint32_t(from[2 * i] | from[2 * i + 1] << 8) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        v[o] = value;
+      } else {
+        v[o] = float(from[i]) - float(w.offset);
+      }
+      i++;
+    }
+  return v;
+#endif
+}
+
+template <int rows>
+void few_bitmap(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
+  const uint8_t* p = w.data + int64_t(w.start[tile]) * value_bytes(w.value_type);
+  const uint16_t* masks = (const uint16_t*)w.index + tile * w.padded();
+  f32 part[rows][2] = {};
+  for (int64_t k = 0; k < w.inputs; k++) {
+    f32 value = bitmap_entries(w, masks[k], p);
+    for (int r = 0; r < rows; r++) part[r][k & 1] += value * x.x[(r0 + r) * x.stride + k];
+  }
+  f32 s = w.scale ? scale_at(w.scale_type, w.scale, 16 * tile) : splat(1.f);
+  for (int r = 0; r < rows; r++)
+    store_some(y + (r0 + r) * ldy, (part[r][0] + part[r][1]) * s, int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+}
+
+// Goes over rows in parts: of 8, 4, 2 and 1 where there are registers for them.
+template <class Body>
+inline void in_parts(int64_t count, Body body) {
+  int64_t r = 0;
+#if defined(__AVX512F__)
+  for (; r + 8 <= count; r += 8) body.template operator()<8>(r);
+  for (; r + 4 <= count; r += 4) body.template operator()<4>(r);
+#endif
+  for (; r + 2 <= count; r += 2) body.template operator()<2>(r);
+  for (; r < count; r++) body.template operator()<1>(r);
+}
+
+template <int bits>
+void few_float_bits(const Weight& w, int64_t tile, const Rows& x, float* y, int64_t ldy) {
+  in_parts(x.count, [&]<int rows>(int64_t r) {
+    auto run = [&]<int span>() {
+      if (bits <= 4 && by_table16(w)) return few_plain<bits, Read::table16, rows, span>(w, tile, x, r, y, ldy);
+      if (w.codes == Codes::integer) return few_plain<bits, Read::convert, rows, span>(w, tile, x, r, y, ldy);
+#if defined(__AVX512VBMI__)
+      if constexpr (bits > 4 && rows <= 2) return few_table256<bits, rows, span>(w, tile, x, r, y, ldy);
+      if constexpr (bits > 4)
+        for (int i = 0; i < rows; i += 2) few_table256<bits, 2, span>(w, tile, x, r + i, y, ldy);
+#else
+      if constexpr (bits > 4) few_plain<bits, Read::table256, rows, span>(w, tile, x, r, y, ldy);
+#endif
+    };
+    w.group == 16 ? run.template operator()<4>() : run.template operator()<8>();
+  });
+}
+
+template <class Body>
+inline void with_bits(int bits, Body body) {
+  switch (bits) {
+    case 1: return body.template operator()<1>();
+    case 2: return body.template operator()<2>();
+    case 3: return body.template operator()<3>();
+    case 4: return body.template operator()<4>();
+    case 5: return body.template operator()<5>();
+    case 6: return body.template operator()<6>();
+    case 7: return body.template operator()<7>();
+    default: return body.template operator()<8>();
+  }
+}
+
+void few_float(const Weight& w, int64_t tile, const Rows& x, float* y, int64_t ldy) {
+  switch (w.codes) {
+    case Codes::bfloat16:
+      return in_parts(x.count, [&]<int rows>(int64_t r) { few_bf16<rows>(w, tile, x, r, y, ldy); });
+    case Codes::bitmap:
+      return in_parts(x.count, [&]<int rows>(int64_t r) { few_bitmap<rows>(w, tile, x, r, y, ldy); });
+    case Codes::n_of_m:
+      for (int64_t r = 0; r < x.count; r++) {
+        int values = 16 * w.n / w.m;
+        auto run = [&]<Type type>() {
+          if (values == 4) few_n_of_m<type, 4>(w, tile, x, r, y, ldy);
+          if (values == 8) few_n_of_m<type, 8>(w, tile, x, r, y, ldy);
+          if (values == 12) few_n_of_m<type, 12>(w, tile, x, r, y, ldy);
+        };
+        if (w.value_type == Type::f32) run.template operator()<Type::f32>();
+        if (w.value_type == Type::bf16) run.template operator()<Type::bf16>();
+        if (w.value_type == Type::u8) run.template operator()<Type::u8>();
+      }
+      return;
+    default:
+      with_bits(w.bits, [&]<int bits>() { few_float_bits<bits>(w, tile, x, y, ldy); });
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ few rows, int8
+
+inline u32 four_of(const int8_t* q) {
+  uint32_t bits;
+  std::memcpy(&bits, q, 4);
+  return splat_bits(bits);
+}
+
+template <int bits, int rows, int span>
+void few_int8_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
+  Scratch scratch(w.groups);
+  bool shifted = affine(w, tile, true, scratch.scale, scratch.minimum);
+  const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+  constexpr int per_block = 8 / span;  // units of a block
+  const int64_t units = w.blocks * per_block;
+  const int64_t blocks_in_group = std::max<int64_t>(1, w.group / 32);
+  const bool one = blocks_in_group == 1;  // a unit is a group
+  const int offset = w.zero || w.minimum ? 0 : w.offset;
+  f32 total[rows] = {};
+  int64_t g = 0;
+  for (int64_t first = 0; first < w.blocks; first += blocks_in_group) {
+    f32 part[rows] = {};
+    int64_t last = std::min(w.blocks, first + blocks_in_group);
+    for (int64_t b = first; b < last; b++, p += bits * 64) {
+      u32 codes[8];
+      unpack<bits>(p, codes);
+      for (int half = 0; half < per_block; half++) {
+        int64_t unit = b * per_block + half;
+        f32 s = one ? load<f32>(scratch.scale + 16 * (span < 8 ? unit : g)) : splat(1.f);
+        for (int r = 0; r < rows; r++) {
+          const int8_t* q = x.q + (r0 + r) * x.width + 32 * b;
+          i32 even = i32{} - offset * x.unit_sums[(r0 + r) * units + unit], odd = i32{};
+          for (int v = half * span; v < (half + 1) * span; v += 2) {
+            even = dot4<bits == 8>(even, codes[v], four_of(q + 4 * v));
+            odd = dot4<bits == 8>(odd, codes[v + 1], four_of(q + 4 * v + 4));
+          }
+          f32 sum = to_f32(even + odd) * x.scale[(r0 + r) * units + unit];
+          if (one)
+            total[r] += sum * s;
+          else
+            part[r] += sum;
+        }
+      }
+    }
+    if (!one) {
+      f32 s = load<f32>(scratch.scale + 16 * g);
+      for (int r = 0; r < rows; r++) total[r] += part[r] * s;
+    }
+    g++;
+  }
+  if (shifted)
+    for (g = 0; g < w.groups; g++)
+      for (int r = 0; r < rows; r++) total[r] += load<f32>(scratch.minimum + 16 * g) * x.sums[(r0 + r) * w.groups + g];
+  for (int r = 0; r < rows; r++)
+    store_some(y + (r0 + r) * ldy, total[r], int(std::min<int64_t>(16, w.outputs - 16 * tile)));
+}
+
+void few_int8(const Weight& w, int64_t tile, const Rows& x, float* y, int64_t ldy) {
+  with_bits(w.bits, [&]<int bits>() {
+    in_parts(x.count, [&]<int rows>(int64_t r) {
+      if (w.group == 16)
+        few_int8_plain<bits, rows, 4>(w, tile, x, r, y, ldy);
+      else
+        few_int8_plain<bits, rows, 8>(w, tile, x, r, y, ldy);
+    });
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ many rows
+
+// y[rows, 16 tiles] (+)= a[rows, depth] @ b[tiles, depth, 16].
+template <int rows, int tiles>
+inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, f32 (&acc)[rows][tiles]) {
+  for (int64_t k = 0; k < depth; k++) {
+    f32 v[tiles];
+    for (int t = 0; t < tiles; t++) v[t] = load<f32>(b + t * ldb + 16 * k);
+    for (int r = 0; r < rows; r++) {
+      f32 x = splat(a[r * lda + k]);
+      for (int t = 0; t < tiles; t++) acc[r][t] += x * v[t];
+    }
+  }
+}
+
+// A dense tile in float32, [padded inputs, 16].
+void dense_tile(const Weight& w, int64_t tile, float* out) {
+  int64_t depth = w.padded();
+  if (w.codes == Codes::bfloat16) {
+    const uint8_t* p = w.data + tile * w.blocks * 1024;
+    for (int64_t k = 0; k < depth; k += 2, p += 64) {
+      u32 pair = load<u32>(p);
+      store(out + 16 * k, as_f32(pair << 16));
+      store(out + 16 * k + 16, as_f32(pair & 0xffff0000u));
+    }
+    return;
+  }
+  if (w.codes == Codes::n_of_m) {
+    const Window at(w);
+    std::memset(out, 0, depth * 64);
+    f32 s = w.scale ? scale_at(w.scale_type, w.scale, 16 * tile) : splat(1.f);
+    int64_t windows = depth / 16;
+    for (int64_t i = 0; i < windows; i++) {
+      const uint8_t* p = w.data + (tile * windows + i) * at.bytes;
+      u32 index = at.index(w.index + (tile * windows + i) * at.index_bytes);
+      for (int j = 0; j < at.values; j++) {
+        u32 where = ((index >> (at.bits * j)) & uint32_t(w.m - 1)) | uint32_t(j / w.n * w.m);
+        f32 value = sparse_value(w, p, j) * s;
+        for (int o = 0; o < 16; o++) out[(16 * i + where[o]) * 16 + o] += value[o];  // unused slots hold zeros
+      }
+    }
+    return;
+  }
+  if (w.codes == Codes::bitmap) {
+    const uint8_t* p = w.data + int64_t(w.start[tile]) * value_bytes(w.value_type);
+    const uint16_t* masks = (const uint16_t*)w.index + tile * depth;
+    f32 s = w.scale ? scale_at(w.scale_type, w.scale, 16 * tile) : splat(1.f);
+    for (int64_t k = 0; k < w.inputs; k++) store(out + 16 * k, bitmap_entries(w, masks[k], p) * s);
+    std::memset(out + 16 * w.inputs, 0, (depth - w.inputs) * 64);
+    return;
+  }
+  Scratch scratch(w.groups);
+  bool centered = by_table16(w) || w.codes == Codes::table;
+  affine(w, tile, centered, scratch.scale, scratch.minimum);
+  const f32 table = by_table16(w) ? table16(w) : f32{};
+  with_bits(w.bits, [&]<int bits>() {
+    const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+    for (int64_t b = 0; b < w.blocks; b++, p += bits * 64) {
+      u32 codes[8];
+      unpack<bits>(p, codes);
+      for (int v = 0; v < 8; v++) {
+        int64_t g = (32 * b + 4 * v) / w.group;
+        f32 s = load<f32>(scratch.scale + 16 * g), m = load<f32>(scratch.minimum + 16 * g);
+        for (int i = 0; i < 4; i++) {
+          u32 code = (codes[v] >> (8 * i)) & 0xffu;
+          f32 value;
+          if (by_table16(w)) {
+            value = lookup16(table, code);
+          } else if (w.codes == Codes::integer) {
+            value = to_f32(code);
+          } else {
+            for (int o = 0; o < 16; o++) value[o] = w.table[code[o]];
+          }
+          store(out + 16 * (32 * b + 4 * v + i), value * s + m);
+        }
+      }
+    }
+  });
+}
+
+template <int rows, int tiles>
+inline void finish(f32 (&acc)[rows][tiles], float* y, int64_t ldy, int64_t outputs) {
+  for (int r = 0; r < rows; r++)
+    for (int t = 0; t < tiles; t++) {
+      int64_t left = outputs - 16 * t;
+      if (left >= 16)
+        store(y + r * ldy + 16 * t, acc[r][t]);
+      else if (left > 0)
+        store_some(y + r * ldy + 16 * t, acc[r][t], int(left));
+    }
+}
+
+// Rows in parts of `most` and what is left over.
+template <int most, class Body>
+inline void in_blocks(int64_t count, Body body) {
+  int64_t r = 0;
+  for (; r + most <= count; r += most) body.template operator()<most>(r);
+  for (; r + 4 <= count; r += 4) body.template operator()<4>(r);
+  for (; r < count; r++) body.template operator()<1>(r);
+}
+
+void many_float(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
+  float* dense = (float*)scratch;
+  int64_t depth = w.padded(), outputs = w.outputs - 16 * tile;
+  for (int t = 0; t < tiles; t++) dense_tile(w, tile + t, dense + t * depth * 16);
+  auto run = [&]<int n>() {
+    in_blocks<12>(x.count, [&]<int rows>(int64_t r) {
+      f32 acc[rows][n] = {};
+      multiply<rows, n>(x.x + r * x.stride, x.stride, dense, depth * 16, depth, acc);
+      finish<rows, n>(acc, y + r * ldy, ldy, outputs);
+    });
+  };
+  tiles == 2 ? run.template operator()<2>() : run.template operator()<1>();
+}
+
+void many_bf16(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
+  int64_t depth = w.padded(), outputs = w.outputs - 16 * tile;
+  const uint8_t* pairs = w.data + tile * depth * 32;
+  if (w.codes != Codes::bfloat16) {
+    float* dense = (float*)scratch;
+    uint16_t* to = (uint16_t*)(dense + depth * 16);
+    pairs = (const uint8_t*)to;
+    for (int t = 0; t < tiles; t++, to += depth * 16) {
+      dense_tile(w, tile + t, dense);
+      for (int64_t k = 0; k < depth; k += 2) {
+        u32 even = widen(to_bf16(load<f32>(dense + 16 * k))), odd = widen(to_bf16(load<f32>(dense + 16 * k + 16)));
+        store(to + 16 * k, even | odd << 16);
+      }
+    }
+  }
+  auto run = [&]<int n>() {
+    in_blocks<12>(x.count, [&]<int rows>(int64_t r) {
+      f32 acc[rows][n] = {};
+      const uint16_t* a = x.bf16 + r * x.width;
+      for (int64_t k = 0; k < depth; k += 2) {
+        u32 v[n];
+        for (int t = 0; t < n; t++) v[t] = load<u32>(pairs + t * depth * 32 + 32 * k);
+        for (int i = 0; i < rows; i++) {
+          uint32_t pair;
+          std::memcpy(&pair, a + i * x.width + k, 4);
+          for (int t = 0; t < n; t++) acc[i][t] = dot2(acc[i][t], v[t], splat_bits(pair));
+        }
+      }
+      finish<rows, n>(acc, y + r * ldy, ldy, outputs);
+    });
+  };
+  tiles == 2 ? run.template operator()<2>() : run.template operator()<1>();
+}
+
+template <int rows, int tiles, bool wide, bool row_scale>
+inline void int8_block(
+    const Weight& w, const uint8_t* codes, const Rows& x, int64_t r, const float* scales, const float* minima,
+    bool shifted, float* y, int64_t ldy, int64_t outputs) {
+  int64_t depth = w.padded(), per_tile = 16 * w.groups, unit = w.unit(), units = w.units(), in_group = w.group / unit;
+  const int offset = w.zero || w.minimum ? 0 : w.offset;
+  f32 total[rows][tiles] = {};
+  const int8_t* q = x.q + r * x.width;
+  const int32_t* unit_sums = x.unit_sums + r * units;
+  const float* activations = x.scale + r * units;
+  for (int64_t u = 0; u < units; u++) {
+    i32 acc[rows][tiles];
+    for (int i = 0; i < rows; i++) {
+      i32 start = i32{} - offset * unit_sums[i * units + u];
+      for (int t = 0; t < tiles; t++) acc[i][t] = start;
+    }
+    for (int64_t k = u * unit; k < (u + 1) * unit; k += 4) {
+      u32 v[tiles];
+      for (int t = 0; t < tiles; t++) v[t] = load<u32>(codes + t * depth * 16 + 16 * k);
+      for (int i = 0; i < rows; i++) {
+        u32 a = four_of(q + i * x.width + k);
+        for (int t = 0; t < tiles; t++) acc[i][t] = dot4<wide>(acc[i][t], v[t], a);
+      }
+    }
+    if constexpr (row_scale) {
+      for (int i = 0; i < rows; i++)
+        for (int t = 0; t < tiles; t++) total[i][t] += to_f32(acc[i][t]) * activations[i * units + u];
+    } else {
+      for (int t = 0; t < tiles; t++) {
+        f32 s = load<f32>(scales + t * per_tile + 16 * (u / in_group));
+        for (int i = 0; i < rows; i++) total[i][t] += to_f32(acc[i][t]) * (s * activations[i * units + u]);
+      }
+    }
+  }
+  for (int t = 0; t < tiles; t++) {
+    if constexpr (row_scale)
+      for (int i = 0; i < rows; i++) total[i][t] *= load<f32>(scales + t * per_tile);
+    if (shifted)
+      for (int64_t g = 0; g < w.groups; g++) {
+        f32 m = load<f32>(minima + t * per_tile + 16 * g);
+        for (int i = 0; i < rows; i++) total[i][t] += m * x.sums[(r + i) * w.groups + g];
+      }
+  }
+  finish<rows, tiles>(total, y + r * ldy, ldy, outputs);
+}
+
+void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
+  int64_t depth = w.padded(), outputs = w.outputs - 16 * tile;
+  float* scales = (float*)scratch;
+  float* minima = scales + 2 * 16 * w.groups;
+  uint8_t* unpacked = (uint8_t*)(minima + 2 * 16 * w.groups);
+  bool shifted = false;
+  for (int t = 0; t < tiles; t++)
+    shifted |= affine(w, tile + t, true, scales + t * 16 * w.groups, minima + t * 16 * w.groups);
+  const uint8_t* codes = w.data + tile * depth * 16;
+  if (w.bits != 8) {
+    codes = unpacked;
+    with_bits(w.bits, [&]<int bits>() {
+      const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+      for (int64_t b = 0; b < tiles * w.blocks; b++, p += bits * 64) {
+        u32 c[8];
+        unpack<bits>(p, c);
+        for (int v = 0; v < 8; v++) store(unpacked + 512 * b + 64 * v, c[v]);
+      }
+    });
+  }
+  auto run = [&]<int n, bool wide>() {
+    in_blocks<6>(x.count, [&]<int rows>(int64_t r) {
+      if (w.groups == 1)
+        int8_block<rows, n, wide, true>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs);
+      else
+        int8_block<rows, n, wide, false>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs);
+    });
+  };
+  if (w.bits == 8)
+    tiles == 2 ? run.template operator()<2, true>() : run.template operator()<1, true>();
+  else
+    tiles == 2 ? run.template operator()<2, false>() : run.template operator()<1, false>();
+}
+
+void row(const Weight& w, int64_t output, float* y) {
+  int64_t tile = output / 16, depth = w.padded();
+  int lane = int(output % 16);
+  if (!w.plain()) {
+    thread_local float* dense = nullptr;
+    thread_local int64_t size = 0;
+    if (size < depth * 16) {
+      delete[] dense;
+      dense = new float[size = depth * 16];
+    }
+    dense_tile(w, tile, dense);
+    for (int64_t k = 0; k < depth; k++) y[k] = dense[16 * k + lane];
+    return;
+  }
+  Scratch scratch(w.groups);
+  affine(w, tile, w.codes == Codes::table, scratch.scale, scratch.minimum);
+  with_bits(w.bits, [&]<int bits>() {
+    const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
+    for (int64_t b = 0; b < w.blocks; b++, p += bits * 64)
+      for (int k = 0; k < 32; k++) {
+        int code = 0, shift = 0;
+        const uint8_t* plane = p;
+        for (int width : {8, 4, 2, 1}) {
+          if (!(bits & width)) continue;
+          int fields = 8 / width, v = k / 4;
+          code |= (plane[64 * (v / fields) + 4 * lane + k % 4] >> (width * (v % fields)) & ((1 << width) - 1)) << shift;
+          shift += width, plane += 64 * width;
+        }
+        int64_t g = (32 * b + k) / w.group;
+        float value = w.codes == Codes::table ? w.table[code] : float(code);
+        y[32 * b + k] = value * scratch.scale[16 * g + lane] + scratch.minimum[16 * g + lane];
+      }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ activations
+
+float quantize(const float* x, int64_t n, int8_t* q) {
+  f32 most = f32{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) most = max(most, abs(load<f32>(x + i)));
+  float amax = largest(most);
+  for (; i < n; i++) amax = std::max(amax, std::fabs(x[i]));
+  // A NaN anywhere must come out as NaN; the sum has it where the maximum may not.
+  f32 total = f32{};
+  for (i = 0; i + 16 <= n; i += 16) total += load<f32>(x + i) * 0.f;
+  float poison = sum(total);
+  for (; i < n; i++) poison += x[i] * 0.f;
+  float scale = amax > 0 ? amax / 127.f : 1.f;
+  if (!(poison == 0)) {
+    std::memset(q, 0, n);
+    if (n) q[0] = 1;
+    return std::nanf("");
+  }
+  float inverse = amax > 0 ? 127.f / amax : 0.f;
+  for (i = 0; i + 16 <= n; i += 16) {
+    i32 v = round_to_int(load<f32>(x + i) * inverse);
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int j = 0; j < 16; j++) q[i + j] = int8_t(v[j]);
+#endif
+  }
+  for (; i < n; i++) q[i] = int8_t(std::nearbyint(x[i] * inverse));
+  return scale;
+}
+
+void bf16_row(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, to_bf16(load<f32>(x + i)));
+  for (; i < n; i++) y[i] = to_bf16(x[i]);
+}
+
+void quantize_units(const float* x, int64_t n, int64_t unit, int8_t* q, float* scale, int32_t* sums) {
+  for (int64_t u = 0, i = 0; i < n; u++, i += unit) {
+    scale[u] = quantize(x + i, unit, q + i);
+    int32_t total = 0;
+    for (int64_t j = i; j < i + unit; j++) total += q[j];
+    sums[u] = total;
+  }
+}
+
+void group_sums(const float* x, int64_t n, int64_t group, float* sums) {
+  for (int64_t g = 0, k = 0; k < n; g++, k += group) {
+    int64_t end = std::min(n, k + group), i = k;
+    f32 total = f32{};
+    for (; i + 16 <= end; i += 16) total += load<f32>(x + i);
+    float s = sum(total);
+    for (; i < end; i++) s += x[i];
+    sums[g] = s;
+  }
+}
+
+void rms_norm(const float* x, const float* scale, float epsilon, int64_t n, float* y) {
+  f32 squares = f32{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    f32 v = load<f32>(x + i);
+    squares += v * v;
+  }
+  float total = sum(squares);
+  for (; i < n; i++) total += x[i] * x[i];
+  float factor = 1.f / std::sqrt(total / float(n) + epsilon);
+  for (i = 0; i + 16 <= n; i += 16) store(y + i, load<f32>(x + i) * factor * load<f32>(scale + i));
+  for (; i < n; i++) y[i] = x[i] * factor * scale[i];
+}
+
+inline f32 silu(f32 v) {  // v * sigmoid(v), through exp of what is never positive
+  f32 e = exponential(-abs(v));
+  return v * select((u32)(v < f32{}), e, splat(1.f)) / (e + 1.f);
+}
+
+void gated_silu(const float* gate, const float* up, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, silu(load<f32>(gate + i)) * load<f32>(up + i));
+  if (i < n) {
+    f32 g = f32{}, u = f32{};
+    std::memcpy(&g, gate + i, (n - i) * 4), std::memcpy(&u, up + i, (n - i) * 4);
+    store_some(y + i, silu(g) * u, int(n - i));
+  }
+}
+
+void rotate(const float* x, const float* cos, const float* sin, float factor, int64_t head, float* y) {
+  int64_t half = head / 2;
+  for (int64_t i = 0; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    y[i] = (a * cos[i] - b * sin[i]) * factor;
+    y[half + i] = (b * cos[i] + a * sin[i]) * factor;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ attention
+
+void append(const Cache& c, int64_t head, int64_t row, const float* x) {
+  if (c.type == Type::f32) {
+    std::memcpy((float*)c.data + row * head, x, head * 4);
+  } else if (c.type == Type::bf16) {
+    bf16_row(x, head, (uint16_t*)c.data + row * head);
+  } else if (c.type == Type::u8) {
+    c.scale[row] = quantize(x, head, (int8_t*)c.data + row * head);
+  } else {
+    float low = x[0], high = x[0], poison = 0;
+    for (int64_t i = 0; i < head; i++) low = std::min(low, x[i]), high = std::max(high, x[i]), poison += x[i] * 0.f;
+    float scale = (high - low) / 15.f;
+    if (!(scale > 0)) scale = 1.f;
+    if (!(poison == 0)) scale = low = std::nanf("");
+    uint8_t* to = (uint8_t*)c.data + row * head / 2;
+    auto code = [&](float v) { return poison == 0 ? int(std::nearbyint((v - low) / scale)) : 0; };
+    for (int64_t i = 0; i < head / 2; i++) to[i] = uint8_t(code(x[i]) | code(x[head / 2 + i]) << 4);
+    c.scale[2 * row] = scale, c.scale[2 * row + 1] = low;
+  }
+}
+
+// A key or value in float32.
+inline void read_entry(const Cache& c, int64_t head, int64_t row, float* out) {
+  if (c.type == Type::bf16) {
+    const uint16_t* p = (const uint16_t*)c.data + row * head;
+    for (int64_t i = 0; i < head; i += 16) store(out + i, bf16_to_f32(p + i));
+  } else if (c.type == Type::u8) {
+    const uint8_t* p = (const uint8_t*)c.data + row * head;
+    f32 s = splat(c.scale[row]);
+    for (int64_t i = 0; i < head; i += 16) {
+      u32 v = widen(load<u8x16>(p + i));
+      store(out + i, to_f32((i32)(v << 24) >> 24) * s);
+    }
+  } else {
+    const uint8_t* p = (const uint8_t*)c.data + row * head / 2;
+    f32 s = splat(c.scale[2 * row]), m = splat(c.scale[2 * row + 1]);
+    for (int64_t i = 0; i < head / 2; i += 16) {
+      u32 v = widen(load<u8x16>(p + i));
+      store(out + i, to_f32(v & 15u) * s + m);
+      store(out + head / 2 + i, to_f32(v >> 4) * s + m);
+    }
+  }
+}
+
+constexpr int kKeys = 64;   // keys that are scored together
+constexpr int kQueries = 6;  // rows of a register tile
+
+// [16 keys, head] to [head, 16 keys].
+inline void transpose16(const float* from, int64_t head, float* to) {
+#if defined(__AVX512F__)
+  for (int64_t d = 0; d < head; d += 16) {
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * head + d);
+    for (int i = 0; i < 16; i += 2)
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + 2 + j]);
+        r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + 2 + j]);
+      }
+    for (int i = 0; i < 4; i++) {  // r[i], r[i+4], r[i+8], r[i+12] hold column i + 4 L in 128-bit lane L
+      __m512 a = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+      __m512 c = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88), e = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+      _mm512_storeu_ps(to + (d + i) * 16, _mm512_shuffle_f32x4(a, c, 0x88));
+      _mm512_storeu_ps(to + (d + i + 4) * 16, _mm512_shuffle_f32x4(b, e, 0x88));
+      _mm512_storeu_ps(to + (d + i + 8) * 16, _mm512_shuffle_f32x4(a, c, 0xdd));
+      _mm512_storeu_ps(to + (d + i + 12) * 16, _mm512_shuffle_f32x4(b, e, 0xdd));
+    }
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int64_t d = 0; d < head; d++) to[d * 16 + i] = from[i * head + d];
+#endif
+}
+
+int64_t attend_scratch(int64_t head, int64_t rows) { return 3 * kKeys * head + rows * kKeys; }
+
+void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_t first, int64_t last, const float* q,
+            int64_t rows, const int64_t* limit, const uint8_t* real, float* out, float* maxima, float* sums,
+            float* scratch) {
+  float* turned = scratch;                  // [4, head, 16]
+  float* kept = turned + kKeys * head;      // keys in float32, where the cache holds another type
+  float* values = kept + kKeys * head;
+  float* scores = values + kKeys * head;    // [rows, kKeys]
+  std::memset(out, 0, rows * head * 4);
+  int64_t farthest = 0;
+  for (int64_t r = 0; r < rows; r++) maxima[r] = -INFINITY, sums[r] = 0, farthest = std::max(farthest, limit[r]);
+  last = std::min(last, farthest);
+  for (int64_t s0 = first; s0 < last; s0 += kKeys) {
+    int64_t n = std::min<int64_t>(kKeys, last - s0), whole = (n + 15) / 16 * 16;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < n; i++) tokens += real[s0 + i];
+    if (!tokens) continue;
+    const float* k = (const float*)kc.data + (base + s0) * head;
+    const float* v = (const float*)vc.data + (base + s0) * head;
+    if (kc.type != Type::f32 || whole > n) {
+      for (int64_t i = 0; i < n; i++)
+        kc.type == Type::f32 ? (void)std::memcpy(kept + i * head, k + i * head, head * 4)
+                             : read_entry(kc, head, base + s0 + i, kept + i * head);
+      std::memset(kept + n * head, 0, (whole - n) * head * 4);
+      k = kept;
+    }
+    if (vc.type != Type::f32) {
+      for (int64_t i = 0; i < n; i++) read_entry(vc, head, base + s0 + i, values + i * head);
+      v = values;
+    }
+    for (int64_t t = 0; t < whole / 16; t++) transpose16(k + 16 * t * head, head, turned + 16 * t * head);
+
+    auto score = [&]<int count>(int64_t r) {
+      for (int64_t t = 0; t < whole / 16; t += 2) {
+        auto run = [&]<int tiles>() {
+          f32 acc[count][tiles] = {};
+          multiply<count, tiles>(q + r * head, head, turned + 16 * t * head, 16 * head, head, acc);
+          for (int i = 0; i < count; i++)
+            for (int j = 0; j < tiles; j++) store(scores + (r + i) * kKeys + 16 * (t + j), acc[i][j]);
+        };
+        t + 1 < whole / 16 ? run.template operator()<2>() : run.template operator()<1>();
+      }
+    };
+    int64_t r = 0;
+    for (; r + kQueries <= rows; r += kQueries) score.template operator()<kQueries>(r);
+    for (; r + 3 <= rows; r += 3) score.template operator()<3>(r);
+    for (; r < rows; r++) score.template operator()<1>(r);
+
+    bool holes = tokens < n;
+    for (r = 0; r < rows; r++) {
+      float* row_scores = scores + r * kKeys;
+      int64_t seen = std::clamp<int64_t>(limit[r] - s0, 0, n);
+      for (int64_t i = seen; i < whole; i++) row_scores[i] = -INFINITY;
+      if (holes)
+        for (int64_t i = 0; i < seen; i++)
+          if (!real[s0 + i]) row_scores[i] = -INFINITY;
+      f32 most = splat(-INFINITY);
+      for (int64_t i = 0; i < whole; i += 16) most = max(most, load<f32>(row_scores + i));
+      float before = maxima[r], now = std::max(before, largest(most));
+      if (now == -INFINITY) {
+        std::memset(row_scores, 0, whole * 4);
+        continue;
+      }
+      f32 total = f32{};
+      for (int64_t i = 0; i < whole; i += 16) {
+        f32 e = exponential(load<f32>(row_scores + i) - now);
+        store(row_scores + i, e);
+        total += e;
+      }
+      float shrink = before == -INFINITY ? 0.f : std::exp(before - now);
+      sums[r] = sums[r] * shrink + sum(total);
+      maxima[r] = now;
+      if (shrink != 1.f)
+        for (int64_t d = 0; d < head; d += 16) store(out + r * head + d, load<f32>(out + r * head + d) * shrink);
+    }
+
+    auto mix = [&]<int count>(int64_t row0) {
+      for (int64_t d = 0; d < head; d += 32) {
+        auto run = [&]<int tiles>() {
+          f32 acc[count][tiles];
+          for (int i = 0; i < count; i++)
+            for (int j = 0; j < tiles; j++) acc[i][j] = load<f32>(out + (row0 + i) * head + d + 16 * j);
+          for (int64_t s = 0; s < n; s++) {
+            f32 b[tiles];
+            for (int j = 0; j < tiles; j++) b[j] = load<f32>(v + s * head + d + 16 * j);
+            for (int i = 0; i < count; i++) {
+              f32 p = splat(scores[(row0 + i) * kKeys + s]);
+              for (int j = 0; j < tiles; j++) acc[i][j] += p * b[j];
+            }
+          }
+          for (int i = 0; i < count; i++)
+            for (int j = 0; j < tiles; j++) store(out + (row0 + i) * head + d + 16 * j, acc[i][j]);
+        };
+        d + 16 < head ? run.template operator()<2>() : run.template operator()<1>();
+      }
+    };
+    r = 0;
+    for (; r + kQueries <= rows; r += kQueries) mix.template operator()<kQueries>(r);
+    for (; r + 3 <= rows; r += 3) mix.template operator()<3>(r);
+    for (; r < rows; r++) mix.template operator()<1>(r);
+  }
+}
+
+}  // namespace
+
+const Kernels table = {
+    LMC_NAME,  few_float, few_int8, many_float, many_bf16, many_int8, row,    quantize, quantize_units, bf16_row,
+    group_sums, rms_norm, gated_silu, rotate,   append,    attend,    attend_scratch,
+};
+
+}  // namespace LMC_ISA
+}  // namespace lmc
+
+#define LMC_JOIN2(a, b) a##b
+#define LMC_JOIN(a, b) LMC_JOIN2(a, b)
+const lmc::Kernels& lmc::LMC_JOIN(LMC_ISA, _kernels)() { return lmc::LMC_ISA::table; }
