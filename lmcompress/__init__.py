@@ -14,6 +14,7 @@ _HOMES = {
   "generate": "lmcompress.generation.generate",
   "perplexity": "lmcompress.evaluate.perplexity",
   "summary": "lmcompress.summary",
+  **dict.fromkeys(("backends", "prepare", "use_backend"), "lmcompress.ops"),
   **dict.fromkeys(
     ("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"
   ),
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
   from lmcompress.generation.generate import generate
   from lmcompress.io.checkpoint import save
   from lmcompress.io.load import load
+  from lmcompress.ops import backends, prepare, use_backend
   from lmcompress.summary import summary
   from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
   from lmcompress.transforms.freeze import freeze
@@ -43,6 +45,7 @@ __all__ = [
   "SourceError",
   "WeightError",
   "at",
+  "backends",
   "chain",
   "compress",
   "freeze",
@@ -53,10 +56,12 @@ __all__ = [
   "named_chain",
   "partition",
   "perplexity",
+  "prepare",
   "round_to_nearest",
   "save",
   "scheduled",
   "summary",
+  "use_backend",
 ]
 
 

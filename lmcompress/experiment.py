@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 import lmcompress
+from lmcompress import ops, tree
 from lmcompress import recipe as recipes
-from lmcompress import tree
 from lmcompress.calibration import compress
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
-from lmcompress.evaluate.latency import latency
+from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.perplexity import Score, compare
@@ -29,7 +29,6 @@ from lmcompress.evaluate.size import sizes
 from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
-from lmcompress.ops import backend
 from lmcompress.types import ConfigError, FormatError, Params, SourceError
 
 RESULT, METRICS, CONFIG, MODEL = "result.json", "metrics.jsonl", "config.yaml", "model"
@@ -132,9 +131,10 @@ def run(
     watcher.note("saving the model")
     checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe))
 
-  scores = _scores(model, stages, texts, records, watcher)
-  speeds = _speeds(config, model, stages, records, watcher)
-  generation = _generation(config, model, stages, tokenizer, watcher)
+  ready = _ready(stages) if mesh is None else [stage.params for stage in stages]
+  scores = _scores(model, stages, ready, texts, records, watcher)
+  speeds = _speeds(config, model, stages, ready, records, watcher)
+  generation = _generation(config, model, ready, tokenizer, watcher)
   result = {
     "format": 1,
     "name": config.name,
@@ -149,7 +149,7 @@ def run(
     "command": command,
     "config": config.model_dump(mode="json"),
     "stages": [
-      _stage_row(stage, stages[0], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
+      _stage_row(stage, stages[0], ready[i], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
@@ -230,11 +230,34 @@ def _key(stages: Sequence[_Stage], i: int) -> str:
   return f"{i}:{stages[i].name}"
 
 
+def _ready(stages: list[_Stage]) -> list[Params]:
+  """Each stage's tree laid out for the kernels; a weight that stages share is laid out once.
+
+  Scores, speeds and texts come from the same kernels that `generate`, `bench` and `eval` run. (Scoring a window of
+  512 tokens is no slower on them than on the reference; a choice by the clock would make results differ from run to
+  run in their last bits.)
+  """
+  made: dict[tuple[str, int], Any] = {}
+  trees = []
+  for stage in stages:
+    leaves = tree.flatten(stage.params)
+    new = {path: leaf for path, leaf in leaves.items() if (path, id(leaf)) not in made}
+    done = tree.flatten(ops.prepare(tree.unflatten(new)))
+    made |= {(path, id(leaf)): done[path] for path, leaf in new.items()}
+    trees.append(tree.unflatten({path: made[path, id(leaf)] for path, leaf in leaves.items()}))
+  return trees
+
+
 def _scores(
-  model: Any, stages: list[_Stage], texts: dict[str, np.ndarray], records: _Records, watcher: Watcher
+  model: Any,
+  stages: list[_Stage],
+  ready: list[Params],
+  texts: dict[str, np.ndarray],
+  records: _Records,
+  watcher: Watcher,
 ) -> dict[str, dict[str, Score]]:
   """Per stage and text; every window is one record, and windows on record are not scored again."""
-  trees = {_key(stages, i): stage.params for i, stage in enumerate(stages)}
+  trees = {_key(stages, i): params for i, params in enumerate(ready)}
   total = {name: dict.fromkeys(texts, Score(0, 0, 0, 0)) for name in trees}
   for text, tokens in texts.items():
     done = {row["window"]: row["scores"] for row in records.found("score") if row["text"] == text}
@@ -242,7 +265,7 @@ def _scores(
       for name, values in scores.items():
         total[name][text] += Score(*values)
     count = len(done)
-    for window, scores in compare(model, stages[0].params, trees, tokens, done):
+    for window, scores in compare(model, ready[0], trees, tokens, done):
       records.add({"kind": "score", "text": text, "window": window, "scores": scores})
       for name, value in scores.items():
         total[name][text] += value
@@ -252,34 +275,35 @@ def _scores(
 
 
 def _speeds(
-  config: Config, model: Any, stages: list[_Stage], records: _Records, watcher: Watcher
+  config: Config, model: Any, stages: list[_Stage], ready: list[Params], records: _Records, watcher: Watcher
 ) -> dict[str, dict[str, float]]:
   found = {row["stage"]: row["tokens_per_s"] for row in records.found("latency")}
   b = config.bench
-  for i, stage in enumerate(stages):
+  for i, params in enumerate(ready):
     name = _key(stages, i)
     if b.rounds and name not in found:
       watcher.step("latency", i, len(stages))
-      measured = latency(model, stage.params, prefill=b.prefill, decode=b.decode, rounds=b.rounds)
+      measured = latency(model, params, prefill=b.prefill, decode=b.decode, rounds=b.rounds)
       found[name] = {"prefill": measured["prefill"], "decode": measured["decode"]}
       records.add({"kind": "latency", "stage": name, "tokens_per_s": found[name], "detail": measured})
       watcher.step("latency", i + 1, len(stages))
   return found
 
 
-def _generation(config: Config, model: Any, stages: list[_Stage], tokenizer: Any, watcher: Watcher) -> dict | None:
+def _generation(config: Config, model: Any, ready: list[Params], tokenizer: Any, watcher: Watcher) -> dict | None:
   if config.generate is None or tokenizer is None:
     return None
   g = config.generate
   watcher.note("generating")
   before, after = (
-    generate(model, params, tokenizer, g.prompt, g.max_new_tokens, chat=g.chat)
-    for params in (stages[0].params, stages[-1].params)
+    generate(model, params, tokenizer, g.prompt, g.max_new_tokens, chat=g.chat) for params in (ready[0], ready[-1])
   )
   return {"prompt": g.prompt, "before": before, "after": after}
 
 
-def _stage_row(stage: _Stage, original: _Stage, scores: dict[str, Score], speed: dict[str, float]) -> dict[str, Any]:
+def _stage_row(
+  stage: _Stage, original: _Stage, ready: Params, scores: dict[str, Score], speed: dict[str, float]
+) -> dict[str, Any]:
   size = sizes(stage.params)
   disk = checkpoint.weights_size(stage.params)
   summaries = {text: score.summary() for text, score in scores.items()}
@@ -294,7 +318,7 @@ def _stage_row(stage: _Stage, original: _Stage, scores: dict[str, Score], speed:
     "kl": {text: s["kl"] for text, s in summaries.items()},
     "top1": {text: s["top1"] for text, s in summaries.items()},
     "tokens_per_s": speed,
-    "backend": backend.describe(),
+    "backend": kernels(ready),
     "seconds": stage.seconds,
     "peak_memory_bytes": stage.peak_memory_bytes,
   }

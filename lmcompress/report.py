@@ -6,10 +6,11 @@ that is missing shows as `-`, and one that is not finite as `nan` or `inf`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -229,10 +230,17 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 
 def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str]:
   """SVG of perplexity against size, of error against depth, and of the weights' values; "" where no data."""
+  with _style():
+    return _plot_quality(stages), _plot_errors(weights), _plot_histograms(result.get("histograms") or {})
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+  """How every plot looks; not the reader's matplotlibrc, or equal results would give unequal bytes."""
   import matplotlib
 
   with matplotlib.rc_context():
-    matplotlib.rcdefaults()  # not the reader's matplotlibrc, or equal results would give unequal bytes
+    matplotlib.rcdefaults()
     matplotlib.rcParams.update(
       {
         "svg.fonttype": "none",
@@ -249,7 +257,7 @@ def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) ->
         "legend.frameon": False,
       }
     )
-    return _plot_quality(stages), _plot_errors(weights), _plot_histograms(result.get("histograms") or {})
+    yield
 
 
 def _quality(stages: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:

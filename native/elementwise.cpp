@@ -1,4 +1,4 @@
-// `lmc_rms_norm`, `lmc_gated_silu`: what stands between products; `lmc_read`: the memory's speed, for benchmarks.
+// `lmc_rms_norm`, `lmc_gated_silu`, `lmc_argmax`: what stands around products; `lmc_read`: the memory's speed, for benchmarks.
 #include <string>
 
 #include "kernels.h"
@@ -45,6 +45,17 @@ ffi::Error gated_silu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buf
   return ffi::Error::Success();
 }
 
+ffi::Error argmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::S32> y) {
+  auto dims = x.dimensions();
+  int64_t width = dims.size() ? dims.back() : 0, rows = width ? int64_t(x.element_count()) / width : 0;
+  if (!width || int64_t(y->element_count()) != rows) return ffi::Error::InvalidArgument("lmc_argmax: shapes differ");
+  const Kernels& k = kernels();
+  over_rows(pool, rows, width, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) y->typed_data()[r] = int32_t(k.argmax(x.typed_data() + r * width, width));
+  });
+  return ffi::Error::Success();
+}
+
 ffi::Error read(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::U32> y) {
   if (y->element_count() != 2) return ffi::Error::InvalidArgument("lmc_read: the output is uint32 [2]");
   int64_t words = int64_t(x.size_bytes()) / 8, threads = threads_of(pool), parts = threads * 16;
@@ -82,6 +93,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_gated_silu, gated_silu,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    lmc_argmax, argmax,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_read, read,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>());
 

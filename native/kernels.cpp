@@ -463,7 +463,6 @@ void few_int8_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, fl
   const int64_t units = w.blocks * per_block;
   const int64_t blocks_in_group = std::max<int64_t>(1, w.group / 32);
   const bool one = blocks_in_group == 1;  // a unit is a group
-  const int offset = w.zero || w.minimum ? 0 : w.offset;
   f32 total[rows] = {};
   int64_t g = 0;
   for (int64_t first = 0; first < w.blocks; first += blocks_in_group) {
@@ -477,7 +476,7 @@ void few_int8_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, fl
         f32 s = one ? load<f32>(scratch.scale + 16 * (span < 8 ? unit : g)) : splat(1.f);
         for (int r = 0; r < rows; r++) {
           const int8_t* q = x.q + (r0 + r) * x.width + 32 * b;
-          i32 even = i32{} - offset * x.unit_sums[(r0 + r) * units + unit], odd = i32{};
+          i32 even = i32{} + x.starts[(r0 + r) * units + unit], odd = i32{};
           for (int v = half * span; v < (half + 1) * span; v += 2) {
             even = dot4<bits == 8>(even, codes[v], four_of(q + 4 * v));
             odd = dot4<bits == 8>(odd, codes[v + 1], four_of(q + 4 * v + 4));
@@ -666,17 +665,19 @@ void many_bf16(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
 template <int rows, int tiles, bool wide, bool row_scale>
 inline void int8_block(
     const Weight& w, const uint8_t* codes, const Rows& x, int64_t r, const float* scales, const float* minima,
-    bool shifted, float* y, int64_t ldy, int64_t outputs) {
+    bool shifted, float* y, int64_t ldy, int64_t outputs, const uint8_t* ahead) {
   int64_t depth = w.padded(), per_tile = 16 * w.groups, unit = w.unit(), units = w.units(), in_group = w.group / unit;
-  const int offset = w.zero || w.minimum ? 0 : w.offset;
   f32 total[rows][tiles] = {};
   const int8_t* q = x.q + r * x.width;
-  const int32_t* unit_sums = x.unit_sums + r * units;
+  const int32_t* starts = x.starts + r * units;
   const float* activations = x.scale + r * units;
-  for (int64_t u = 0; u < units; u++) {
+  for (int64_t u = 0, g = 0, left = in_group; u < units; u++) {
     i32 acc[rows][tiles];
+    if (ahead)  // the tiles that come next, while these are multiplied
+      for (int64_t line = 0; line < tiles * w.bits * unit / 32; line++)
+        __builtin_prefetch(ahead + (u * tiles * w.bits * unit / 32 + line) * 64);
     for (int i = 0; i < rows; i++) {
-      i32 start = i32{} - offset * unit_sums[i * units + u];
+      i32 start = i32{} + starts[i * units + u];
       for (int t = 0; t < tiles; t++) acc[i][t] = start;
     }
     for (int64_t k = u * unit; k < (u + 1) * unit; k += 4) {
@@ -692,9 +693,10 @@ inline void int8_block(
         for (int t = 0; t < tiles; t++) total[i][t] += to_f32(acc[i][t]) * activations[i * units + u];
     } else {
       for (int t = 0; t < tiles; t++) {
-        f32 s = load<f32>(scales + t * per_tile + 16 * (u / in_group));
+        f32 s = load<f32>(scales + t * per_tile + 16 * g);
         for (int i = 0; i < rows; i++) total[i][t] += to_f32(acc[i][t]) * (s * activations[i * units + u]);
       }
+      if (--left == 0) g++, left = in_group;
     }
   }
   for (int t = 0; t < tiles; t++) {
@@ -707,6 +709,16 @@ inline void int8_block(
       }
   }
   finish<rows, tiles>(total, y + r * ldy, ldy, outputs);
+}
+
+// Rows in parts of 6, and what is left over in parts of 4, 2 and 1: eight are 4 and 4.
+template <class Body>
+inline void in_sixes(int64_t count, Body body) {
+  int64_t r = 0;
+  for (; count - r >= 6 && count - r != 8; r += 6) body.template operator()<6>(r);
+  for (; count - r >= 4; r += 4) body.template operator()<4>(r);
+  for (; count - r >= 2; r += 2) body.template operator()<2>(r);
+  if (r < count) body.template operator()<1>(r);
 }
 
 void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
@@ -729,12 +741,13 @@ void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
       }
     });
   }
+  const uint8_t* next = w.data + (tile + tiles) * w.blocks * (w.bits * 64);
   auto run = [&]<int n, bool wide>() {
-    in_blocks<6>(x.count, [&]<int rows>(int64_t r) {
+    in_sixes(x.count, [&]<int rows>(int64_t r) {
       if (w.groups == 1)
-        int8_block<rows, n, wide, true>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs);
+        int8_block<rows, n, wide, true>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs, r ? nullptr : next);
       else
-        int8_block<rows, n, wide, false>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs);
+        int8_block<rows, n, wide, false>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs, r ? nullptr : next);
     });
   };
   if (w.bits == 8)
@@ -855,6 +868,38 @@ inline f32 silu(f32 v) {  // v * sigmoid(v), through exp of what is never positi
   return v * select((u32)(v < f32{}), e, splat(1.f)) / (e + 1.f);
 }
 
+int64_t argmax(const float* x, int64_t n) {  // the first of the largest; the first NaN if there is one
+  f32 most = splat(-INFINITY), poison = f32{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    f32 v = load<f32>(x + i);
+    most = max(most, v);
+    poison += v - v;  // NaN for NaN, and for infinities, which the search below tells apart
+  }
+  float top = largest(most);
+  bool odd = !(sum(poison) == 0);
+  for (; i < n; i++) {
+    if (x[i] > top) top = x[i];
+    odd |= !(x[i] - x[i] == 0);
+  }
+  if (odd) {
+    int64_t best = 0;
+    for (i = 0; i < n; i++) {
+      if (std::isnan(x[i])) return i;
+      if (x[i] > x[best]) best = i;
+    }
+    return best;
+  }
+  for (i = 0; i + 64 <= n; i += 64) {
+    u32 found = u32{};
+    for (int j = 0; j < 64; j += 16) found |= (u32)(load<f32>(x + i + j) == top);
+    if (sum(as_f32(found & 0x3f800000u)) != 0) break;
+  }
+  for (; i < n; i++)
+    if (x[i] == top) return i;
+  return 0;
+}
+
 void gated_silu(const float* gate, const float* up, int64_t n, float* y) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(y + i, silu(load<f32>(gate + i)) * load<f32>(up + i));
@@ -896,29 +941,6 @@ void append(const Cache& c, int64_t head, int64_t row, const float* x) {
   }
 }
 
-// A key or value in float32.
-inline void read_entry(const Cache& c, int64_t head, int64_t row, float* out) {
-  if (c.type == Type::bf16) {
-    const uint16_t* p = (const uint16_t*)c.data + row * head;
-    for (int64_t i = 0; i < head; i += 16) store(out + i, bf16_to_f32(p + i));
-  } else if (c.type == Type::u8) {
-    const uint8_t* p = (const uint8_t*)c.data + row * head;
-    f32 s = splat(c.scale[row]);
-    for (int64_t i = 0; i < head; i += 16) {
-      u32 v = widen(load<u8x16>(p + i));
-      store(out + i, to_f32((i32)(v << 24) >> 24) * s);
-    }
-  } else {
-    const uint8_t* p = (const uint8_t*)c.data + row * head / 2;
-    f32 s = splat(c.scale[2 * row]), m = splat(c.scale[2 * row + 1]);
-    for (int64_t i = 0; i < head / 2; i += 16) {
-      u32 v = widen(load<u8x16>(p + i));
-      store(out + i, to_f32(v & 15u) * s + m);
-      store(out + head / 2 + i, to_f32(v >> 4) * s + m);
-    }
-  }
-}
-
 constexpr int kKeys = 64;   // keys that are scored together
 constexpr int kQueries = 6;  // rows of a register tile
 
@@ -952,6 +974,139 @@ inline void transpose16(const float* from, int64_t head, float* to) {
 
 int64_t attend_scratch(int64_t head, int64_t rows) { return 3 * kKeys * head + rows * kKeys; }
 
+// Sixteen values of an entry as float32.
+template <Type type>
+inline f32 part_of_entry(const Cache& c, int64_t head, int64_t row, int64_t d) {
+  if constexpr (type == Type::f32) return load<f32>((const float*)c.data + row * head + d);
+  if constexpr (type == Type::bf16) return bf16_to_f32((const uint16_t*)c.data + row * head + d);
+  if constexpr (type == Type::u8) {
+    return to_f32(widen(load<i8x16>((const int8_t*)c.data + row * head + d))) * c.scale[row];
+  }
+  int64_t half = head / 2;
+  u32 codes = widen(load<u8x16>((const uint8_t*)c.data + row * half + d % half));
+  return to_f32(d < half ? codes & 15u : codes >> 4) * c.scale[2 * row] + c.scale[2 * row + 1];
+}
+
+// The sum of each of sixteen vectors.
+inline f32 sums_of(const f32 (&v)[16]) {
+#if defined(__AVX512F__)
+  __m512 t[8], u[4];
+  for (int i = 0; i < 8; i++) {
+    __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
+    u[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+  }
+  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+  return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+#else
+  f32 s;
+  for (int i = 0; i < 16; i++) s[i] = sum(v[i]);
+  return s;
+#endif
+}
+
+// Scores of `rows` queries against keys [first, first + n), n at most kKeys; each key is read once.
+template <Type type, int rows>
+inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, const float* q, float* scores) {
+  for (int64_t s = 0; s < n; s += 16) {
+    f32 sums[rows][16];
+    int64_t keys = std::min<int64_t>(16, n - s);
+    for (int64_t i = 0; i < keys; i++) {
+      f32 acc[rows] = {};
+      for (int64_t d = 0; d < head; d += 16) {
+        f32 k = part_of_entry<type>(c, head, first + s + i, d);
+        for (int r = 0; r < rows; r++) acc[r] += k * load<f32>(q + r * head + d);
+      }
+      for (int r = 0; r < rows; r++) sums[r][i] = acc[r];
+    }
+    for (int64_t i = keys; i < 16; i++)
+      for (int r = 0; r < rows; r++) sums[r][i] = f32{};
+    for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(sums[r]));
+  }
+}
+
+// Adds weighted values [first, first + n) to `out`.
+template <Type type, int rows>
+inline void few_values(const Cache& c, int64_t head, int64_t first, int64_t n, const float* weights, float* out) {
+  auto run = [&]<int parts>(int64_t d) {
+    f32 acc[rows][parts];
+    for (int r = 0; r < rows; r++)
+      for (int j = 0; j < parts; j++) acc[r][j] = load<f32>(out + r * head + d + 16 * j);
+    for (int64_t s = 0; s < n; s++) {
+      f32 v[parts];
+      for (int j = 0; j < parts; j++) v[j] = part_of_entry<type>(c, head, first + s, d + 16 * j);
+      for (int r = 0; r < rows; r++) {
+        f32 p = splat(weights[r * kKeys + s]);
+        for (int j = 0; j < parts; j++) acc[r][j] += p * v[j];
+      }
+    }
+    for (int r = 0; r < rows; r++)
+      for (int j = 0; j < parts; j++) store(out + r * head + d + 16 * j, acc[r][j]);
+  };
+  int64_t d = 0;
+  for (; d + 64 <= head; d += 64) run.template operator()<4>(d);
+  for (; d < head; d += 16) run.template operator()<1>(d);
+}
+
+template <class Body>
+inline void with_type(Type type, Body body) {
+  if (type == Type::f32) return body.template operator()<Type::f32>();
+  if (type == Type::bf16) return body.template operator()<Type::bf16>();
+  if (type == Type::u8) return body.template operator()<Type::u8>();
+  body.template operator()<Type::none>();
+}
+
+// A key or value in float32.
+inline void read_entry(const Cache& c, int64_t head, int64_t row, float* out) {
+  with_type(c.type, [&]<Type type>() {
+    for (int64_t d = 0; d < head; d += 16) store(out + d, part_of_entry<type>(c, head, row, d));
+  });
+}
+
+// body.operator()<rows>(r) over rows in parts of 4, 3, 2 and 1.
+template <class Body>
+inline void few_rows(int64_t count, Body body) {
+  int64_t r = 0;
+  for (; count - r >= 4; r += 4) body.template operator()<4>(r);
+  if (count - r == 3) return body.template operator()<3>(r);
+  if (count - r == 2) return body.template operator()<2>(r);
+  if (count - r == 1) body.template operator()<1>(r);
+}
+
+constexpr int64_t kFewQueries = 8;  // rows up to which keys and values are not copied out of the cache
+
+// Softmax of a block's scores, in place: what a row may not see becomes 0, `out` shrinks to the new maximum.
+inline void soften(float* scores, int64_t n, int64_t head, int64_t seen, const uint8_t* real, bool holes, float* out,
+                   float& maximum, float& total) {
+  int64_t whole = (n + 15) / 16 * 16;
+  for (int64_t i = seen; i < whole; i++) scores[i] = -INFINITY;
+  if (holes)
+    for (int64_t i = 0; i < seen; i++)
+      if (!real[i]) scores[i] = -INFINITY;
+  f32 most = splat(-INFINITY);
+  for (int64_t i = 0; i < whole; i += 16) most = max(most, load<f32>(scores + i));
+  float before = maximum, now = std::max(before, largest(most));
+  if (now == -INFINITY) {
+    std::memset(scores, 0, whole * 4);
+    return;
+  }
+  f32 added = f32{};
+  for (int64_t i = 0; i < whole; i += 16) {
+    f32 e = exponential(load<f32>(scores + i) - now);
+    store(scores + i, e);
+    added += e;
+  }
+  float shrink = before == -INFINITY ? 0.f : before == now ? 1.f : std::exp(before - now);
+  total = total * shrink + sum(added);
+  maximum = now;
+  if (shrink != 1.f)
+    for (int64_t d = 0; d < head; d += 16) store(out + d, load<f32>(out + d) * shrink);
+}
+
 void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_t first, int64_t last, const float* q,
             int64_t rows, const int64_t* limit, const uint8_t* real, float* out, float* maxima, float* sums,
             float* scratch) {
@@ -968,12 +1123,27 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
     int64_t tokens = 0;
     for (int64_t i = 0; i < n; i++) tokens += real[s0 + i];
     if (!tokens) continue;
+    if (rows <= kFewQueries) {
+      with_type(kc.type, [&]<Type type>() {
+        few_rows(rows, [&]<int count>(int64_t r) {
+          few_scores<type, count>(kc, head, base + s0, n, q + r * head, scores + r * kKeys);
+        });
+      });
+      for (int64_t r = 0; r < rows; r++)
+        soften(scores + r * kKeys, n, head, std::clamp<int64_t>(limit[r] - s0, 0, n), real + s0, tokens < n,
+               out + r * head, maxima[r], sums[r]);
+      with_type(vc.type, [&]<Type type>() {
+        few_rows(rows, [&]<int count>(int64_t r) {
+          few_values<type, count>(vc, head, base + s0, n, scores + r * kKeys, out + r * head);
+        });
+      });
+      continue;
+    }
     const float* k = (const float*)kc.data + (base + s0) * head;
     const float* v = (const float*)vc.data + (base + s0) * head;
     if (kc.type != Type::f32 || whole > n) {
       for (int64_t i = 0; i < n; i++)
-        kc.type == Type::f32 ? (void)std::memcpy(kept + i * head, k + i * head, head * 4)
-                             : read_entry(kc, head, base + s0 + i, kept + i * head);
+        read_entry(kc, head, base + s0 + i, kept + i * head);
       std::memset(kept + n * head, 0, (whole - n) * head * 4);
       k = kept;
     }
@@ -999,33 +1169,9 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
     for (; r + 3 <= rows; r += 3) score.template operator()<3>(r);
     for (; r < rows; r++) score.template operator()<1>(r);
 
-    bool holes = tokens < n;
-    for (r = 0; r < rows; r++) {
-      float* row_scores = scores + r * kKeys;
-      int64_t seen = std::clamp<int64_t>(limit[r] - s0, 0, n);
-      for (int64_t i = seen; i < whole; i++) row_scores[i] = -INFINITY;
-      if (holes)
-        for (int64_t i = 0; i < seen; i++)
-          if (!real[s0 + i]) row_scores[i] = -INFINITY;
-      f32 most = splat(-INFINITY);
-      for (int64_t i = 0; i < whole; i += 16) most = max(most, load<f32>(row_scores + i));
-      float before = maxima[r], now = std::max(before, largest(most));
-      if (now == -INFINITY) {
-        std::memset(row_scores, 0, whole * 4);
-        continue;
-      }
-      f32 total = f32{};
-      for (int64_t i = 0; i < whole; i += 16) {
-        f32 e = exponential(load<f32>(row_scores + i) - now);
-        store(row_scores + i, e);
-        total += e;
-      }
-      float shrink = before == -INFINITY ? 0.f : std::exp(before - now);
-      sums[r] = sums[r] * shrink + sum(total);
-      maxima[r] = now;
-      if (shrink != 1.f)
-        for (int64_t d = 0; d < head; d += 16) store(out + r * head + d, load<f32>(out + r * head + d) * shrink);
-    }
+    for (r = 0; r < rows; r++)
+      soften(scores + r * kKeys, n, head, std::clamp<int64_t>(limit[r] - s0, 0, n), real + s0, tokens < n,
+             out + r * head, maxima[r], sums[r]);
 
     auto mix = [&]<int count>(int64_t row0) {
       for (int64_t d = 0; d < head; d += 32) {
@@ -1058,7 +1204,7 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
 
 const Kernels table = {
     LMC_NAME,  few_float, few_int8, many_float, many_bf16, many_int8, row,    quantize, quantize_units, bf16_row,
-    group_sums, rms_norm, gated_silu, rotate,   append,    attend,    attend_scratch,
+    group_sums, rms_norm, gated_silu, argmax, rotate,   append,    attend,    attend_scratch,
 };
 
 }  // namespace LMC_ISA

@@ -45,6 +45,7 @@ struct Weight {
   int64_t padded() const { return blocks * 32; }
   int64_t unit() const { return group == 16 ? 16 : 32; }  // inputs that share a scale of their activations
   int64_t units() const { return padded() / unit(); }
+  int code_offset() const { return zero || minimum ? 0 : offset; }
   bool plain() const { return codes == Codes::integer || codes == Codes::table; }
 };
 
@@ -57,7 +58,7 @@ struct Rows {
   const uint16_t* bf16 = nullptr;  // [count, width]
   const int8_t* q = nullptr;       // [count, width]
   const float* scale = nullptr;    // [count, units]: x = q * scale, a scale for each unit of 32 inputs (or 16)
-  const int32_t* unit_sums = nullptr;  // [count, units]: of q
+  const int32_t* starts = nullptr;  // [count, units]: minus the weight's offset times the sum of q
   const float* sums = nullptr;     // [count, groups]: of x, or of q * scale
 };
 
@@ -86,6 +87,7 @@ struct Kernels {
   void (*group_sums)(const float* x, int64_t n, int64_t group, float* sums);
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t n, float* y);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* y);
+  int64_t (*argmax)(const float* x, int64_t n);
   void (*rotate)(const float* x, const float* cos, const float* sin, float factor, int64_t head, float* y);
   void (*append)(const Cache&, int64_t head, int64_t row, const float* x);
   // Attention of `rows` queries over keys [first, last): writes out[rows, head] unnormalized, with the maximum and

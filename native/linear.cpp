@@ -135,15 +135,17 @@ Weight read_weight(const int64_t* f, Operands& from) {
 // same share it.
 struct Prepared {
   int64_t width, group, packed_group, groups;
+  int offset;
   bool sums;
   Rows rows;
   bool fits(const Weight& w, bool need_sums) const {
-    return width == w.padded() && group == w.group && packed_group == w.packed_group && groups == w.groups && (sums || !need_sums);
+    return width == w.padded() && group == w.group && packed_group == w.packed_group && groups == w.groups &&
+           (!rows.q || offset == w.code_offset()) && (sums || !need_sums);
   }
 };
 
 struct Layout {  // of what a thread prepares, in one arena
-  int64_t x = 0, bf16 = 0, q = 0, scale = 0, unit_sums = 0, sums = 0, end = 0;
+  int64_t x = 0, bf16 = 0, q = 0, scale = 0, starts = 0, sums = 0, end = 0;
   Layout(const Weight& w, int64_t rows, int activations, bool scatter, bool need_sums) {
     auto take = [&](int64_t bytes) {
       int64_t at = end;
@@ -155,12 +157,13 @@ struct Layout {  // of what a thread prepares, in one arena
     bf16 = take(activations == kBfloat16 ? values * 2 : 0);
     q = take(activations == kInt8 ? values : 0);
     scale = take(activations == kInt8 ? rows * w.units() * 4 : 0);
-    unit_sums = take(activations == kInt8 ? rows * w.units() * 4 : 0);
+    starts = take(activations == kInt8 ? rows * w.units() * 4 : 0);
     sums = take(need_sums ? rows * w.groups * 4 : 0);
   }
 };
 
-constexpr int64_t kFew = 8;           // rows up to which codes are decoded for every product
+constexpr int64_t kFew = 8;           // rows up to which codes are decoded for every product of floats,
+constexpr int64_t kFewInt8 = 2;       // and of integers
 constexpr int64_t kParallelRows = 32;  // rows from which preparing them is shared out
 
 void fill_row(const Weight& w, const Kernels& k, const float* from, int64_t r, int64_t inputs, bool scatter,
@@ -184,12 +187,13 @@ void fill_row(const Weight& w, const Kernels& k, const float* from, int64_t r, i
   if (activations == kInt8) {
     int64_t units = w.units(), in_group = std::max<int64_t>(1, w.group / w.unit());
     float* scale = (float*)(arena + at.scale) + r * units;
-    int32_t* unit_sums = (int32_t*)(arena + at.unit_sums) + r * units;
-    k.quantize_units(x, width, w.unit(), (int8_t*)(arena + at.q) + r * width, scale, unit_sums);
+    int32_t* starts = (int32_t*)(arena + at.starts) + r * units;
+    k.quantize_units(x, width, w.unit(), (int8_t*)(arena + at.q) + r * width, scale, starts);
     if (need_sums) {
       std::fill(sums, sums + w.groups, 0.f);
-      for (int64_t u = 0; u < units; u++) sums[u / in_group] += scale[u] * float(unit_sums[u]);
+      for (int64_t u = 0; u < units; u++) sums[u / in_group] += scale[u] * float(starts[u]);
     }
+    for (int64_t u = 0; u < units; u++) starts[u] *= -w.code_offset();
   } else if (need_sums) {
     k.group_sums(x, width, w.group, sums);
   }
@@ -222,18 +226,18 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
 
   const float* values = (const float*)x.untyped_data();
   int64_t threads = threads_of(pool);
-  bool many = rows > kFew;
   static thread_local std::vector<Prepared> prepared;
   static thread_local std::vector<Arena> arenas;
   if (int64_t(arenas.size()) < count) arenas.resize(count);
   prepared.clear();
   std::vector<int64_t> form_of(count);
   auto int8 = [&](const Weight& w) { return activations == kInt8 && w.codes == Codes::integer; };
-  auto bf16 = [&](const Weight& w) { return many && activations == kBfloat16 && !int8(w); };
+  auto many = [&](const Weight& w) { return rows > (int8(w) ? kFewInt8 : kFew); };
+  auto bf16 = [&](const Weight& w) { return many(w) && activations == kBfloat16 && !int8(w); };
   for (int64_t i = 0; i < count; i++) {
     const Weight& w = weights[i];
     int mode = int8(w) ? kInt8 : bf16(w) ? kBfloat16 : kFloat32;
-    bool sums = w.plain() && (mode == kInt8 ? w.zero || w.minimum : !many);
+    bool sums = w.plain() && (mode == kInt8 ? w.zero || w.minimum : !many(w));
     int64_t j = 0;
     for (; j < int64_t(prepared.size()); j++) {
       const Prepared& p = prepared[j];
@@ -252,7 +256,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
     r.bf16 = mode == kBfloat16 ? (uint16_t*)(arena + at.bf16) : nullptr;
     r.q = mode == kInt8 ? (int8_t*)(arena + at.q) : nullptr;
     r.scale = mode == kInt8 ? (float*)(arena + at.scale) : nullptr;
-    r.unit_sums = mode == kInt8 ? (int32_t*)(arena + at.unit_sums) : nullptr;
+    r.starts = mode == kInt8 ? (int32_t*)(arena + at.starts) : nullptr;
     r.sums = sums ? (float*)(arena + at.sums) : nullptr;
     auto fill = [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; n++)
@@ -264,18 +268,18 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
       int64_t parts = threads * 4;
       parallel_for(pool, threads, parts, [&](int64_t p) { fill(rows * p / parts, rows * (p + 1) / parts); });
     }
-    prepared.push_back({w.padded(), w.group, w.packed_group, w.groups, sums, r});
+    prepared.push_back({w.padded(), w.group, w.packed_group, w.groups, w.code_offset(), sums, r});
   }
 
   // Units of one tile (few rows) or two (many), over all weights one after another.
-  const int64_t unit = many ? 2 : 1;
+  auto unit_of = [&](const Weight& w) { return many(w) ? 2 : 1; };
   std::vector<int64_t> ends;
   int64_t total = 0, work = 0;
   for (const Weight& w : weights) {
-    ends.push_back(total += (w.tiles() + unit - 1) / unit);
+    ends.push_back(total += (w.tiles() + unit_of(w) - 1) / unit_of(w));
     work += w.tiles() * w.blocks;
   }
-  int64_t chunks = std::min(total, many ? total : work * rows < 64 ? 1 : std::max<int64_t>(threads * 4, total / 24));
+  int64_t chunks = std::min(total, work * rows < 64 ? 1 : std::max<int64_t>(threads * 4, rows > 32 ? total : total / 24));
   if (threads == 1) chunks = 1;
   const Prepared* shared = prepared.data();
   parallel_for(pool, threads, chunks, [&](int64_t c) {
@@ -285,9 +289,9 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
       while (u >= ends[i]) i++;
       const Weight& w = weights[i];
       const Rows& r = shared[form_of[i]].rows;
-      int64_t tile = (u - (i ? ends[i - 1] : 0)) * unit;
+      int64_t unit = unit_of(w), tile = (u - (i ? ends[i - 1] : 0)) * unit;
       float* y = outputs[i] + 16 * tile;
-      if (!many) {
+      if (!many(w)) {
         (r.q ? k.few_int8 : k.few_float)(w, tile, r, y, w.outputs);
         continue;
       }

@@ -14,6 +14,7 @@ typedef float f32 __attribute__((vector_size(64)));
 typedef int32_t i32 __attribute__((vector_size(64)));
 typedef uint32_t u32 __attribute__((vector_size(64)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
 template <class V>
@@ -36,7 +37,20 @@ inline f32 as_f32(u32 v) { return (f32)v; }
 inline u32 as_u32(f32 v) { return (u32)v; }
 inline f32 to_f32(u32 v) { return __builtin_convertvector((i32)v, f32); }  // values below 2**31
 inline f32 to_f32(i32 v) { return __builtin_convertvector(v, f32); }
-inline u32 widen(u8x16 v) { return __builtin_convertvector(v, u32); }
+inline u32 widen(u8x16 v) {
+#if defined(__AVX512F__)
+  return (u32)_mm512_cvtepu8_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, u32);
+#endif
+}
+inline i32 widen(i8x16 v) {
+#if defined(__AVX512F__)
+  return (i32)_mm512_cvtepi8_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, i32);
+#endif
+}
 inline u32 widen(u16x16 v) { return __builtin_convertvector(v, u32); }
 
 inline f32 max(f32 a, f32 b) {

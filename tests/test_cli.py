@@ -188,13 +188,53 @@ def test_generate_streams_a_continuation(lmcompress, done, monkeypatch):
   assert sampled == again
 
 
-def test_bench_prints_words_or_json(lmcompress):
-  arguments = ("bench", "base", "--prefill", "16", "--decode", "112", "--rounds", "1")
-  code, out, _ = lmcompress(*arguments)
-  assert code == 0 and "prefill" in out and "decode" in out and "backend reference" in out
-  code, out, _ = lmcompress(*arguments, "--json")
+def test_bench_prints_a_table_and_writes_json_and_a_plot(lmcompress, tmp_path, quick_machine):
+  arguments = ("bench", "base", "--bits", "4", "--group-size", "32", "--prefill", "16", "--depth", "16", "--depth", "0",
+               "--batch", "1", "--batch", "2", "--decode", "3", "--rounds", "2", "--watts", "7")
+  code, out, err = lmcompress(*arguments, "--json", tmp_path / "b.json", "--plot", tmp_path / "b.svg")
+  assert code == 0 and err == ""
+  for word in ("base at 4 bits in groups of 32", "prefill 16", "decode 3 at depth 0", "backend", "float32 activations",
+               "float32 keys and values", "b.json", "b.svg"):
+    assert word in out.replace("\n", ""), out
+  found = json.loads((tmp_path / "b.json").read_text())
+  rows = {(row["phase"], row["batch"], row["length"]): row for row in found["rows"]}
+  assert set(rows) == {("prefill", b, 16) for b in (1, 2)} | {("decode", b, n) for b in (1, 2) for n in (0, 16)}
+  for row in rows.values():
+    rate = row["tokens_per_s"]
+    assert 0 < rate["minimum"] <= rate["lower_quartile"] <= rate["median"] <= rate["maximum"]
+    assert row["peak_memory_bytes"] > row["above_runtime_bytes"] >= 0 and row["bytes_per_token"] > 0
+    assert row["energy"] in ("measured", "modelled") and row["joules_per_token"] > 0
+  assert rows["prefill", 1, 16]["first_token_s"] == rows["prefill", 1, 16]["seconds"]["median"]
+  assert rows["decode", 1, 16]["kv_bytes_per_token"] > rows["decode", 1, 0]["kv_bytes_per_token"]
+  assert rows["decode", 2, 0]["weight_bytes_per_token"] == pytest.approx(
+    rows["decode", 1, 0]["weight_bytes_per_token"] / 2)
+  svg = (tmp_path / "b.svg").read_text()
+  assert "<svg" in svg and "decode, batch 2" in svg and "GFLOP/s" in svg
+
+
+def test_bench_prints_json_of_a_recipe(lmcompress, quick_machine):
+  code, out, _ = lmcompress("bench", "base", "--recipe", "tiny", "--prefill", "16", "--depth", "16", "--decode", "2",
+                            "--rounds", "1", "--cache", "int8", "--backend", "reference", "--json", "-")
   found = json.loads(out)
-  assert code == 0 and found["prefill"] > 0 and found["decode_ms"]["median"] > 0 and found["backend"]
+  assert code == 0 and found["machine"]["backend"] == "reference (XLA cpu)" and found["machine"]["cache"] == "int8"
+  assert [link["name"] for link in found["recipe"]] == ["magnitude", "round_to_nearest"]
+  assert found["model"]["bits_per_weight"] < 32 and len(found["rows"]) == 2
+
+
+@pytest.fixture
+def quick_machine(monkeypatch):
+  """Bounds of the machine that are not measured."""
+  from lmcompress.evaluate import bench
+
+  monkeypatch.setattr(bench, "_bandwidth", lambda: 1e10)
+  monkeypatch.setattr(bench, "_peak", lambda: 1e11)
+
+
+def test_env_shows_what_runs_each_form(lmcompress):
+  code, out, _ = lmcompress("env", "--kernels")
+  assert code == 0
+  for row in lmc.backends():
+    assert row["form"].split(" ")[0] in out, out
 
 
 def test_inspect_shows_the_tree_and_its_errors(lmcompress, done):
@@ -410,7 +450,13 @@ def test_a_run_that_is_not_complete(lmcompress, done, tmp_path, verb):
   ["generate", "base", ""], ["generate", "base", "x", "-n", "0"], ["generate", "base", "x", "-n", "5000"],
   ["generate", "base", "x", "--temperature", "-1"], ["generate", "base", "x", "--top-p", "7"],
   ["generate", "base", "x", "--chat"],
-  ["bench", "base", "--prefill", "0"], ["bench", "base", "--decode", "5000"],
+  ["bench", "base", "--prefill", "0"], ["bench", "base", "--decode", "5000"], ["bench", "base", "--depth", "-1"],
+  ["bench", "base", "--batch", "0"], ["bench", "base", "--rounds", "0"], ["bench", "base", "--watts", "0"],
+  ["bench", "base", "--activations", "int3"], ["bench", "base", "--cache", "float64"],
+  ["bench", "base", "--backend", "fast"], ["bench", "base", "--bits", "77"], ["bench", "base", "--recipe", "nowhere"],
+  ["bench", "base", "--recipe", "tiny", "--bits", "4"], ["bench", "base", "--plot", "roofline.png"],
+  ["bench", "base", "--json", "nowhere/bench.json"],
+  ["bench", "base", "--backend", "reference", "--activations", "int8"],
   ["eval", "base", "--text", "text.txt", "--windows", "0"],
   ["eval", "base", "--text", "text.txt", "--length", "1"],
 ], ids=" ".join)

@@ -10,6 +10,9 @@ from typing import Any
 
 from protocol import BATCHES, CONTINUATION, Answer, Setting, serve
 
+_FEW = 2
+"""`latency` writes tokens in every round, and this many in its warm-up."""
+
 
 def build(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
   import jax
@@ -21,6 +24,7 @@ def build(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
   from lmcompress.evaluate.latency import latency
   from lmcompress.generation import decode
   from lmcompress.generation.sampling import Sampler
+  from lmcompress.ops import backend
   from lmcompress.recipe import build as build_recipe
 
   options = setting.options
@@ -30,8 +34,6 @@ def build(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
   else:
     params = tree.map_weights(lambda path, w: w.astype(options["activations"]), params)
   weight_bytes = sum(tree.leaf_nbits(leaf) for leaf in tree.weights(params).values()) // 8
-  if not hasattr(ops, "prepare"):
-    raise RuntimeError("this lmcompress has no ops.prepare, which lays weights out for the kernels")
   params = ops.prepare(params, activations=options["activations"])
   jax.block_until_ready(params)
   shapes = model.cache_shapes(params).values()
@@ -40,23 +42,15 @@ def build(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
     "versions": {"lmcompress": lmcompress.__version__, "jax": jax.__version__},
     "weight_bytes": weight_bytes,
     "cache_bytes": sum(2 * kv * (head * itemsize + scale) for kv, head in shapes),
+    "notes": backend.describe(),
   }
 
   def measure(batch: int, tokens: int) -> dict[str, Any]:
-    found = latency(
-      model,
-      params,
-      prefill=setting.prefill,
-      decode=tokens,
-      batch=batch,
-      rounds=1,
-      cache_dtype=options["cache"],
-    )
-    about["notes"] = found["backend"]
-    return found
+    sizes = {"prefill": setting.prefill, "decode": tokens, "batch": batch}
+    return latency(model, params, **sizes, rounds=1, cache_dtype=options["cache"])
 
   def prefill() -> Answer:
-    found = measure(1, 1)
+    found = measure(1, _FEW)
     seconds = found["prefill_s"]
     return {"rate": found["prefill"], "step_s": {"minimum": seconds, "median": seconds, "maximum": seconds}}
 

@@ -116,8 +116,8 @@ class _Graph:
     inputs = [x, self.constant(f"{name}.codes", codes.reshape(rows, columns // GROUP, -1))]
     inputs.append(self.constant(f"{name}.scale", scale))
     self.weight_bytes += codes.nbytes + scale.nbytes
-    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": GROUP, "accuracy_level": _INT8_ACTIVATIONS}
-    return self.add("MatMulNBits", inputs, [f"{name}.out"], **attributes)[0]
+    sizes = {"K": columns, "N": rows, "bits": bits, "block_size": GROUP}
+    return self.add("MatMulNBits", inputs, [f"{name}.out"], _MICROSOFT, accuracy_level=_INT8_ACTIVATIONS, **sizes)[0]
 
   def embedding(self, name: str, tokens: str) -> str:
     tensor = self.tensors[name]
@@ -125,8 +125,8 @@ class _Graph:
       return self.add("Gather", [self.constant(name, tensor.data), tokens], ["embedded"], domain="", axis=0)[0]
     bits, codes, scale = _codes(tensor)
     inputs = [self.constant(f"{name}.rows", codes), tokens, self.constant(f"{name}.rows.scale", scale)]
-    attributes = {"bits": bits, "block_size": GROUP, "gather_axis": 0, "quantize_axis": 1}
-    return self.add("GatherBlockQuantized", inputs, ["embedded"], **attributes)[0]
+    axes = {"gather_axis": 0, "quantize_axis": 1}
+    return self.add("GatherBlockQuantized", inputs, ["embedded"], _MICROSOFT, bits=bits, block_size=GROUP, **axes)[0]
 
 
 def _codes(tensor: Any) -> tuple[int, np.ndarray, np.ndarray]:

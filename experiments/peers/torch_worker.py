@@ -1,4 +1,4 @@
-"""torch in eager mode: transformers' Llama over a StaticCache, dense or quantized by torch or torchao.
+"""torch: transformers' Llama over a StaticCache, dense or quantized by torch or torchao, eager or compiled.
 
 Options: `form`, a key of `FORMS`.
 """
@@ -51,11 +51,12 @@ FORMS: dict[str, Callable[[Any], Any]] = {
   "bfloat16": lambda model: model.to(torch.bfloat16),
   "dynamic-int8": _dynamic_int8,
   "torchao-int8": _torchao(_torchao_int8, torch.float32),
+  "torchao-int8-compiled": lambda model: torch.compile(FORMS["torchao-int8"](model), dynamic=False),
   "torchao-int4": _torchao(_torchao_int4, torch.bfloat16),
 }
 
 
-class Eager(Engine):
+class Transformer(Engine):
   """One model; the cache of each number of sequences is made when first asked for."""
 
   def __init__(self, setting: Setting):
@@ -102,8 +103,7 @@ def _nbytes(module: Any) -> int:
   """Bytes of a linear's weight: what every token reads (of the embedding it reads a row)."""
   if isinstance(module, torch.nn.Linear):
     return sum(part.numel() * part.element_size() for part in _parts(module.weight))
-  weight = getattr(module, "weight", None)
-  return weight().numel() if callable(weight) else 0  # torch's quantized linears: int8
+  return module.weight().numel() if callable(getattr(module, "weight", None)) else 0  # quantized by torch: int8
 
 
 def _parts(weight: Any) -> Iterator[torch.Tensor]:
@@ -117,7 +117,7 @@ def _parts(weight: Any) -> Iterator[torch.Tensor]:
 
 
 def build(setting: Setting) -> tuple[dict[str, Any], dict[str, Any]]:
-  engine = Eager(setting)
+  engine = Transformer(setting)
   return engine.about, rounds(engine, setting)
 
 

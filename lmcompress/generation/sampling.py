@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lmcompress import ops
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -34,7 +36,7 @@ class Sampler:
   def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
     """Tokens `[batch]` int32 of `logits: [batch, vocab]`."""
     if self.temperature == 0:
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      return ops.argmax(logits)
     logits = restrict(logits / self.temperature, self.top_k, self.top_p)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 

@@ -5,7 +5,7 @@ from lmcompress.ops import quantized as _quantized
 from lmcompress.ops import sparse as _sparse
 from lmcompress.ops.attention import View, attention
 from lmcompress.ops.backend import backends, use_backend
-from lmcompress.ops.elementwise import gated_silu, rms_norm
+from lmcompress.ops.elementwise import argmax, gated_silu, rms_norm
 from lmcompress.ops.kernels import cpu as _cpu  # and this one
 from lmcompress.ops.linear import Rules, attend, embed, linear, linears, register
 from lmcompress.ops.prepare import prepare
@@ -13,6 +13,7 @@ from lmcompress.ops.prepare import prepare
 __all__ = [
   "Rules",
   "View",
+  "argmax",
   "attend",
   "attention",
   "backends",

@@ -1,4 +1,4 @@
-"""What stands between products: RMS normalization and the gated activation, each with a fused CPU kernel."""
+"""What stands around products: RMS normalization, the gated activation, the largest logit; each with a CPU kernel."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   from lmcompress.ops.kernels import cpu
 
   return _with_gradients(cpu.gated_silu, reference)(gate, up)
+
+
+def argmax(x: jax.Array) -> jax.Array:
+  """The first largest of the last axis, int32 `[...]`; a NaN counts as largest. For sampling: not differentiable."""
+  if not _native(x) or not x.shape[-1]:
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+  from lmcompress.ops.kernels import cpu
+
+  return cpu.argmax(x)
 
 
 def _native(*xs: jax.Array) -> bool:

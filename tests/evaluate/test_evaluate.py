@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmcompress import tree
+from lmcompress import ops, tree
 from lmcompress.evaluate import (
   Score,
   compare,
@@ -16,7 +16,8 @@ from lmcompress.evaluate import (
   sizes,
   speedup,
 )
-from lmcompress.evaluate.latency import latency
+from lmcompress.evaluate.latency import kernels, latency
+from lmcompress.ops import backend
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 
 
@@ -108,9 +109,32 @@ def test_sizes_count_every_part(tiny):
 def test_latency_reports_medians(tiny):
   model, params = tiny
   found = latency(model, params, prefill=8, decode=3, rounds=1)
-  assert found["prefill"] > 0 and found["decode"] > 0 and found["backend"].startswith("reference")
+  assert found["prefill"] > 0 and found["decode"] > 0 and found["backend"].startswith(backend.describe())
+  assert found["depth"] == 8
   with pytest.raises(ValueError, match="context"):
     latency(model, params, prefill=10**6)
+  with pytest.raises(ValueError, match="depth=-1"):
+    latency(model, params, prefill=8, depth=-1)
+
+
+@pytest.mark.parametrize("depth", [0, 12])
+def test_decoding_starts_at_a_depth_of_its_own(tiny, depth):
+  model, params = tiny
+  found = latency(model, params, prefill=8, decode=2, rounds=1, depth=depth)
+  assert found["depth"] == depth and found["prefill"] > 0 and found["decode"] > 0
+
+
+def test_what_multiplies_is_named(tiny):
+  _, params = tiny
+  small = tree.map_weights(
+    lambda p, w: quantize_matrix(w, bits=4, group_size=32, axis=tree.contraction_axis(p)), params
+  )
+  with ops.use_backend("reference"):
+    assert kernels(small) == "reference (XLA cpu)"
+  if backend.runs_native():
+    assert kernels(params).endswith("dense weights by XLA")
+    assert kernels(small).endswith("weights on the reference")
+    assert kernels(ops.prepare(small)) == backend.describe()
 
 
 def test_the_articles_examples():

@@ -146,6 +146,12 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   return call(gate, up)
 
 
+def argmax(x: jax.Array) -> jax.Array:
+  """The first largest of the last axis of float32 `x`, int32; a NaN counts as largest."""
+  out = jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32)
+  return jax.ffi.ffi_call("lmc_argmax", out, vmap_method="broadcast_all")(x)
+
+
 def attention(
   q: jax.Array,
   k: jax.Array,

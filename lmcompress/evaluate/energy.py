@@ -1,0 +1,110 @@
+"""Energy: a counter of joules, measured where the machine has one, else modelled from a stated power."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WATTS_PER_THREAD = 5.0
+"""A server CPU's rated power by core: 4.4 W for an EPYC 7763 (280 W, 64 cores), 6.8 W for a Xeon 8380 (270 W, 40)."""
+
+_POWERCAP = Path("/sys/class/powercap")
+
+
+class Meter(NamedTuple):
+  """A counter of joules.
+
+  Attributes:
+    label: `measured` or `modelled`.
+    source: what counts, or what the model assumes.
+    read: joules since some moment.
+  """
+
+  label: str
+  source: str
+  read: Callable[[], float]
+
+
+def meter(
+  watts: float | None = None, threads: int = 1, platform: str = "cpu", powercap: Path = _POWERCAP
+) -> Meter | None:
+  """The best counter there is: NVML on a GPU, RAPL on a CPU, else the model `watts * seconds`.
+
+  A counter counts all that its device or package does, of other programs too; the model assumes one power for
+  as long as the work takes.
+
+  Args:
+    watts: of the model; `WATTS_PER_THREAD * threads` for a CPU if None.
+    threads: that work.
+    platform: JAX's, `cpu`, `gpu` or `tpu`.
+
+  Returns:
+    None where nothing counts and no power was stated.
+
+  Raises:
+    ValueError: `watts` is not positive.
+  """
+  if watts is not None and not 0 < watts < float("inf"):
+    raise ValueError(f"watts={watts}: a power above 0")
+  found = _nvml() if platform == "gpu" else _rapl(powercap) if platform == "cpu" else None
+  if found is not None:
+    return found
+  if watts is not None:
+    return modelled(watts, f"{watts:g} W, as stated")
+  if platform != "cpu":
+    return None
+  return modelled(WATTS_PER_THREAD * threads, f"{threads} threads at {WATTS_PER_THREAD:g} W")
+
+
+def modelled(watts: float, source: str) -> Meter:
+  """A meter that multiplies a power by the time that passes."""
+  return Meter("modelled", source, lambda: watts * time.perf_counter())
+
+
+def _nvml() -> Meter | None:
+  """The first GPU's own counter (Volta and later)."""
+  try:
+    import pynvml  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    return None
+  nvml: Any = pynvml
+  try:
+    nvml.nvmlInit()
+    handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+  except nvml.NVMLError:
+    return None
+  return Meter("measured", "NVML, GPU 0", lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+
+
+def _rapl(root: Path) -> Meter | None:
+  """The packages' counters, and those of memory where they are apart."""
+  zones = []
+  for zone in sorted(root.glob("*rapl:*")) if root.is_dir() else []:
+    try:
+      name = (zone / "name").read_text().strip()
+      int((zone / "energy_uj").read_text())
+      if name.startswith("package") or name == "dram":
+        zones.append((zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())))
+    except (OSError, ValueError):
+      continue  # not readable: often root's alone
+  if not zones:
+    return None
+  counters = [_unwrapped(path, most) for path, most in zones]
+  return Meter("measured", f"RAPL, {len(zones)} zones", lambda: sum(read() for read in counters) / 1e6)
+
+
+def _unwrapped(path: Path, most: int) -> Callable[[], int]:
+  """Reads a counter that begins anew at `most`, as one that does not."""
+  turns, last = 0, 0
+
+  def read() -> int:
+    nonlocal turns, last
+    now = int(path.read_text())
+    turns += now < last
+    last = now
+    return turns * most + now
+
+  return read

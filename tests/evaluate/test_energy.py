@@ -1,0 +1,59 @@
+"""Energy says whether it was measured, and a counter that begins anew loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmcompress.evaluate import memory
+from lmcompress.evaluate.energy import WATTS_PER_THREAD, meter
+
+
+def zone(root, where, name, joules):
+  path = root / where
+  path.mkdir(exist_ok=True)
+  (path / "name").write_text(f"{name}\n")
+  (path / "energy_uj").write_text(f"{int(joules * 1e6)}\n")
+  (path / "max_energy_range_uj").write_text(f"{100 * 10**6}\n")
+
+
+def test_a_modelled_power_is_labelled(tmp_path):
+  found = meter(threads=2, powercap=tmp_path)
+  assert found.label == "modelled" and f"{WATTS_PER_THREAD:g} W" in found.source
+  stated = meter(20, powercap=tmp_path / "nothing")
+  assert stated.label == "modelled" and "20 W" in stated.source
+  first = stated.read()
+  assert stated.read() >= first
+
+
+def test_packages_and_memory_are_measured_and_parts_are_not_counted_twice(tmp_path):
+  zone(tmp_path, "intel-rapl:0", "package-0", 10)
+  zone(tmp_path, "intel-rapl:0:0", "core", 7)
+  zone(tmp_path, "intel-rapl:0:1", "dram", 2)
+  zone(tmp_path, "intel-rapl:1", "psys", 40)
+  found = meter(20, powercap=tmp_path)
+  assert found.label == "measured" and "RAPL" in found.source and found.read() == 12
+
+
+def test_a_counter_begins_anew(tmp_path):
+  zone(tmp_path, "intel-rapl:0", "package-0", 98)
+  found = meter(powercap=tmp_path)
+  before = found.read()
+  zone(tmp_path, "intel-rapl:0", "package-0", 3)
+  assert found.read() - before == pytest.approx(5)
+
+
+def test_nothing_is_made_up_for_an_accelerator(tmp_path):
+  assert meter(platform="tpu", powercap=tmp_path) is None
+  assert meter(30, platform="tpu", powercap=tmp_path).label == "modelled"
+
+
+@pytest.mark.parametrize("watts", [0, -1, float("inf"), float("nan")])
+def test_a_power_is_positive(watts):
+  with pytest.raises(ValueError, match="above 0"):
+    meter(watts)
+
+
+def test_an_empty_process_is_measured_once():
+  first = memory.runtime_bytes()
+  assert 20e6 < first < 4e9 and memory.runtime_bytes() == first
+  assert memory.above_runtime(first + 5) == 5 and memory.above_runtime(0) == 0
