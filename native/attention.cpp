@@ -144,7 +144,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer key,
   for (Cache& c : caches) c.slots = s.slots;
 
   float* queries = (float*)at;
-  int64_t threads = threads_of(pool), tokens = s.batch * s.length, parts = tokens < 32 ? 1 : threads * 4;
+  int64_t threads = threads_of(pool), tokens = s.batch * s.length, parts = tokens < 4 ? 1 : std::min(tokens, threads * 4);
   const float *Q = (const float*)q.untyped_data(), *K = (const float*)key.untyped_data(),
               *V = (const float*)value.untyped_data(), *C = (const float*)cos.untyped_data(),
               *S = (const float*)sin.untyped_data();

@@ -10,7 +10,7 @@ namespace ffi = xla::ffi;
 namespace lmc {
 namespace {
 
-constexpr int64_t kShare = 1 << 15;  // values from which work is shared out
+constexpr int64_t kShare = 1 << 12;  // values from which work is shared out
 
 template <class Task>
 void over_rows(ffi::ThreadPool& pool, int64_t rows, int64_t width, Task task) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "simd.h"
 
@@ -711,11 +712,12 @@ inline void int8_block(
   finish<rows, tiles>(total, y + r * ldy, ldy, outputs);
 }
 
-// Rows in parts of 6, and what is left over in parts of 4, 2 and 1: eight are 4 and 4.
+// Rows in parts of 6 or 8, and what is left over in parts of 4, 2 and 1.
 template <class Body>
 inline void in_sixes(int64_t count, Body body) {
   int64_t r = 0;
   for (; count - r >= 6 && count - r != 8; r += 6) body.template operator()<6>(r);
+  if (count - r == 8) return body.template operator()<8>(r);
   for (; count - r >= 4; r += 4) body.template operator()<4>(r);
   for (; count - r >= 2; r += 2) body.template operator()<2>(r);
   if (r < count) body.template operator()<1>(r);
@@ -830,6 +832,26 @@ void bf16_row(const float* x, int64_t n, uint16_t* y) {
 }
 
 void quantize_units(const float* x, int64_t n, int64_t unit, int8_t* q, float* scale, int32_t* sums) {
+#if defined(__AVX512F__)
+  if (unit == 32) {
+    for (int64_t u = 0, i = 0; i < n; u++, i += 32) {
+      __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16);
+      float amax = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+      bool nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
+      if (nan || !(amax <= std::numeric_limits<float>::max())) {
+        scale[u] = quantize(x + i, 32, q + i), sums[u] = 1;
+        continue;
+      }
+      scale[u] = amax > 0 ? amax / 127.f : 1.f;
+      __m512 inverse = _mm512_set1_ps(amax > 0 ? 127.f / amax : 0.f);
+      __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), d = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+      _mm_storeu_si128((__m128i*)(q + i), _mm512_cvtepi32_epi8(c));
+      _mm_storeu_si128((__m128i*)(q + i + 16), _mm512_cvtepi32_epi8(d));
+      sums[u] = _mm512_reduce_add_epi32(_mm512_add_epi32(c, d));
+    }
+    return;
+  }
+#endif
   for (int64_t u = 0, i = 0; i < n; u++, i += unit) {
     scale[u] = quantize(x + i, unit, q + i);
     int32_t total = 0;
@@ -974,13 +996,13 @@ inline void transpose16(const float* from, int64_t head, float* to) {
 
 int64_t attend_scratch(int64_t head, int64_t rows) { return 3 * kKeys * head + rows * kKeys; }
 
-// Sixteen values of an entry as float32.
+// Sixteen values of an entry as float32; of int8 codes without their scale.
 template <Type type>
 inline f32 part_of_entry(const Cache& c, int64_t head, int64_t row, int64_t d) {
   if constexpr (type == Type::f32) return load<f32>((const float*)c.data + row * head + d);
   if constexpr (type == Type::bf16) return bf16_to_f32((const uint16_t*)c.data + row * head + d);
   if constexpr (type == Type::u8) {
-    return to_f32(widen(load<i8x16>((const int8_t*)c.data + row * head + d))) * c.scale[row];
+    return to_f32(widen(load<i8x16>((const int8_t*)c.data + row * head + d)));
   }
   int64_t half = head / 2;
   u32 codes = widen(load<u8x16>((const uint8_t*)c.data + row * half + d % half));
@@ -1025,13 +1047,18 @@ inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, c
     }
     for (int64_t i = keys; i < 16; i++)
       for (int r = 0; r < rows; r++) sums[r][i] = f32{};
-    for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(sums[r]));
+    f32 scale = splat(1.f);
+    if constexpr (type == Type::u8) std::memcpy(&scale, c.scale + first + s, keys * 4);
+    for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(sums[r]) * scale);
   }
 }
 
 // Adds weighted values [first, first + n) to `out`.
 template <Type type, int rows>
-inline void few_values(const Cache& c, int64_t head, int64_t first, int64_t n, const float* weights, float* out) {
+inline void few_values(const Cache& c, int64_t head, int64_t first, int64_t n, float* weights, float* out) {
+  if constexpr (type == Type::u8)
+    for (int r = 0; r < rows; r++)
+      for (int64_t s = 0; s < n; s++) weights[r * kKeys + s] *= c.scale[first + s];
   auto run = [&]<int parts>(int64_t d) {
     f32 acc[rows][parts];
     for (int r = 0; r < rows; r++)
@@ -1063,7 +1090,8 @@ inline void with_type(Type type, Body body) {
 // A key or value in float32.
 inline void read_entry(const Cache& c, int64_t head, int64_t row, float* out) {
   with_type(c.type, [&]<Type type>() {
-    for (int64_t d = 0; d < head; d += 16) store(out + d, part_of_entry<type>(c, head, row, d));
+    float s = type == Type::u8 ? c.scale[row] : 1.f;
+    for (int64_t d = 0; d < head; d += 16) store(out + d, part_of_entry<type>(c, head, row, d) * s);
   });
 }
 

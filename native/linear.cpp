@@ -164,7 +164,7 @@ struct Layout {  // of what a thread prepares, in one arena
 
 constexpr int64_t kFew = 8;           // rows up to which codes are decoded for every product of floats,
 constexpr int64_t kFewInt8 = 2;       // and of integers
-constexpr int64_t kParallelRows = 32;  // rows from which preparing them is shared out
+constexpr int64_t kShare = 1 << 12;   // values from which preparing several rows is shared out
 
 void fill_row(const Weight& w, const Kernels& k, const float* from, int64_t r, int64_t inputs, bool scatter,
               int activations, char* arena, const Layout& at, bool need_sums) {
@@ -263,9 +263,10 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
         fill_row(w, k, values + n * inputs, n, inputs, scatter, mode, arena, at, sums);
     };
     bool any = scatter || mode != kFloat32 || sums;
-    if (any && rows < kParallelRows) fill(0, rows);
-    if (any && rows >= kParallelRows) {
-      int64_t parts = threads * 4;
+    bool share = rows > 1 && rows * w.padded() >= kShare;
+    if (any && !share) fill(0, rows);
+    if (any && share) {
+      int64_t parts = std::min(rows, threads * 4);
       parallel_for(pool, threads, parts, [&](int64_t p) { fill(rows * p / parts, rows * (p + 1) / parts); });
     }
     prepared.push_back({w.padded(), w.group, w.packed_group, w.groups, w.code_offset(), sums, r});
