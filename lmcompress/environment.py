@@ -14,8 +14,8 @@ def facts() -> dict[str, str]:
   """What `lmcompress env` prints, in order."""
   import jax
 
-  from lmcompress.ops import backend
   from lmcompress.experiment import device, versions
+  from lmcompress.ops import backend
 
   devices = device()
   gpus = [d for d in jax.devices() if d.platform == "gpu"]

@@ -1118,8 +1118,11 @@ inline void soften(float* scores, int64_t n, int64_t head, int64_t seen, const u
   f32 most = splat(-INFINITY);
   for (int64_t i = 0; i < whole; i += 16) most = max(most, load<f32>(scores + i));
   float before = maximum, now = std::max(before, largest(most));
-  if (now == -INFINITY) {
-    std::memset(scores, 0, whole * 4);
+  if (now == -INFINITY) {  // nothing to see here, or nothing but NaN
+    bool nan = false;
+    for (int64_t i = 0; i < seen; i++) nan |= std::isnan(scores[i]);
+    for (int64_t i = 0; i < whole; i++) scores[i] = nan ? std::nanf("") : 0.f;
+    if (nan) maximum = 0, total = std::nanf("");
     return;
   }
   f32 added = f32{};

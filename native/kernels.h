@@ -40,7 +40,8 @@ struct Weight {
   const float* table = nullptr;     // 2**bits entries
   Type value_type = Type::none;     // of sparse values: f32, bf16, or u8 codes
   const uint8_t* index = nullptr;   // positions of n_of_m, or masks of a bitmap, uint16 or uint32
-  const uint32_t* start = nullptr;  // of a bitmap: first value of each tile
+  const uint32_t* start = nullptr;  // of a bitmap: first value of each tile, and the end of the last
+  int64_t stored = 0;               // of a bitmap: values in the buffer
   int64_t tiles() const { return (outputs + 15) / 16; }
   int64_t padded() const { return blocks * 32; }
   int64_t unit() const { return group == 16 ? 16 : 32; }  // inputs that share a scale of their activations

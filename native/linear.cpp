@@ -1,4 +1,5 @@
 // `lmc_linear`: one input times one or more weights in tiles, with operands checked and work shared out.
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,8 @@ enum Field {
 };
 
 enum Activations { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+constexpr int64_t kSpare = 64;  // entries past the last value of a bitmap, which a vector load may touch
 
 ffi::Error bad(const std::string& what) { return ffi::Error::InvalidArgument("lmc: " + what); }
 
@@ -91,7 +94,7 @@ Weight read_weight(const int64_t* f, Operands& from) {
       break;
     case Codes::n_of_m: {
       int values = w.m > 0 && 16 % w.m == 0 ? 16 * w.n / w.m : 0, bits = w.m <= 2 ? 1 : w.m <= 4 ? 2 : w.m <= 8 ? 3 : 4;
-      if (values != 4 && values != 8 && values != 12) {
+      if ((values != 4 && values != 8 && values != 12) || values * bits > 32) {
         from.fail("n:m is not one that the kernel takes");
         return w;
       }
@@ -102,7 +105,8 @@ Weight read_weight(const int64_t* f, Operands& from) {
     }
     case Codes::bitmap:
       w.data = (const uint8_t*)from.next("values", -1, {w.value_type == Type::f32 ? D::F32 : w.value_type == Type::bf16 ? D::BF16 : D::U8});
-      if (from.count() < 64) from.fail("values lack their 64 spare entries at the end");
+      w.stored = from.count();
+      if (w.stored < kSpare) from.fail("values lack their spare entries at the end");
       w.index = (const uint8_t*)from.next("masks", w.tiles() * depth, {D::U16});
       w.start = (const uint32_t*)from.next("starts", w.tiles() + 1, {D::U32});
       break;
@@ -129,6 +133,15 @@ Weight read_weight(const int64_t* f, Operands& from) {
   if (f[kTable]) w.table = (const float*)from.next("table", int64_t{1} << w.bits, {D::F32});
   if (w.codes == Codes::table && !w.table) from.fail("a table's codes come without their table");
   return w;
+}
+
+// Whether a tile of a bitmap has as many values as its masks have bits, all of them within the buffer.
+bool bitmap_fits(const Weight& w, int64_t tile) {
+  if (w.codes != Codes::bitmap) return true;
+  int64_t bits = 0, first = w.start[tile], last = w.start[tile + 1];
+  const uint64_t* words = (const uint64_t*)((const uint16_t*)w.index + tile * w.padded());
+  for (int64_t i = 0; i < w.padded() / 4; i++) bits += __builtin_popcountll(words[i]);
+  return first + bits == last && last + kSpare <= w.stored;
 }
 
 // Rows as the weights want them: inputs scattered to padded groups, quantized, summed by group. Weights that want the
@@ -272,6 +285,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
     prepared.push_back({w.padded(), w.group, w.packed_group, w.groups, w.code_offset(), sums, r});
   }
 
+  std::atomic<bool> broken{false};  // a bitmap whose masks do not fit its starts
   // Units of one tile (few rows) or two (many), over all weights one after another.
   auto unit_of = [&](const Weight& w) { return many(w) ? 2 : 1; };
   std::vector<int64_t> ends;
@@ -292,6 +306,12 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
       const Rows& r = shared[form_of[i]].rows;
       int64_t unit = unit_of(w), tile = (u - (i ? ends[i - 1] : 0)) * unit;
       float* y = outputs[i] + 16 * tile;
+      bool fits = true;
+      for (int64_t t = tile; t < std::min(tile + unit, w.tiles()); t++) fits &= bitmap_fits(w, t);
+      if (!fits) {
+        broken = true;
+        continue;
+      }
       if (!many(w)) {
         (r.q ? k.few_int8 : k.few_float)(w, tile, r, y, w.outputs);
         continue;
@@ -301,7 +321,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
       (r.q ? k.many_int8 : r.bf16 ? k.many_bf16 : k.many_float)(w, tile, tiles, r, y, w.outputs, at);
     }
   });
-  return ffi::Error::Success();
+  return broken ? bad("a bitmap's masks and starts do not fit its values") : ffi::Error::Success();
 }
 
 // Rows of a table: ids [..] int32 -> [.., features] float32. Ids outside are clamped, as XLA's gather does.
@@ -320,10 +340,15 @@ ffi::Error embed(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::RemainingArgs ar
   const int32_t* id = (const int32_t*)ids.untyped_data();
   float* y = (float*)out->untyped_data();
   int64_t threads = threads_of(pool), parts = n < 64 ? 1 : threads * 4;
+  std::atomic<bool> broken{false};
   parallel_for(pool, threads, parts, [&](int64_t p) {
     static thread_local Arena scratch;
     float* row = (float*)scratch.get(w.padded() * 4 + 64);
     for (int64_t i = n * p / parts; i < n * (p + 1) / parts; i++) {
+      if (!bitmap_fits(w, std::clamp<int64_t>(id[i], 0, w.outputs - 1) / 16)) {
+        broken = true;
+        return;
+      }
       k.row(w, std::clamp<int64_t>(id[i], 0, w.outputs - 1), row);
       float* to = y + i * w.inputs;
       if (w.packed_group == w.group || w.groups == 1) {
@@ -334,7 +359,7 @@ ffi::Error embed(ffi::ThreadPool pool, ffi::AnyBuffer ids, ffi::RemainingArgs ar
       }
     }
   });
-  return ffi::Error::Success();
+  return broken ? bad("a bitmap's masks and starts do not fit its values") : ffi::Error::Success();
 }
 
 }  // namespace

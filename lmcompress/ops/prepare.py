@@ -69,7 +69,7 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   from lmcompress.ops.kernels.tiling import Unsupported, tile
 
   if isinstance(leaf, TiledArray):
-    return leaf if leaf.activations == activations else dataclasses.replace(leaf, activations=_allowed(leaf, activations))
+    return dataclasses.replace(leaf, activations=_allowed(leaf, activations))
   if isinstance(leaf, InputArray):
     if not isinstance(leaf.act, Int8PerToken):
       return dataclasses.replace(leaf, weight=_prepared(path, leaf.weight, axis, "float32"))

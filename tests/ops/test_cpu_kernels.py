@@ -139,7 +139,8 @@ def n_of_m(rng, n, m, kind, axis, inputs, outputs):
   np.put_along_axis(dense, positions, values.reshape(groups, n, outputs), axis=1)
   bits = (m - 1).bit_length()
   indices = packed(positions.reshape(groups * n, outputs).astype(np.uint8), bits, axis)
-  return Case(NMSparseArray(leaf, indices, n, m), axis, dense.reshape(groups * m, outputs), np.zeros((groups * m, outputs)))
+  shape = groups * m, outputs
+  return Case(NMSparseArray(leaf, indices, n, m), axis, dense.reshape(shape), np.zeros(shape))
 
 
 def bitmap(rng, kind, axis, inputs, outputs):
@@ -209,7 +210,7 @@ def check(case, w, rows, seed=7):
 def check_all(case, few, many, all_activations=True):
   """Each path of a weight, and rows of a table."""
   w = tiled(case)
-  assert w.shape == case.leaf.shape and w.form.codes != "integer" or w.outputs == case.dense.shape[1]
+  assert w.shape == case.leaf.shape and w.outputs == case.dense.shape[1]
   for activations in ("float32", "bfloat16", "int8") if all_activations else ("float32",):
     name = "kernel" if case.axis == -2 else "table"
     acting = ops.prepare({name: w}, activations=activations)[name]
@@ -308,7 +309,7 @@ def test_n_of_m(pattern, kind, axis, inputs, outputs, few, many, seed):
   check_all(n_of_m(np.random.default_rng(seed), *pattern, kind, axis, inputs, outputs), few, many)
 
 
-@pytest.mark.parametrize("pattern", [(3, 4), (2, 8), (6, 8), (4, 16), (12, 16), (1, 2)])
+@pytest.mark.parametrize("pattern", [(3, 4), (2, 8), (4, 16), (8, 16), (1, 2)])
 def test_other_patterns(pattern):
   check_all(n_of_m(np.random.default_rng(0), *pattern, "float32", -2, 48, 21), 2, 9)
 
@@ -508,7 +509,7 @@ def raw(x, w, forms=None, activations=0, arrays=None, outputs=None):
 
 
 def refused(*args, **kwargs):
-  with pytest.raises(jax.errors.JaxRuntimeError, match="lmc"):
+  with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="lmc"):
     raw(*args, **kwargs)
 
 
@@ -538,7 +539,8 @@ def mutations(count, seed):
   rng = np.random.default_rng(seed)
   forms = list(some().values())
   weights = [tiled(case) for case in forms]
-  odd = [-(2**62), -33, -1, 0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 20, 32, 48, 64, 83, 96, 128, 1 << 20, 2**31, 2**33, 2**59, 2**62]
+  odd = [-(2**62), -33, -1, 0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 20, 32, 48, 64, 83, 96, 128]
+  odd += [1 << 20, 2**31, 2**33, 2**59, 2**62]
   for _ in range(count):
     w = weights[rng.integers(len(weights))]
     form = _describe(w)
@@ -573,7 +575,7 @@ def test_descriptions_of_tables_at_random():
   form = np.asarray(_describe(w), np.int64)
   for bad_ids, width, cut in ((ids.astype(jnp.float32), 83, 15), (ids, 82, 15), (ids, 83, 14)):
     call = jax.ffi.ffi_call("lmc_embed", jax.ShapeDtypeStruct((4, width), jnp.float32))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="lmc"):
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="lmc"):
       call(bad_ids, *w.arrays, form=form[:cut])
 
 

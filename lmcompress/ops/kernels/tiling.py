@@ -271,8 +271,9 @@ def _values(leaf: Any, axis: int) -> tuple[np.ndarray, str, int, np.ndarray | No
 def _n_of_m(leaf: NMSparseArray, axis: int, inputs: int, outputs: int) -> dict[str, Any]:
   n, m = leaf.n, leaf.m
   count = 16 * n // m if m and 16 % m == 0 else 0
-  if count not in (4, 8, 12):
-    raise Unsupported(f"{n}:{m} sparsity; 1:4, 2:4, 3:4, 2:8, 4:8, 6:8, 4:16, 8:16 and 12:16 have tiles")
+  bits = max(1, (m - 1).bit_length())
+  if count not in (4, 8, 12) or count * bits > 32:
+    raise Unsupported(f"{n}:{m} sparsity; 1:4, 2:4, 3:4, 1:2, 2:8, 4:8, 4:16 and 8:16 have tiles")
   values, kind, offset, scale = _values(leaf, axis)
   positions = np.asarray(leaf.indices.unpack())
   positions = positions if axis == -2 else positions.T
@@ -281,7 +282,6 @@ def _n_of_m(leaf: NMSparseArray, axis: int, inputs: int, outputs: int) -> dict[s
   values = np.pad(values, short, constant_values=np.asarray(offset, values.dtype))
   positions = np.pad(positions, short).reshape(windows, count, tiles, LANES)
   values = values.reshape(windows, count, tiles, LANES).transpose(2, 0, 1, 3)  # [tiles, windows, count, 16]
-  bits = max(1, (m - 1).bit_length())
   word = np.uint16 if count * bits <= 16 else np.uint32
   index = np.zeros((tiles, windows, LANES), word)
   for j in range(count):
