@@ -5,16 +5,19 @@ RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)
 PEERS := .venv-peers
 LLAMA_CPP := -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: env demo test lint docs bench-peers clean
+NATIVE := $(wildcard native/*.cpp native/*.h native/CMakeLists.txt)
+SANITIZED := build/sanitized
+
+.PHONY: env demo test lint docs bench-peers native-asan native-tsan clean
 
 env: .venv/.installed
 
-.venv/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv
+.venv/.installed: pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-.venv/.demo: pyproject.toml
+.venv/.demo: pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -f .venv/.installed || $(BIN)/pip install --quiet --disable-pip-version-check -e .
 	touch $@
@@ -28,6 +31,22 @@ lint: env
 
 test: env lint
 	$(RUN)/pytest
+
+# The kernel tests under AddressSanitizer and UBSan, and the sharing of work under ThreadSanitizer.
+native-asan: env
+	$(BIN)/pip install --quiet --disable-pip-version-check cmake ninja nanobind
+	$(BIN)/cmake -G Ninja -S native -B $(SANITIZED) -DPython_EXECUTABLE=$$PWD/$(BIN)/python \
+	  -DCMAKE_MAKE_PROGRAM=$$PWD/$(BIN)/ninja -DLMC_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(RUN)/python native/tests/sanitized.py $(SANITIZED)/_native*.so tests/ops
+
+native-tsan:
+	mkdir -p $(SANITIZED)
+	g++ -std=c++20 -O1 -g -fsanitize=thread -Wno-psabi -DLMC_ISA=portable -DLMC_NAME='"portable"' \
+	  native/tests/threads.cpp native/kernels.cpp -o $(SANITIZED)/threads -pthread
+	$(SANITIZED)/threads
 
 docs: env
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -1,4 +1,5 @@
 // `lmc_rms_norm`, `lmc_gated_silu`, `lmc_argmax`: what stands around products; `lmc_read`: the memory's speed, for benchmarks.
+#include <atomic>
 #include <string>
 
 #include "kernels.h"

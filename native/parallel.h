@@ -1,4 +1,4 @@
-// Work shared between the calling thread and XLA's pool.
+// Work shared between the calling thread and a pool: XLA's, or another with `Schedule` and `num_threads`.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -7,8 +7,6 @@
 #include <memory>
 #include <thread>
 #include <utility>
-
-#include "xla/ffi/api/ffi.h"
 
 namespace lmc {
 
@@ -21,7 +19,8 @@ inline void breathe() {
 }
 
 // How many threads work on one operation: the pool's (which follows the affinity mask), at most LMCOMPRESS_THREADS.
-inline int64_t threads_of(xla::ffi::ThreadPool& pool) {
+template <class Pool>
+int64_t threads_of(Pool& pool) {
   static const int64_t most = [] {
     const char* text = std::getenv("LMCOMPRESS_THREADS");
     return text ? std::max<int64_t>(1, std::atoll(text)) : int64_t{1} << 20;
@@ -32,8 +31,8 @@ inline int64_t threads_of(xla::ffi::ThreadPool& pool) {
 // Calls task(i) for each i in [0, count), in any order. The caller takes part, so that it works with no free thread
 // in the pool; helpers that come late find nothing left. A helper that has taken an index finishes it before the
 // caller returns, so `task` may refer to the caller's stack; the counters outlive both.
-template <class Task>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t threads, int64_t count, Task&& task) {
+template <class Pool, class Task>
+void parallel_for(Pool& pool, int64_t threads, int64_t count, Task&& task) {
   if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; i++) task(i);
     return;

@@ -180,7 +180,6 @@ def attention(
   out = [jax.ShapeDtypeStruct(q.shape, jnp.float32), *shapes]
   aliases = {7 + i: 1 + i for i in range(len(buffers))}
   call = jax.ffi.ffi_call("lmc_attention", out, input_output_aliases=aliases)
-  mixed, *after = call(
-    q, k, v, cos, sin, real, jnp.asarray(slot, jnp.int32).reshape(1), *buffers, head=np.int64(head), factor=np.float32(scale)
-  )
+  at = jnp.asarray(slot, jnp.int32).reshape(1)
+  mixed, *after = call(q, k, v, cos, sin, real, at, *buffers, head=np.int64(head), factor=np.float32(scale))
   return mixed, tuple(after)

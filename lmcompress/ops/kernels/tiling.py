@@ -218,7 +218,7 @@ def _outer(scale: QuantizedArray, axis: int, groups: int, outputs: int, count: i
     return 2, np.concatenate([pair, np.repeat(pair[:, -1:], count - groups, axis=1)], axis=1)
   pair = np.stack([factor, shift], axis=1)  # [outputs, 2, chunks of 256 groups]
   need = -(-count // 256)
-  pair = pair[..., :need] if pair.shape[-1] >= need else np.pad(pair, ((0, 0), (0, 0), (0, need - pair.shape[-1])), "edge")
+  pair = np.pad(pair, ((0, 0), (0, 0), (0, max(0, need - pair.shape[-1]))), "edge")[..., :need]
   pair = np.pad(pair, ((0, -outputs % LANES), (0, 0), (0, 0)), mode="edge")
   return 3, np.ascontiguousarray(pair.reshape(-1, LANES, 2, need).transpose(0, 3, 2, 1))
 
