@@ -44,6 +44,11 @@ def rounded(**options: Any) -> Callable[[jax.Array, int], Any]:
   return lambda w, axis: quantize_matrix(w, axis=axis, **options)
 
 
+def int8_rows(axis: int) -> Callable[[jax.Array], Any]:
+  """What quantizes the values that a sparse form keeps."""
+  return functools.partial(quantize_matrix, axis=axis, bits=8, group_size=-1)
+
+
 def clustered(bits: int) -> Callable[[jax.Array, int], Any]:
   """Codebooks at the quantiles of a sample: quick, and as large as a fitted one."""
 
@@ -59,7 +64,7 @@ def clustered(bits: int) -> Callable[[jax.Array, int], Any]:
 
 def sparse(n: int, m: int, int8: bool, dtype: Any = jnp.float32) -> Callable[[jax.Array, int], Any]:
   def of(w: jax.Array, axis: int) -> Any:
-    quantize = functools.partial(rounded(bits=8, group_size=-1), axis=axis) if int8 else None
+    quantize = int8_rows(axis) if int8 else None
     return arrays.nm_sparse(w.astype(dtype), arrays.nm_mask(w, n, m, axis), n, m, axis, quantize=quantize)
 
   return of
@@ -67,7 +72,7 @@ def sparse(n: int, m: int, int8: bool, dtype: Any = jnp.float32) -> Callable[[ja
 
 def bitmapped(keep: float, int8: bool) -> Callable[[jax.Array, int], Any]:
   def of(w: jax.Array, axis: int) -> Any:
-    quantize = functools.partial(rounded(bits=8, group_size=-1), axis=axis) if int8 else None
+    quantize = int8_rows(axis) if int8 else None
     return arrays.bitmap(w, jnp.abs(w) >= jnp.quantile(jnp.abs(w), 1 - keep), axis, quantize=quantize)
 
   return of

@@ -43,7 +43,7 @@ class LayerCache:
   def update(self, k: jax.Array, v: jax.Array, slot: Any) -> LayerCache:
     """Writes `[batch, kv, length, head]` at `slot`."""
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
-    if self.k_scale is None:
+    if self.k_scale is None or self.v_scale is None:
       return LayerCache(write(self.k, k.astype(self.k.dtype)), write(self.v, v.astype(self.v.dtype)))
     encode = _to_int8 if self.k.dtype == jnp.int8 else _to_int4
     (kc, ks), (vc, vs) = encode(k), encode(v)

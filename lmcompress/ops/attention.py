@@ -100,7 +100,7 @@ def _fused(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scal
   @jax.custom_batching.sequential_vmap
   def forward(q: Any, k: Any, v: Any, view: View, layer_cache: Any) -> Any:
     buffers = () if layer_cache is None else layer_cache.buffers
-    args = (q, k, v, view.cos, view.sin, view.real, view.slot)
+    args = (q, k, v, view.cos, view.sin, view.real, jnp.asarray(view.slot, jnp.int32))
     mixed, after = cpu.attention(*args, buffers, head, scale)
     return mixed, None if layer_cache is None else layer_cache.with_buffers(after)
 

@@ -70,8 +70,9 @@ def tile(leaf: Any, axis: int, activations: str) -> TiledArray:
   for name in ("scale", "minimum", "outer"):
     if arrays[name] is not None and not np.isfinite(np.asarray(arrays[name], np.float32)).all():
       raise ValueError(f"a {name} is NaN or infinite; the kernels take finite ones")
+  placed: dict[str, Any] = {name: None if x is None else jax.device_put(_aligned(x)) for name, x in arrays.items()}
   return TiledArray(
-    **{name: None if x is None else jax.device_put(_aligned(x)) for name, x in arrays.items()},
+    **placed,
     form=form,
     pad=(parts["pad"], -outputs % LANES),
     axis=axis,
@@ -252,9 +253,9 @@ def _values(leaf: Any, axis: int) -> tuple[np.ndarray, str, int, np.ndarray | No
       raise Unsupported(f"sparse values in {values.dtype}")
     x = np.asarray(values)
     return (x if axis == -2 else x.T), _VALUES[str(values.dtype)], 0, None
-  row = isinstance(values, QuantizedArray) and values.scale.shape[axis] == 1
   if (
-    not row
+    not isinstance(values, QuantizedArray)
+    or values.scale.shape[axis] != 1
     or not isinstance(values.grid, Integer)
     or values.zero_point is not None
     or values.minimum is not None
