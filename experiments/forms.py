@@ -118,7 +118,7 @@ FORMS: dict[str, Form] = {
   "bitmap 30 % float32": (bitmapped(0.3, False), "float32"),
   "low rank 1/4 bfloat16": (low_rank(0.25), "float32"),
 }
-"""The embedding takes the form too, but for the low-rank form, where it is int8."""
+"""The embedding takes the form too, but for low-rank and bitmap forms, where it is int8."""
 
 
 def build(name: str, params: Any) -> Any:
@@ -127,7 +127,7 @@ def build(name: str, params: Any) -> Any:
 
   def leaf(path: str, w: jax.Array) -> Any:
     axis = tree.contraction_axis(path)
-    table = path.endswith("table") and name.startswith("low rank")
+    table = path.endswith("table") and name.startswith(("low rank", "bitmap"))
     return rounded(**INT8)(w, axis) if table else make(w, axis)
 
   return tree.map_weights(leaf, params)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmcompress.ops import backend
 from lmcompress.types import CompressedArray
 
 
@@ -84,6 +85,27 @@ def _dense_attend(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 DENSE = Rules(_dense_linear, lambda ids, w: w[ids], _dense_attend)
+
+def or_pallas(reference: Callable[[jax.Array, Any], jax.Array], door: str) -> Callable[[jax.Array, Any], jax.Array]:
+  """`reference`, or the Pallas kernel of `door` where those are to run and take this weight.
+
+  A weight that they do not take runs on the reference and says so once, by name.
+  """
+
+  def product(x: jax.Array, w: Any) -> jax.Array:
+    if not backend.runs_pallas():
+      return reference(x, w)
+    from lmcompress.ops.kernels import gpu, tpu
+
+    kernels = tpu if jax.default_backend() == "tpu" else gpu
+    reason = kernels.supports(x, w, door)
+    if reason:
+      backend.say_once(f"no Pallas kernel for {w.kind} ({reason}); it runs on the slower reference")
+      return reference(x, w)
+    return getattr(kernels, door)(x, w, interpret=jax.default_backend() == "cpu")
+
+  return product
+
 
 TILE = 192
 """Outputs (table rows) that a reference loop holds dense at a time."""

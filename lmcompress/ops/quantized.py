@@ -11,7 +11,15 @@ from lmcompress.arrays.grids import Integer
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.packing import fields, multiple
 from lmcompress.arrays.quantized import QuantizedArray, affine, cut_outputs, per_block
-from lmcompress.ops.linear import Rules, gathered_embed, over_tiles, register, tiled_attend, tiled_linear
+from lmcompress.ops.linear import (
+  Rules,
+  gathered_embed,
+  or_pallas,
+  over_tiles,
+  register,
+  tiled_attend,
+  tiled_linear,
+)
 
 _SMALL_M = 8
 """Rows of x up to which a loop over groups beats tiles of outputs (measured, two AVX-512 cores)."""
@@ -104,5 +112,7 @@ def _block_linear(x: jax.Array, w: QuantizedArray) -> jax.Array:
   return total.reshape(*x.shape[:-1], outputs).astype(x.dtype)
 
 
-register(QuantizedArray, Rules(quantized_linear, gathered_embed, tiled_attend))
+register(
+  QuantizedArray, Rules(or_pallas(quantized_linear, "linear"), gathered_embed, or_pallas(tiled_attend, "attend"))
+)
 register(MaskedArray, Rules(tiled_linear, gathered_embed, tiled_attend))

@@ -118,6 +118,20 @@ def test_a_choice_retraces():
   np.testing.assert_allclose(fast, slow, rtol=1e-5, atol=1e-4)
 
 
+def test_pallas_is_chosen_by_name():
+  """On a CPU it is interpreted; what it does not take says so once and runs on the reference."""
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32))
+  taken, left = (quantize_matrix(weight(), axis=-2, bits=bits, group_size=32) for bits in (4, 3))
+  backend._said.clear()
+  with ops.use_backend("pallas"):
+    assert "pallas_call" in str(jax.make_jaxpr(ops.linear)(x, taken))
+    fast = ops.linear(x, taken)
+    with pytest.warns(RuntimeWarning, match="no Pallas kernel for int3 g32"):
+      slow = ops.linear(x, left)
+  np.testing.assert_allclose(fast, ops.linear(x, taken), rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(slow, ops.linear(x, left), rtol=1e-5, atol=1e-4)
+
+
 def test_the_table_of_backends():
   rows = ops.backends()
   assert all(set(row) == {"form", "cpu", "gpu", "tpu"} for row in rows)
