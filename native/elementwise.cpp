@@ -22,13 +22,15 @@ void over_rows(ffi::ThreadPool& pool, int64_t rows, int64_t width, Task task) {
 ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
                     ffi::ResultBuffer<ffi::F32> y, float epsilon) {
   auto dims = x.dimensions();
-  if (dims.size() == 0 || scale.element_count() != size_t(dims.back()) || y->element_count() != x.element_count())
+  int64_t width = dims.size() ? dims.back() : 0, rows = width ? int64_t(x.element_count()) / width : 0;
+  int64_t scales = width ? int64_t(scale.element_count()) / width : 0;  // more than one under vmap
+  if (!dims.size() || y->element_count() != x.element_count() || int64_t(scale.element_count()) != scales * width ||
+      (rows && (!scales || rows % scales)))
     return ffi::Error::InvalidArgument("lmc_rms_norm: shapes differ");
-  int64_t width = dims.back(), rows = width ? int64_t(x.element_count()) / width : 0;
   const Kernels& k = kernels();
   over_rows(pool, rows, width, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++)
-      k.rms_norm(x.typed_data() + r * width, scale.typed_data(), epsilon, width, y->typed_data() + r * width);
+      k.rms_norm(x.typed_data() + r * width, scale.typed_data() + r / (rows / scales) * width, epsilon, width, y->typed_data() + r * width);
   });
   return ffi::Error::Success();
 }

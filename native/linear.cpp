@@ -76,6 +76,17 @@ Weight read_weight(const int64_t* f, Operands& from) {
   w.codes = Codes(f[kCodes]), w.bits = int(f[kBits]), w.inputs = f[kInputs], w.outputs = f[kOutputs];
   w.group = f[kGroup], w.packed_group = f[kPackedGroup], w.offset = int(f[kOffset]), w.n = int(f[kN]), w.m = int(f[kM]);
   w.value_type = Type(f[kValue]);
+  constexpr int64_t kMost = int64_t{1} << 40;  // of any extent: products of a few stay within 64 bits
+  if (w.inputs > kMost || w.outputs > kMost || w.group > kMost ||
+      double(w.inputs) / double(w.packed_group) * double(w.group) * double(w.outputs) > 1e15) {
+    from.fail("a weight's description is out of range");
+    return w;
+  }
+  if (!w.plain() && w.codes != Codes::bfloat16 && w.value_type != Type::f32 && w.value_type != Type::bf16 &&
+      w.value_type != Type::u8) {
+    from.fail("sparse values are float32, bfloat16 or codes");
+    return w;
+  }
   if (w.inputs < 1 || w.outputs < 1 || w.bits < 1 || w.bits > 16 || w.group < 1 || w.packed_group < 1 ||
       w.packed_group > w.group || f[kCodes] < 0 || f[kCodes] > 4 || (w.plain() && w.bits > 8) ||
       (w.plain() && w.group != 16 && w.group % 32)) {

@@ -61,8 +61,8 @@ class LayerCache:
 def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
   amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  scale = jnp.where(amax > 0, amax / 127, 1.0)
-  return jnp.round(x * jnp.where(amax > 0, 127 / amax, 0.0)).astype(jnp.int8), scale
+  scale = jnp.where(amax == 0, 1.0, amax / 127)  # a NaN stays one, in the scale
+  return jnp.round(x * jnp.where(amax == 0, 0.0, 127 / amax)).astype(jnp.int8), scale
 
 
 def _to_int4(x: jax.Array) -> tuple[jax.Array, jax.Array]:
