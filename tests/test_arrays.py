@@ -35,8 +35,11 @@ from lmcompress.arrays import (
   nm_sparse,
   with_act,
 )
+from lmcompress.arrays.packing import PLANES
+from lmcompress.arrays.tiled import TiledArray
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
+from lmcompress.ops.kernels.tiling import tile
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import CompressedArray
 
@@ -55,6 +58,7 @@ class Row:
     keeps: `(w, axis) -> mask` in NumPy, of the entries that are not removed.
     error: largest relative error of the value against what is kept of `w`; None goes by the bits of the codes.
     rounding: relative, between two ways to the same value; 1e-6 but where the value itself is a sum.
+    saved: whether checkpoints hold it; tiles are made for a machine and are not saved.
   """
 
   name: str
@@ -66,6 +70,7 @@ class Row:
   keeps: Callable[[np.ndarray, int], np.ndarray] = lambda w, axis: np.ones(w.shape, bool)
   error: float | None = None
   rounding: float = 1e-6
+  saved: bool = True
 
 
 def quantized(**options):
@@ -135,7 +140,14 @@ def act_before(make):
   return lambda w, axis: with_act(make(w, axis), Int8PerToken(), axis)
 
 
+def laid_out(make):
+  """For the CPU kernels, as `prepare` does."""
+  return lambda w, axis: tile(make(w, axis), axis, "float32")
+
+
 F32 = {"scale_dtype": "float32"}
+TILES = {"trains": (), "alike": True, "saved": False}
+"""Gradients reach the inputs only; tests/ops checks loops, gradients and meshes of tiles."""
 ROWS = [
   Row("int8 row", quantized(bits=8, group_size=-1), 8 + 16 / 64),
   Row("int8 tensor", quantized(bits=8, group_size="tensor", **F32), 8 + 32 / 2560),
@@ -176,6 +188,12 @@ ROWS = [
   Row("low rank 8 int8", factored(8, bits=8), trains=("left", "right"), error=0.9, rounding=1e-5),
   Row("int8 per token x int4 g32", act_before(quantized(bits=4, group_size=32, **F32)), 5.0, trains=("weight",)),
   Row("int8 per token x dense", act_before(lambda w, axis: w), 32.0, trains=("weight",), alike=True),
+  Row("int4 g32 tiled", laid_out(quantized(bits=4, group_size=32, **F32)), 5.0 * 48 / 40, error=0.16, **TILES),
+  Row("int3 odd tiled", laid_out(quantized(bits=3, group_size=20, symmetric=False)), inputs=50, error=0.3, **TILES),
+  Row("int8 row minimum tiled", laid_out(quantized(bits=8, group_size=-1, symmetric=False, zero="real")),
+      error=0.06, **TILES),
+  Row("nf4 g32 tiled", laid_out(quantized(grid="nf4", group_size=32)), error=0.16, **TILES),
+  Row("clustered 5 tiled", laid_out(nearest(5, 3)), inputs=50, error=0.5, **TILES),
 ]
 OUT = 40
 AXES = [-2, -1]
@@ -226,6 +244,7 @@ def acted(x, leaf):
 
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
+each_saved = pytest.mark.parametrize("row", [r for r in ROWS if r.saved], ids=lambda row: row.name.replace(" ", "-"))
 TABLES = ("int8 row", "int3 odd", "int4 g32 zero", "int4 g16 double", "masked int4",
           "2:4 int8 row", "bitmap float32", "low rank 8 int8")
 
@@ -329,6 +348,33 @@ def by_bitmap(leaf):
   return dense
 
 
+def by_tile(leaf):
+  """From the bit planes of `native/kernels.h`: input 4 v + b of a block is byte b of lane o of vector v."""
+  form, data = leaf.form, np.asarray(leaf.codes)
+  tiles, blocks = data.shape[:2]
+  codes, shift, at = np.zeros((tiles, blocks, 8, 16, 4), np.int64), 0, 0
+  for width in PLANES[form.bits]:
+    for v in range(8):
+      vector, field = divmod(v, 8 // width)
+      plane = data[:, :, at + 64 * vector : at + 64 * vector + 64].reshape(tiles, blocks, 16, 4)
+      codes[:, :, v] |= (plane.astype(np.int64) >> width * field & 2**width - 1) << shift
+    shift, at = shift + width, at + 64 * width
+  codes = codes.transpose(1, 2, 4, 0, 3).reshape(blocks * 32, tiles * 16)
+  group = len(codes) if form.padded_group == -1 else form.padded_group
+
+  def wide(part):
+    part = np.asarray(part).astype(np.float64).swapaxes(0, 1).reshape(part.shape[1], tiles * 16)
+    return np.repeat(part, group, axis=0)[: len(codes)]
+
+  values = codes.astype(np.float64) if leaf.table is None else np.asarray(leaf.table, np.float64)[codes]
+  values = values - (form.offset if leaf.zero is None else wide(leaf.zero))
+  values = values * (1 if leaf.scale is None else wide(leaf.scale))
+  values = values + (0 if leaf.minimum is None else wide(leaf.minimum))
+  kept = np.arange(len(codes)) % group < (group if form.group == -1 else form.group)
+  values = values[kept][: leaf.inputs, : leaf.outputs]
+  return values if leaf.axis == -2 else values.T
+
+
 INVARIANTS = {
   QuantizedArray: by_scale,
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
@@ -337,6 +383,7 @@ INVARIANTS = {
   BitmapArray: by_bitmap,
   LowRankArray: lambda leaf: by_invariant(leaf.left) @ by_invariant(leaf.right),
   InputArray: lambda leaf: by_invariant(leaf.weight),
+  TiledArray: by_tile,
 }
 
 
@@ -513,7 +560,7 @@ def test_sharding_like(row, axis):
       assert all(part is None for part, extent in zip(spec, x.shape, strict=True) if extent == 1)
 
 
-@each_row
+@each_saved
 @each_axis
 def test_checkpoint_round_trip(row, axis, tmp_path):
   """Bitwise, static fields and all; a rebuilt leaf multiplies without a new trace."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -123,9 +124,44 @@ class TiledArray(CompressedArray):
     return (*self._lead, *pair)
 
   @property
+  def fields(self) -> tuple[str, ...]:
+    """Names of the arrays that there are, in the order in which the kernels take them."""
+    return tuple(name for name in _ARRAYS if getattr(self, name) is not None)
+
+  @property
   def arrays(self) -> tuple[jax.Array, ...]:
-    """The arrays that there are, in the order in which the kernels take them."""
-    return tuple(x for x in (getattr(self, name) for name in _ARRAYS) if x is not None)
+    return tuple(getattr(self, name) for name in self.fields)
+
+  def along(self, field: str) -> tuple[str | None, ...]:
+    """What each dimension of an array follows: `outputs`, `inputs` or neither."""
+    rank = getattr(self, field).ndim - len(self._lead)
+    if field in ("start", "table") or self.form.codes == "bitmap" or (field == "outer" and self.form.outer == 1):
+      follows: list[str | None] = [None] * rank
+    else:
+      one = getattr(self, field).shape[len(self._lead) + 1] == 1 or (field == "outer" and self.form.outer == 3)
+      follows = ["outputs", None if one else "inputs", *[None] * (rank - 2)]
+    return (*[None] * len(self._lead), *follows)
+
+  @property
+  def parts(self) -> tuple[int, int]:
+    """Into how many equal parts the inputs and the outputs may be cut, each part a tiled weight by itself."""
+    extents: dict[str, list[int]] = {"inputs": [], "outputs": []}
+    for field in self.fields:
+      for name, extent in zip(self.along(field), getattr(self, field).shape, strict=True):
+        if name is not None:
+          extents[name].append(extent)
+    inputs, outputs = (math.gcd(*found) if found else 1 for found in extents.values())
+    form, outer = self.form, self.outer
+    if form.codes == "n_of_m":
+      inputs //= 2  # windows are half blocks
+    if form.padded_group != -1 and self.scale is not None:
+      whole = self.scale.shape[-2] * form.padded_group == self.codes.shape[-2] * BLOCK
+      inputs = inputs if whole else 1  # the last group is cut short
+    if form.outer == 2 and outputs * 16 != self.tiles:  # one entry serves 16 tiles
+      outputs = 1
+    if form.outer == 3 and outer is not None and outer.shape[-3] > 1:  # one entry serves 256 groups
+      inputs = 1
+    return 1 if self.pad[0] else inputs, 1 if self.pad[1] else outputs
 
   @property
   def nbits(self) -> int:
@@ -159,33 +195,17 @@ class TiledArray(CompressedArray):
     return jax.lax.map(row, flat, batch_size=64).reshape(*jnp.shape(ids), self.inputs)
 
   def sharding_like(self, spec: PartitionSpec) -> TiledArray:
-    """Tiles are split as the outputs are, blocks as the inputs; tiles of sparse weights only by outputs."""
-    parts = (*spec, *([None] * (len(self.shape) - len(spec))))
-    lead, (a, b) = parts[:-2], parts[-2:]
-    inner, outer = (a, b) if self.axis == -2 else (b, a)
-    if self.form.codes == "bitmap":
-      return jax.tree.map(lambda x: PartitionSpec(*([None] * x.ndim)), self)
-    if self.pad[0] or self.form.codes == "n_of_m":
-      inner = None
-    outer = None if self.pad[1] else outer
+    """Tiles are split as the outputs are, blocks and groups as the inputs; bitmaps stay whole."""
+    dense = (*spec, *([None] * (len(self.shape) - len(spec))))
+    lead, (a, b) = dense[:-2], dense[-2:]
+    inputs, outputs = (a, b) if self.axis == -2 else (b, a)
+    places = {"inputs": None if self.parts[0] == 1 else inputs, "outputs": None if self.parts[1] == 1 else outputs}
 
-    def along(x: jax.Array | None, by_inputs: bool = True) -> Any:
-      if x is None:
-        return None
-      rest = [None] * (x.ndim - len(lead) - 2)
-      return PartitionSpec(*lead, outer, inner if by_inputs and x.shape[len(lead) + 1] > 1 else None, *rest)
+    def place(field: str) -> PartitionSpec:
+      follows = self.along(field)[len(lead) :]
+      return PartitionSpec(*lead, *(places.get(name or "") for name in follows))
 
-    grouped = along(self.scale), along(self.zero), along(self.minimum)
-    return dataclasses.replace(
-      self,
-      codes=along(self.codes),
-      index=along(self.index, by_inputs=False),
-      scale=grouped[0],
-      zero=grouped[1],
-      minimum=grouped[2],
-      outer=None if self.outer is None else PartitionSpec(*([None] * self.outer.ndim)),
-      table=None if self.table is None else PartitionSpec(*([None] * self.table.ndim)),
-    )
+    return dataclasses.replace(self, **{field: place(field) for field in self.fields})
 
   def _cut(self, first: Any, count: int) -> TiledArray:
     """`count` tiles from `first` on, all their outputs logical."""

@@ -79,7 +79,7 @@ def attention(
 
 def _native(q: jax.Array, head: int, layer_cache: Any) -> bool:
   """Whether the kernel takes this: a whole number of vectors in a head, float32."""
-  return backend.runs_fused() and q.dtype == jnp.float32 and head % 32 == 0
+  return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0
 
 
 def _reference(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scale: float) -> tuple[jax.Array, Any]:

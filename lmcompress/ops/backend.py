@@ -47,14 +47,6 @@ def runs_native() -> bool:
   return chosen() in ("auto", "native") and jax.default_backend() == "cpu" and native() is not None
 
 
-def runs_fused() -> bool:
-  """Whether fused operations without a partitioning rule are to run: not by themselves where there are several devices.
-
-  XLA would gather their operands. `use_backend("native")` takes them all the same, for instance under `shard_map`.
-  """
-  return runs_native() and (jax.device_count() == 1 or chosen() == "native")
-
-
 def runs_pallas() -> bool:
   """Whether the Pallas kernels are to run: on a GPU or TPU, or because they were asked for."""
   return chosen() == "pallas" or (chosen() == "auto" and jax.default_backend() in ("gpu", "tpu"))

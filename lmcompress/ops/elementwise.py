@@ -49,7 +49,7 @@ def argmax(x: jax.Array) -> jax.Array:
 
 def _native(*xs: jax.Array) -> bool:
   floats = all(x.dtype == jnp.float32 for x in xs)
-  return floats and backend.runs_fused()
+  return floats and backend.runs_native()
 
 
 def _with_gradients(kernel: Callable, reference: Callable) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from lmcompress.arrays.tiled import TiledArray
 from lmcompress.ops import backend
+from lmcompress.ops.kernels.partition import Cut, partitioned
 from lmcompress.ops.linear import Rules, gathered_embed, register, tiled_attend, tiled_linear
 
 _CODES = {"integer": 0, "table": 1, "bfloat16": 2, "n_of_m": 3, "bitmap": 4}
@@ -100,11 +101,34 @@ def _(axis_size: int, in_batched: Any, rows: jax.Array, weights: Any) -> Any:
 
 
 def _call(rows: jax.Array, weights: tuple[TiledArray, ...]) -> tuple[jax.Array, ...]:
+  structure = jax.tree.structure(weights)
+
+  def call(rows: jax.Array, *arrays: jax.Array) -> Sequence[jax.Array]:
+    return _ffi_linear(rows, jax.tree.unflatten(structure, arrays))
+
+  parts = tuple(math.gcd(*counts) for counts in zip(*(w.parts for w in weights), strict=True))
+  lead, operands = ("rows", rows.shape[0]), [cut for w in weights for cut in _cuts(w, *parts)]
+  result = [lead, _cut("outputs", parts[1])]
+  run = partitioned(call, [[lead, _cut("inputs", parts[0])], *operands], [result] * len(weights), sums="inputs")
+  return run(rows, *jax.tree.leaves(weights))
+
+
+def _cut(factor: str, parts: int) -> Cut:
+  return (factor, parts) if parts > 1 else None
+
+
+def _cuts(w: TiledArray, inputs: int, outputs: int) -> list[list[Cut]]:
+  """How each array of a weight splits, its inputs and its outputs into so many parts."""
+  along = {"inputs": _cut("inputs", inputs), "outputs": _cut("outputs", outputs)}
+  return [[along.get(name or "") for name in w.along(field)] for field in w.fields]
+
+
+def _ffi_linear(rows: jax.Array, weights: Sequence[TiledArray]) -> Sequence[jax.Array]:
   forms = np.asarray([_describe(w) for w in weights], np.int64).reshape(-1)
   outputs = [jax.ShapeDtypeStruct((rows.shape[0], w.outputs), jnp.float32) for w in weights]
-  call = jax.ffi.ffi_call("lmc_linear", outputs)
   operands = [array for w in weights for array in w.arrays]
-  return tuple(call(rows, *operands, forms=forms, activations=np.int64(_ACTIVATIONS[weights[0].activations])))
+  call = jax.ffi.ffi_call("lmc_linear", outputs)
+  return call(rows, *operands, forms=forms, activations=np.int64(_ACTIVATIONS[weights[0].activations]))
 
 
 def _linear(x: jax.Array, w: TiledArray) -> jax.Array:
@@ -120,9 +144,34 @@ def _embed(ids: jax.Array, w: TiledArray) -> jax.Array:
     return gathered_embed(ids, w)
   ids = jnp.asarray(ids, jnp.int32)
   ids = jnp.where(ids < 0, ids + w.outputs, ids)
-  out = jax.ShapeDtypeStruct((*ids.shape, w.inputs), jnp.float32)
-  form = np.asarray(_describe(w), np.int64)
-  return jax.ffi.ffi_call("lmc_embed", out, vmap_method="sequential")(ids, *w.arrays, form=form)
+  rows = _batched_embed(jnp.clip(ids, 0, w.outputs - 1).reshape(-1), w)
+  return rows.reshape(*ids.shape, w.inputs)
+
+
+@jax.custom_batching.sequential_vmap
+def _batched_embed(ids: jax.Array, w: TiledArray) -> jax.Array:
+  arrays, structure = jax.tree.flatten(w)
+
+  def call(ids: jax.Array, *arrays: jax.Array) -> Sequence[jax.Array]:
+    w = jax.tree.unflatten(structure, arrays)
+    out = jax.ShapeDtypeStruct((ids.shape[0], w.inputs), jnp.float32)
+    return [jax.ffi.ffi_call("lmc_embed", out)(ids, *arrays, form=np.asarray(_describe(w), np.int64))]
+
+  def of_shard(place: jax.Array, ids: jax.Array, *arrays: jax.Array) -> Sequence[jax.Array]:
+    rows = jax.tree.unflatten(structure, arrays).outputs
+    ids = ids - place * rows
+    found = (ids >= 0) & (ids < rows)
+    return [jnp.where(found[:, None], call(jnp.clip(ids, 0, rows - 1), *arrays)[0], 0.0)]
+
+  n = ids.shape[0]
+  run = partitioned(
+    call,
+    [[("ids", n)], *_cuts(w, *w.parts)],
+    [[("ids", n), _cut("inputs", w.parts[0])]],
+    sums="outputs",
+    by_place=of_shard,
+  )
+  return run(ids, *arrays)[0]
 
 
 def _linears(x: jax.Array, weights: Sequence[TiledArray]) -> list[jax.Array]:
@@ -134,22 +183,58 @@ def _linears(x: jax.Array, weights: Sequence[TiledArray]) -> list[jax.Array]:
 register(TiledArray, Rules(_linear, _embed, _attend), _linears)
 
 
+def _broadcasting(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`kernel` under vmap: once, over all arguments with one more leading axis."""
+  function = jax.custom_batching.custom_vmap(kernel)
+
+  @function.def_vmap
+  def _(axis_size: int, in_batched: Any, *args: jax.Array) -> tuple[jax.Array, bool]:
+    pairs = zip(args, in_batched, strict=True)
+    return function(*(x if there else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, there in pairs)), True
+
+  return function
+
+
+def _each(x: jax.Array) -> list[Cut]:
+  """Every dimension by itself."""
+  return [(f"axis{i}", extent) for i, extent in enumerate(x.shape)]
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   """`x / rms(x) * scale` for float32 `x: [..., features]`."""
-  call = jax.ffi.ffi_call("lmc_rms_norm", jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="broadcast_all")
-  return call(x, scale, epsilon=np.float32(epsilon))
+
+  @_broadcasting
+  def run(x: jax.Array, scale: jax.Array) -> jax.Array:
+    def call(x: jax.Array, scale: jax.Array) -> Sequence[jax.Array]:
+      out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+      return [jax.ffi.ffi_call("lmc_rms_norm", out)(x, scale, epsilon=np.float32(epsilon))]
+
+    lead = _each(x)[:-1]
+    cuts = [*lead, None]
+    return partitioned(call, [cuts, [*lead[: scale.ndim - 1], None]], [cuts])(x, scale)[0]
+
+  return run(x, scale)
 
 
+@_broadcasting
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """`silu(gate) * up`, float32 of any shape."""
-  call = jax.ffi.ffi_call("lmc_gated_silu", jax.ShapeDtypeStruct(gate.shape, jnp.float32), vmap_method="broadcast_all")
-  return call(gate, up)
+
+  def call(gate: jax.Array, up: jax.Array) -> Sequence[jax.Array]:
+    return [jax.ffi.ffi_call("lmc_gated_silu", jax.ShapeDtypeStruct(gate.shape, jnp.float32))(gate, up)]
+
+  return partitioned(call, [_each(gate)] * 2, [_each(gate)])(gate, up)[0]
 
 
+@_broadcasting
 def argmax(x: jax.Array) -> jax.Array:
   """The first largest of the last axis of float32 `x`, int32; a NaN counts as largest."""
-  out = jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32)
-  return jax.ffi.ffi_call("lmc_argmax", out, vmap_method="broadcast_all")(x)
+
+  def call(x: jax.Array) -> Sequence[jax.Array]:
+    return [jax.ffi.ffi_call("lmc_argmax", jax.ShapeDtypeStruct(x.shape[:-1], jnp.int32))(x)]
+
+  lead = _each(x)[:-1]
+  return partitioned(call, [[*lead, None]], [lead])(x)[0]
 
 
 def attention(
@@ -176,10 +261,17 @@ def attention(
   Returns:
     `[batch, length, heads * head]`, and the buffers.
   """
-  shapes = [jax.ShapeDtypeStruct(b.shape, b.dtype) for b in buffers]
-  out = [jax.ShapeDtypeStruct(q.shape, jnp.float32), *shapes]
-  aliases = {7 + i: 1 + i for i in range(len(buffers))}
-  call = jax.ffi.ffi_call("lmc_attention", out, input_output_aliases=aliases)
+
+  def call(*arrays: jax.Array) -> Sequence[jax.Array]:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (arrays[0], *arrays[7:])]
+    aliases = {7 + i: 1 + i for i in range(len(buffers))}
+    call = jax.ffi.ffi_call("lmc_attention", shapes, input_output_aliases=aliases)
+    return call(*arrays, head=np.int64(head), factor=np.float32(scale))
+
+  batch, heads = ("batch", q.shape[0]), _cut("heads", k.shape[-1] // head)
+  stream, cached = [batch, None, heads], [[batch, heads, None, None] for _ in buffers]
+  angles = [batch, None, None]
+  operands = [stream, stream, stream, angles, angles, [batch, None], [None], *cached]
   at = jnp.asarray(slot, jnp.int32).reshape(1)
-  mixed, *after = call(q, k, v, cos, sin, real, at, *buffers, head=np.int64(head), factor=np.float32(scale))
+  mixed, *after = partitioned(call, operands, [stream, *cached])(q, k, v, cos, sin, real, at, *buffers)
   return mixed, tuple(after)
