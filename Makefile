@@ -40,7 +40,7 @@ native-asan: env
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(RUN)/python native/tests/sanitized.py $(SANITIZED)/_native*.so tests/ops
+	  $(RUN)/python native/tests/sanitized.py $(SANITIZED)/_native*.so -s tests/ops
 
 native-tsan:
 	mkdir -p $(SANITIZED)

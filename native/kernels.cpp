@@ -65,7 +65,16 @@ inline f32 scale_at(Type type, const void* p, int64_t i) {
 // Scale and minimum of each group of a tile, so that dense = value * scale + minimum.
 // `centered`: values have the offset taken off already. Returns whether any minimum is not zero.
 bool affine(const Weight& w, int64_t tile, bool centered, float* scale, float* minimum) {
-  bool any = false;
+  bool any = w.minimum || w.zero || (!centered && w.offset);
+  if (!any && w.scale && !w.outer_mode) {  // most weights: scales alone, one conversion
+    std::memset(minimum, 0, w.groups * 64);
+    auto convert = [&]<Type type>() {
+      for (int64_t g = 0; g < w.groups; g++) store(scale + 16 * g, scale_at(type, w.scale, (tile * w.groups + g) * 16));
+    };
+    if (w.scale_type == Type::bf16) return convert.template operator()<Type::bf16>(), false;
+    if (w.scale_type == Type::f16) return convert.template operator()<Type::f16>(), false;
+    if (w.scale_type == Type::f32) return convert.template operator()<Type::f32>(), false;
+  }
   for (int64_t g = 0; g < w.groups; g++) {
     int64_t at = (tile * w.groups + g) * 16;
     f32 s = splat(1.f), m = f32{};
@@ -86,7 +95,6 @@ bool affine(const Weight& w, int64_t tile, bool centered, float* scale, float* m
     } else if (!centered && w.offset) {
       m = s * float(-w.offset);
     }
-    any |= w.minimum || w.zero || (!centered && w.offset);
     store(scale + 16 * g, s);
     store(minimum + 16 * g, m);
   }
@@ -1009,47 +1017,63 @@ inline f32 part_of_entry(const Cache& c, int64_t head, int64_t row, int64_t d) {
   return to_f32(d < half ? codes & 15u : codes >> 4) * c.scale[2 * row] + c.scale[2 * row + 1];
 }
 
-// The sum of each of sixteen vectors.
-inline f32 sums_of(const f32 (&v)[16]) {
+// Of four vectors: lane 4 L + i of the result is the sum of v[i] over its 128-bit lane L.
+inline f32 quarter_sums(const f32 (&v)[4]) {
 #if defined(__AVX512F__)
-  __m512 t[8], u[4];
-  for (int i = 0; i < 8; i++) {
-    __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
-    u[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-  }
-  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
-  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
-  return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return (f32)_mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
 #else
   f32 s;
-  for (int i = 0; i < 16; i++) s[i] = sum(v[i]);
+  for (int lane = 0; lane < 4; lane++)
+    for (int i = 0; i < 4; i++) {
+      const int at = 4 * lane;
+      s[at + i] = (v[i][at] + v[i][at + 2]) + (v[i][at + 1] + v[i][at + 3]);
+    }
   return s;
 #endif
 }
 
-// Scores of `rows` queries against keys [first, first + n), n at most kKeys; each key is read once.
-template <Type type, int rows>
+// The sums of sixteen vectors, from the quarter sums of each four.
+inline f32 sums_of(const f32 (&q)[4]) {
+#if defined(__AVX512F__)
+  __m512 a = (__m512)q[0], b = (__m512)q[1], c = (__m512)q[2], d = (__m512)q[3];
+  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  return (f32)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+#else
+  f32 s;
+  for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 4; i++) s[4 * j + i] = (q[j][i] + q[j][8 + i]) + (q[j][4 + i] + q[j][12 + i]);
+  return s;
+#endif
+}
+
+// Scores of `rows` queries against keys [first, first + n), n at most kKeys; each key is read once. The queries stay
+// in registers where a head is `chunks` vectors; 0 reads them again for each key.
+template <Type type, int rows, int chunks>
 inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, const float* q, float* scores) {
+  f32 query[rows][std::max(1, chunks)];
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < chunks; j++) query[r][j] = load<f32>(q + r * head + 16 * j);
   for (int64_t s = 0; s < n; s += 16) {
-    f32 sums[rows][16];
+    f32 quarters[rows][4] = {};
     int64_t keys = std::min<int64_t>(16, n - s);
-    for (int64_t i = 0; i < keys; i++) {
-      f32 acc[rows] = {};
-      for (int64_t d = 0; d < head; d += 16) {
-        f32 k = part_of_entry<type>(c, head, first + s + i, d);
-        for (int r = 0; r < rows; r++) acc[r] += k * load<f32>(q + r * head + d);
+    for (int64_t four = 0; four < keys; four += 4) {
+      f32 acc[rows][4] = {};
+      for (int64_t i = 0; i < 4; i++) {
+        int64_t row = first + s + std::min(four + i, keys - 1);  // past the end: one that is there, not to be looked at
+        for (int64_t j = 0; j < (chunks ? chunks : head / 16); j++) {
+          f32 k = part_of_entry<type>(c, head, row, 16 * j);
+          for (int r = 0; r < rows; r++) acc[r][i] += k * (chunks ? query[r][j] : load<f32>(q + r * head + 16 * j));
+        }
       }
-      for (int r = 0; r < rows; r++) sums[r][i] = acc[r];
+      for (int r = 0; r < rows; r++) quarters[r][four / 4] = quarter_sums(acc[r]);
     }
-    for (int64_t i = keys; i < 16; i++)
-      for (int r = 0; r < rows; r++) sums[r][i] = f32{};
     f32 scale = splat(1.f);
     if constexpr (type == Type::u8) std::memcpy(&scale, c.scale + first + s, keys * 4);
-    for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(sums[r]) * scale);
+    for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(quarters[r]) * scale);
   }
 }
 
@@ -1157,7 +1181,8 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
     if (rows <= kFewQueries) {
       with_type(kc.type, [&]<Type type>() {
         few_rows(rows, [&]<int count>(int64_t r) {
-          few_scores<type, count>(kc, head, base + s0, n, q + r * head, scores + r * kKeys);
+          auto run = head == 64 ? few_scores<type, count, 4> : few_scores<type, count, 0>;
+          run(kc, head, base + s0, n, q + r * head, scores + r * kKeys);
         });
       });
       for (int64_t r = 0; r < rows; r++)

@@ -73,6 +73,11 @@ class Operands {
 Weight read_weight(const int64_t* f, Operands& from) {
   using D = ffi::DataType;
   Weight w;
+  for (Field small : {kCodes, kBits, kOffset, kN, kM, kOuter, kValue})
+    if (f[small] < 0 || f[small] > 1 << 16) {
+      from.fail("a weight's description is out of range");
+      return w;
+    }
   w.codes = Codes(f[kCodes]), w.bits = int(f[kBits]), w.inputs = f[kInputs], w.outputs = f[kOutputs];
   w.group = f[kGroup], w.packed_group = f[kPackedGroup], w.offset = int(f[kOffset]), w.n = int(f[kN]), w.m = int(f[kM]);
   w.value_type = Type(f[kValue]);

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,28 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """An open file: its entries by name and the memory map of its bytes."""
+  """A file whose header has been read: its entries by name, its size and where the header ends."""
 
   path: Path
   entries: dict[str, Entry]
-  data: np.ndarray
+  size: int
   header_end: int
 
   def read(self, name: str) -> np.ndarray:
-    """The tensor as a view of the memory map: nothing is copied until it is used."""
+    """The tensor as a memory map of its own: nothing is copied until it is used, and its pages go when it goes."""
     entry = self.entries[name]
-    return self.data[entry.start : entry.end].view(entry.dtype).reshape(entry.shape)
+    if entry.start == entry.end:
+      return np.empty(entry.shape, entry.dtype)
+    data = np.memmap(self.path, np.uint8, "r", offset=entry.start, shape=(entry.end - entry.start,))
+    return np.asarray(data).view(entry.dtype).reshape(entry.shape)
+
+  def chunks(self, name: str, nbytes: int = 1 << 20) -> Iterator[bytes]:
+    """The tensor's bytes, a piece at a time, read and not mapped."""
+    entry = self.entries[name]
+    with self.path.open("rb") as file:
+      file.seek(entry.start)
+      for at in range(entry.start, entry.end, nbytes):
+        yield file.read(min(nbytes, entry.end - at))
 
 
 def open_file(path: str | os.PathLike) -> File:
@@ -76,14 +87,15 @@ def open_file(path: str | os.PathLike) -> File:
   size = path.stat().st_size
   if size < 8:
     raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; fetch it again")
-  data = np.memmap(path, np.uint8, mode="r")
-  length = int(data[:8].view("<u8")[0])
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(min(length, _MAX_HEADER, size - 8))
   if length > min(_MAX_HEADER, size - 8):
     raise FormatError(
       f"{path}: the header claims {length} bytes, the file has {size}; it is cut or no safetensors file"
     )
   try:
-    header = json.loads(bytes(data[8 : 8 + length]), object_pairs_hook=_unique)
+    header = json.loads(text, object_pairs_hook=_unique)
   except (ValueError, RecursionError) as error:
     raise FormatError(f"{path}: the header is not valid JSON ({error})") from None
   if not isinstance(header, dict):
@@ -95,7 +107,7 @@ def open_file(path: str | os.PathLike) -> File:
   spans = sorted((e.start, e.end) for e in entries.values())
   if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
     raise FormatError(f"{path}: tensors overlap")
-  return File(path, entries, data, base)
+  return File(path, entries, size, base)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
