@@ -3,7 +3,16 @@
 from lmcompress.arrays.bitmap import BitmapArray, bitmap
 from lmcompress.arrays.clustered import ClusteredArray, clustered
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
-from lmcompress.arrays.input import Act, InputArray, Int8PerToken, with_act
+from lmcompress.arrays.input import (
+  ACTS,
+  Act,
+  FixedStep,
+  Float8PerToken,
+  InputArray,
+  Int8PerGroup,
+  Int8PerToken,
+  with_act,
+)
 from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
 from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
@@ -11,6 +20,7 @@ from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
 
 __all__ = [
+  "ACTS",
   "E2M1",
   "FP8_E4M3",
   "FP8_E5M2",
@@ -18,9 +28,12 @@ __all__ = [
   "Act",
   "BitmapArray",
   "ClusteredArray",
+  "FixedStep",
   "Float8",
+  "Float8PerToken",
   "Grid",
   "InputArray",
+  "Int8PerGroup",
   "Int8PerToken",
   "Integer",
   "LowRankArray",

@@ -53,6 +53,60 @@ class Int8PerToken:
     return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
 
 
+@dataclasses.dataclass(frozen=True)
+class Int8PerGroup:
+  """Rounds each token to int8 with a scale for every 32 inputs: an outlier coarsens its neighbours alone."""
+
+  @property
+  def name(self) -> str:
+    return "int8 per group"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    spare = -x.shape[-1] % _GROUP
+    groups = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spare)]).reshape(*x.shape[:-1], -1, _GROUP)
+    return Int8PerToken()(groups).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8PerToken:
+  """Rounds each token to fp8 (e4m3) by a scale of its own: `scale == max(|x|) / 448` (arXiv:2209.05433)."""
+
+  @property
+  def name(self) -> str:
+    return "fp8 per token"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) / 448
+    scale = jnp.where(scale == 0, 1.0, scale)
+    rounded = jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedStep:
+  """Rounds to the nearest multiple of `step`, whatever the size: `round(x / step) * step`."""
+
+  step: float
+
+  @property
+  def name(self) -> str:
+    return f"step {self.step:g}"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    rounded = jnp.round(x / self.step) * self.step
+    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+
+
+_GROUP = 32
+ACTS: dict[str, Act] = {
+  "int8_per_token": Int8PerToken(), "int8_per_group": Int8PerGroup(), "fp8_per_token": Float8PerToken(),
+}  # fmt: skip
+"""What may be done to an input, by the name that a recipe gives it."""
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("act", "axis"))
 @dataclasses.dataclass(frozen=True)
 class InputArray(CompressedArray):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmcompress import tree
-from lmcompress.calibration.sequential import block_by_block
+from lmcompress.calibration.sequential import Work, block_by_block
 from lmcompress.evaluate.size import kind
 from lmcompress.transforms.combine import STATISTICS, chain
 from lmcompress.types import Evidence, Params, Transform, WeightError
@@ -28,7 +28,9 @@ class Report:
 
   Attributes:
     rows: one dict per weight and link: `link`, `path`, `kind`, `shape`, `bits` (per entry, all parts counted),
-      `sparsity` (fraction of exact zeros), `weight_error` (relative to the weight the run started from), `seconds`.
+      `sparsity` (fraction of exact zeros), `weight_error` (relative to the weight the run started from),
+      `output_error` (relative, of what the linear gives on the calibration tokens, against the weight before the
+      link; NaN where it was not measured), `seconds`.
     links: one dict per link: `name`, `seconds` (without the measuring of errors).
   """
 
@@ -40,9 +42,12 @@ class Report:
     return {row["path"]: row for row in self.rows}
 
   def __str__(self) -> str:
-    lines = [f"{'weight':<34}{'stored as':<22}{'bits':>7}{'zeros':>8}{'error':>9}"]
+    lines = [f"{'weight':<34}{'stored as':<22}{'bits':>7}{'zeros':>8}{'error':>9}{'output':>9}"]
     for path, row in sorted(self.last().items(), key=lambda item: tree.natural(item[0])):
-      lines.append(f"{path:<34}{row['kind']:<22}{row['bits']:>7.3f}{row['sparsity']:>8.1%}{row['weight_error']:>9.4f}")
+      lines.append(
+        f"{path:<34}{row['kind']:<22}{row['bits']:>7.3f}{row['sparsity']:>8.1%}{row['weight_error']:>9.4f}"
+        + ("" if math.isnan(row["output_error"]) else f"{row['output_error']:>9.4f}")
+      )
     return "\n".join(lines)
 
 
@@ -66,7 +71,8 @@ def compress(
     model: the model that the tree belongs to.
     params: the tree; it is not changed.
     recipe: a transform, usually a `chain`, or transforms in order.
-    calibration: `[n, length]` int32 tokens, for methods that need statistics.
+    calibration: `[n, length]` int32 tokens, or `{"tokens", "attention_mask"}` where rows are padded, for methods that
+      need statistics.
     key: decides everything random.
     progress: told of each part that is done.
     on_link: called after each link with its name and the tree.
@@ -93,13 +99,13 @@ def compress(
     if link.needs & set(STATISTICS):
       if calibration is None:
         raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
-      params, seconds = block_by_block(model, params, link, state, evidence, np.asarray(calibration), progress)
+      params, work = block_by_block(model, params, link, state, evidence, calibration, progress)
     elif link.scope == "weight":
-      params, seconds = _weight_by_weight(params, link, state, evidence, progress)
+      params, work = _weight_by_weight(params, link, state, evidence, progress)
     else:
-      params, seconds = jax.block_until_ready(link.apply(params, state, evidence)[0]), {}
+      params, work = jax.block_until_ready(link.apply(params, state, evidence)[0]), Work()
     report.links.append({"name": link.name, "seconds": time.perf_counter() - begun})
-    report.rows += _rows(link.name, original, before, params, seconds)
+    report.rows += _rows(link.name, original, before, params, work)
     if on_link is not None:
       on_link(link.name, params)
   return params, report
@@ -107,22 +113,22 @@ def compress(
 
 def _weight_by_weight(
   params: Params, link: Transform, state: Any, evidence: Evidence, progress: Progress | None
-) -> tuple[Params, dict[str, float]]:
+) -> tuple[Params, Work]:
   """Applies a link to one weight's subtree at a time, so that only one is in work."""
-  leaves, seconds = tree.flatten(params), {}
+  leaves, work = tree.flatten(params), Work()
   paths = [path for path in leaves if tree.is_weight(path)]
   for n, path in enumerate(paths):
     begun = time.perf_counter()
     done, _ = link.apply(tree.unflatten({path: leaves[path]}), state, evidence)
     leaves[path] = jax.block_until_ready(tree.get(done, path))
-    seconds[path] = time.perf_counter() - begun
+    work.seconds[path] = time.perf_counter() - begun
     if progress is not None:
       progress(link.name, n + 1, len(paths))
-  return tree.unflatten(leaves), seconds
+  return tree.unflatten(leaves), work
 
 
 def _rows(
-  name: str, original: Params, before: Params, after: Params, seconds: Mapping[str, float]
+  name: str, original: Params, before: Params, after: Params, work: Work
 ) -> list[dict[str, Any]]:
   rows, first, old = [], tree.weights(original), tree.weights(before)
   for path, leaf in tree.weights(after).items():
@@ -139,7 +145,8 @@ def _rows(
         "bits": tree.leaf_nbits(leaf) / leaf.size,
         "sparsity": float(zeros),
         "weight_error": float(error) if same else float("nan"),
-        "seconds": seconds.get(path, 0.0),
+        "output_error": work.output_error.get(path, float("nan")),
+        "seconds": work.seconds.get(path, 0.0),
       }
     )
   return rows

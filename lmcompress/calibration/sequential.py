@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import InputArray
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.types import Block, Evidence, Params, Transform, WeightError
+from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, Transform, WeightError
+
+TOKENS = 4096
+"""Tokens that run at once, at most (one row at least)."""
+
+
+@dataclasses.dataclass
+class Work:
+  """By weight path: seconds, and the relative error `||X (W - W')|| / ||X W||` of its output where it was measured."""
+
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  output_error: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def block_by_block(
@@ -23,82 +35,164 @@ def block_by_block(
   link: Transform,
   state: Any,
   evidence: Evidence,
-  tokens: np.ndarray,
+  calibration: Any,
   progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Params, dict[str, float]]:
+) -> tuple[Params, Work]:
   """Applies a link that needs statistics to each block in turn.
 
-  Memory is one block's statistics and the hidden streams of the rows, whatever the depth. Linears of a stage
-  share their statistics.
+  A link of scope `weight` goes stage by stage: the statistics of a stage are taken with the stages before it
+  compressed (Frantar et al. 2022, "true sequential"). A link of scope `block` gets all stages of a block at once, as
+  they were. Linears of a stage share their statistics. Memory is one block's statistics and the hidden streams of
+  the rows (a second stream for a link that looks at what an input was before), whatever the depth.
 
   Args:
-    tokens: `[n, length]`, run one row at a time.
+    calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens.
 
   Returns:
-    The tree, and seconds per weight.
+    The tree, and what was done to each weight.
 
   Raises:
-    WeightError: the tokens are not `[n, length]`, or a statistic asked for is not finite or did not come back.
+    WeightError: the tokens are not `[n, length]` integers, or a statistic asked for is not finite or did not come back.
   """
-  if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-    raise WeightError(f"calibration tokens are [n, length] integers; found {tokens.dtype}{list(tokens.shape)}")
   wanted = tuple(sorted(link.needs & set(STATISTICS)))
-  carries = [model.start(params, row[None]) for row in tokens]
-  blocks, seconds = model.blocks(params), {}
+  batches = _batches(calibration)
+  original, stream = params, [model.start(params, batch) for batch in batches]
+  second = list(stream) if any(STATISTICS[name].reference for name in wanted) else None
+  blocks, work = model.blocks(params), Work()
   for n, block in enumerate(blocks):
-    begun = time.perf_counter()
-    collected = _collect(model, block, params, carries, wanted)
-    subtree = tree.unflatten(
-      {path: leaf for path, leaf in tree.flatten(params).items() if path.startswith(f"{block.path}/")}
-    )
-    done, state = link.apply(subtree, state, dataclasses.replace(evidence, statistics=collected))
-    for path, leaf in tree.flatten(done).items():
-      params = tree.put(params, path, leaf)
-    carries = [model.run(block, params, carry)[0] for carry in carries]
-    jax.block_until_ready(carries[-1])
-    elapsed = time.perf_counter() - begun
-    seconds.update({path: elapsed / len(collected) for path in collected})
+    alike = next(b for b in blocks if b[1:] == block[1:])  # one compilation serves blocks of one kind
+    for stages in [block.stages] if link.scope == "block" else [(stage,) for stage in block.stages]:
+      begun = time.perf_counter()
+      reference = None if second is None else (original, second)
+      values = _collect(model, block, alike, params, stream, stages, wanted, batches, reference)
+      statistics = {
+        f"{block.path}/{linear}/kernel": values[stage.name] for stage in stages for linear in stage.linears
+      }
+      leaves = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
+      if link.scope != "block":
+        leaves = {p: leaf for p, leaf in leaves.items() if p in statistics}
+      done, state = link.apply(tree.unflatten(leaves), state, dataclasses.replace(evidence, statistics=statistics))
+      for path, leaf in jax.block_until_ready(tree.flatten(done)).items():
+        if leaf is not leaves[path]:
+          params = tree.put(params, path, leaf)
+          if "hessian" in wanted and link.scope != "block":
+            work.output_error[path] = float(_output_error(leaves[path], leaf, statistics[path]["hessian"]))
+      seconds = (time.perf_counter() - begun) / len(statistics)
+      work.seconds.update(dict.fromkeys(statistics, seconds))
+    stream = _advance(model, block, alike, params, stream)
+    second = second and _advance(model, block, alike, original, second)
     if progress is not None:
       progress(link.name, n + 1, len(blocks))
   outside = {p: leaf for p, leaf in tree.flatten(params).items() if not any(p.startswith(f"{b.path}/") for b in blocks)}
   done, _ = link.apply(tree.unflatten(outside), state, evidence)  # refuses a weight that has no statistics
   for path, leaf in tree.flatten(done).items():
     params = tree.put(params, path, leaf)
-  return params, seconds
+  return params, work
+
+
+def _batches(calibration: Any) -> list[dict[str, np.ndarray]]:
+  """Rows of calibration, some at a time."""
+  given = calibration if isinstance(calibration, Mapping) else {"tokens": calibration}
+  tokens = np.asarray(given["tokens"])
+  if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+    raise WeightError(f"calibration tokens are [n, length] integers; found {tokens.dtype}{list(tokens.shape)}")
+  mask = np.asarray(given.get("attention_mask", np.ones(tokens.shape, bool))) != 0
+  if mask.shape != tokens.shape or not mask.any():
+    raise WeightError(
+      f"calibration's attention mask is {list(tokens.shape)} with real tokens in it; found {list(mask.shape)}"
+    )
+  size = max(1, TOKENS // tokens.shape[1])
+  return [
+    {"tokens": tokens[i : i + size], "attention_mask": mask[i : i + size]} for i in range(0, tokens.shape[0], size)
+  ]
+
+
+def _block_alone(block: Block, alike: Block, params: Params) -> Params:
+  """The block's parameters, dense, at the path of one like it: what a calibration run reads and then forgets."""
+
+  def dense(leaf: Any) -> Any:
+    if isinstance(leaf, InputArray):
+      return dataclasses.replace(leaf, weight=dense(leaf.weight))
+    return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+
+  return tree.unflatten(
+    {
+      alike.path + path.removeprefix(block.path): dense(leaf)
+      for path, leaf in tree.flatten(params).items()
+      if path.startswith(f"{block.path}/")
+    }
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "block"))
+def _run(model: Any, block: Block, params: Params, carry: Any) -> Any:
+  return model.run(block, params, carry)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "block", "taps"))
+def _tapped(model: Any, block: Block, params: Params, carry: Any, taps: tuple[str, ...]) -> dict[str, jax.Array]:
+  """Inputs of stages; what comes after them in the block is not computed."""
+  return model.run(block, params, carry, taps)[1]
+
+
+def _advance(model: Any, block: Block, alike: Block, params: Params, stream: list[Any]) -> list[Any]:
+  alone = _block_alone(block, alike, params)
+  return [_run(model, alike, alone, carry) for carry in stream]
 
 
 def _collect(
-  model: Any, block: Block, params: Params, carries: list[Any], wanted: tuple[str, ...]
+  model: Any,
+  block: Block,
+  alike: Block,
+  params: Params,
+  stream: list[Any],
+  stages: Sequence[Stage],
+  wanted: tuple[str, ...],
+  batches: list[dict[str, np.ndarray]],
+  reference: tuple[Params, list[Any]] | None,
 ) -> dict[str, dict[str, jax.Array]]:
-  """Statistics by weight path, from one run of the block over all rows."""
-  taps = tuple(stage.name for stage in block.stages)
-  states: dict[str, Any] = {}
-  count = 0
-  for carry in carries:
-    _, inputs = model.run(block, params, carry, taps)
+  """The statistics of each stage, from a run of the block over all rows up to there."""
+  taps = tuple(stage.name for stage in stages)
+  alone = _block_alone(block, alike, params)
+  before = None if reference is None else _block_alone(block, alike, reference[0])
+  states: dict[str, Any] = dict.fromkeys(taps)
+  count = jnp.float32(sum(int(batch["attention_mask"].sum()) for batch in batches))
+  for i, batch in enumerate(batches):
+    inputs = _tapped(model, alike, alone, stream[i], taps)
+    was = {} if reference is None else _tapped(model, alike, before, reference[1][i], taps)
     for name in taps:
       if inputs.get(name) is None:
         raise WeightError(
           f"{block.path}: stage {name!r} returned no input; the model must tap every stage it publishes"
         )
-      states[name] = _update(wanted, states.get(name), inputs[name])
-    count += inputs[taps[0]].shape[0] * inputs[taps[0]].shape[1]
+      states[name] = _update(wanted, states[name], inputs[name], was.get(name), batch["attention_mask"])
   found = {}
-  for stage in block.stages:
-    values = {w: STATISTICS[w].finish(s, jnp.float32(count)) for w, s in zip(wanted, states[stage.name], strict=True)}
-    for name, value in values.items():
+  for stage in stages:
+    found[stage.name] = {
+      w: STATISTICS[w].finish(s, count) for w, s in zip(wanted, states[stage.name], strict=True)
+    }
+    for name, value in found[stage.name].items():
       if not bool(jnp.all(jnp.isfinite(value))):
         raise WeightError(
           f"{name} of {block.path}/{stage.linears[0]} is not finite: the calibration text drives the model to infinity"
         )
-    for linear in stage.linears:
-      found[f"{block.path}/{linear}/kernel"] = values
   return found
 
 
 @functools.partial(jax.jit, static_argnames=("wanted",))
-def _update(wanted: tuple[str, ...], states: Any, x: jax.Array) -> Any:
-  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  real = jnp.ones(rows.shape[0], bool)
-  states = tuple(STATISTICS[w].init(rows.shape[1]) for w in wanted) if states is None else states
-  return tuple(STATISTICS[w].update(s, rows, real) for w, s in zip(wanted, states, strict=True))
+def _update(wanted: tuple[str, ...], states: Any, x: jax.Array, reference: Any, mask: jax.Array) -> Any:
+  def rows(x: jax.Array) -> jax.Array:
+    return jnp.where(mask.reshape(-1, 1), x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0.0)
+
+  x, reference = rows(x), None if reference is None else rows(reference)
+  states = tuple(STATISTICS[w].init(x.shape[1]) for w in wanted) if states is None else states
+  return tuple(STATISTICS[w].update(s, x, reference) for w, s in zip(wanted, states, strict=True))
+
+
+@jax.jit
+def _output_error(before: Any, after: Any, hessian: jax.Array) -> jax.Array:
+  """`||X (W - W')|| / ||X W||`, from the Hessian alone."""
+  w, done = (x if isinstance(x, jax.Array) else x.materialize() for x in (before, after))
+  energy = lambda e: jnp.sum(e * jnp.matmul(hessian, e))  # noqa: E731
+  e, w = (w - done).astype(jnp.float32), w.astype(jnp.float32)
+  return jnp.sqrt(jnp.maximum(energy(e), 0.0) / jnp.maximum(energy(w), jnp.finfo(jnp.float32).tiny))

@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Statistic(NamedTuple):
-  """A reducer over `x: [tokens, in]` and `real: [tokens]` (True for tokens that count).
+  """A reducer over `x: [tokens, in]`, padding already 0.
 
   Attributes:
     init: `in -> state`.
-    update: `(state, x, real) -> state`.
-    finish: `(state, count) -> value`.
+    update: `(state, x, reference) -> state`; `reference` is what x would be in the model before compression.
+    finish: `(state, count) -> value`, of `count` real tokens.
+    reference: whether `update` reads `reference` (else it is None).
   """
 
   init: Callable[[int], jax.Array]
-  update: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  update: Callable[[jax.Array, jax.Array, Any], jax.Array]
   finish: Callable[[jax.Array, jax.Array], jax.Array]
+  reference: bool = False
 
 
-def _gram(x: jax.Array) -> jax.Array:
-  return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+def _gram(x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _square(n: int) -> jax.Array:
+  return jnp.zeros((n, n), jnp.float32)
+
+
+def _row(n: int) -> jax.Array:
+  return jnp.zeros(n, jnp.float32)
 
 
 STATISTICS = {
-  "hessian": Statistic(
-    lambda n: jnp.zeros((n, n), jnp.float32),
-    lambda s, x, real: s + _gram(jnp.where(real[:, None], x, 0.0)),
-    lambda s, count: 2.0 * s / count,
+  "hessian": Statistic(_square, lambda s, x, _: s + _gram(x, x), lambda s, count: 2.0 * s / count),
+  "reference_hessian": Statistic(
+    _square, lambda s, x, reference: s + _gram(x, reference), lambda s, count: 2.0 * s / count, reference=True
   ),
-  "second_moment": Statistic(
-    lambda n: jnp.zeros(n, jnp.float32),
-    lambda s, x, real: s + jnp.sum(jnp.where(real[:, None], x * x, 0.0), axis=0),
-    lambda s, count: s / count,
-  ),
-  "absmax": Statistic(
-    lambda n: jnp.zeros(n, jnp.float32),
-    lambda s, x, real: jnp.maximum(s, jnp.max(jnp.where(real[:, None], jnp.abs(x), 0.0), axis=0)),
-    lambda s, count: s,
-  ),
-  "mean_abs": Statistic(
-    lambda n: jnp.zeros(n, jnp.float32),
-    lambda s, x, real: s + jnp.sum(jnp.where(real[:, None], jnp.abs(x), 0.0), axis=0),
-    lambda s, count: s / count,
-  ),
+  "second_moment": Statistic(_row, lambda s, x, _: s + jnp.sum(x * x, axis=0), lambda s, count: s / count),
+  "absmax": Statistic(_row, lambda s, x, _: jnp.maximum(s, jnp.max(jnp.abs(x), axis=0)), lambda s, count: s),
+  "mean_abs": Statistic(_row, lambda s, x, _: s + jnp.sum(jnp.abs(x), axis=0), lambda s, count: s / count),
 }
-"""`hessian` is `(2 / tokens) sum x x^T: [in, in]`; `second_moment`, `absmax` and `mean_abs` are `[in]`."""
+"""`hessian` is `(2 / tokens) sum x x^T: [in, in]`, `reference_hessian` `(2 / tokens) sum x r^T` with r the input in the
+model before compression; `second_moment`, `absmax` and `mean_abs` are `[in]`."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import typing
@@ -23,8 +24,11 @@ from lmcompress.arrays import (
   NF4,
   BitmapArray,
   ClusteredArray,
+  FixedStep,
   Float8,
+  Float8PerToken,
   InputArray,
+  Int8PerGroup,
   Int8PerToken,
   Integer,
   LowRankArray,
@@ -55,7 +59,7 @@ _KINDS = {
     QuantizedArray,
   )
 }
-_ACTS = (Int8PerToken,)
+_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken)
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
@@ -132,6 +136,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
   "n": lambda v: type(v) is int and 1 <= v <= 255,
   "offset": lambda v: type(v) is int and 0 <= v <= 255,
   "pad": lambda v: type(v) is int and v >= 0,
+  "step": lambda v: type(v) is float and 0 < v < math.inf,
 }
 """What the static fields of a compressed leaf and its grids may be, by name."""
 

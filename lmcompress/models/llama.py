@@ -264,6 +264,10 @@ class Llama:
     cache = carry["cache"]
     return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))
 
+  def extents(self, params: Params) -> dict[str, int]:
+    """Extents of logical axes that no array's shape tells by itself."""
+    return {"head": self.config.head_dim}
+
   def cache_shapes(self, params: Params) -> dict[str, tuple[int, int]]:
     """Per block path, the KV heads and the head dimension that a cache must hold."""
     head = self.config.head_dim

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcompress import tree
-from lmcompress.arrays.input import InputArray, Int8PerToken
+from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.tiled import TiledArray
@@ -35,7 +35,7 @@ def prepare(
     activations: what inputs are rounded to before a product. `float32` computes in float; `bfloat16` rounds inputs of
       many rows at once to bfloat16 (decoding stays in float32); `int8` rounds each token to 8 bits with a scale of
       its own and multiplies integers, for integer codes (other forms take float32). An `InputArray` with
-      `Int8PerToken` asks for `int8` itself.
+      `Int8PerToken` or `Int8PerGroup` asks for `int8` itself (the kernel has a scale for every 32 inputs).
     consume: empties `params` as it goes, so that memory never holds two copies of more than one weight.
     progress: called with `("prepare", done, total)`.
 
@@ -71,7 +71,7 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   if isinstance(leaf, TiledArray):
     return dataclasses.replace(leaf, activations=_allowed(leaf, activations))
   if isinstance(leaf, InputArray):
-    if not isinstance(leaf.act, Int8PerToken):
+    if not isinstance(leaf.act, (Int8PerGroup, Int8PerToken)):
       return dataclasses.replace(leaf, weight=_prepared(path, leaf.weight, axis, "float32"))
     inner = _prepared(path, leaf.weight, axis, "int8")
     fused = isinstance(inner, TiledArray) and inner.activations == "int8"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,92 @@ def _nonzero(scale: jax.Array) -> jax.Array:
   return jnp.where(scale == 0, 1.0, scale)
 
 
+class Fit(NamedTuple):
+  """Scale, as it will be read back and as it is stored, and the zero point or the minimum of each group.
+
+  Attributes:
+    scale: float32 `[..., groups, out]`, without the group's own axis.
+    stored: the same in its storage dtype, or quantized again.
+    zero_point: whole numbers in float32, or None.
+    minimum: float32 of values that the storage dtype holds, or None.
+  """
+
+  scale: jax.Array
+  stored: Any
+  zero_point: jax.Array | None
+  minimum: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+  """How groups are rounded; the fields are `round_to_nearest`'s arguments.
+
+  Scales are computed in float32 and rounded to their storage dtype *before* the codes, so that the codes are the
+  nearest for the scales that will be read back.
+  """
+
+  bits: int = 4
+  symmetric: bool = True
+  grid: str = "int"
+  convention: str = "full"
+  zero: str = "integer"
+  scale_dtype: str = "bfloat16"
+  scale_bits: int | None = None
+
+  @property
+  def values(self) -> Grid:
+    """What a code means."""
+    return integer(self.bits, self.symmetric, self.convention) if self.grid == "int" else TABLES[self.grid]
+
+  @property
+  def affine(self) -> bool:
+    return self.grid == "int" and not self.symmetric
+
+  def fit(self, g: jax.Array, along: int, shrink: Any = 1.0) -> Fit:
+    """The parameters of groups `g` that lie along an axis, their range shrunk to a fraction."""
+    minimum = None
+    if self.affine:
+      raw, minimum = affine_range(g, self.bits, along, shrink)
+    else:
+      raw = symmetric_scale(g, self.values, self.convention, along, shrink)
+      if self.grid == "mxfp4":
+        raw = jnp.exp2(jnp.floor(jnp.log2(raw * self.values.largest)) - 2)
+    return self.fitted(raw, minimum)
+
+  def fitted(self, raw: jax.Array, minimum: jax.Array | None) -> Fit:
+    """Parameters from a scale and an affine grid's minimum."""
+    dtype = {"mxfp4": "float8_e8m0fnu", "nvfp4": "float8_e4m3fn"}.get(self.grid, self.scale_dtype)
+    stored = _store_scale(raw, self.grid, dtype, self.scale_bits)
+    scale = (stored.materialize() if isinstance(stored, QuantizedArray) else stored).astype(jnp.float32)
+    if not self.affine:
+      return Fit(scale, stored, None, None)
+    assert minimum is not None
+    if self.zero == "integer":
+      return Fit(scale, stored, jnp.clip(jnp.round(-minimum / _nonzero(scale)), 0, 2**self.bits - 1), None)
+    return Fit(scale, stored, None, minimum.astype(self.scale_dtype).astype(jnp.float32))
+
+  def encode(self, g: jax.Array, fit: Fit, along: int) -> jax.Array:
+    """Codes uint8 of values `[..., group, ...]`."""
+    wide, levels = jnp.expand_dims(_nonzero(fit.scale), along), 2**self.bits - 1
+    if fit.zero_point is not None:
+      return jnp.clip(jnp.round(g / wide) + jnp.expand_dims(fit.zero_point, along), 0, levels).astype(jnp.uint8)
+    if fit.minimum is not None:
+      return jnp.clip(jnp.round((g - jnp.expand_dims(fit.minimum, along)) / wide), 0, levels).astype(jnp.uint8)
+    return self.values.encode(g / wide)
+
+  def decode(self, codes: jax.Array, fit: Fit, along: int) -> jax.Array:
+    """Values of codes, float32."""
+    v, wide = self.values.decode(codes), jnp.expand_dims(fit.scale, along)
+    if fit.zero_point is not None:
+      return (v - jnp.expand_dims(fit.zero_point, along)) * wide
+    return v * wide if fit.minimum is None else v * wide + jnp.expand_dims(fit.minimum, along)
+
+  def assemble(self, codes: jax.Array, fit: Fit, group_size: int, axis: int, dtype: str) -> QuantizedArray:
+    """The array of codes `[..., in, out]`."""
+    minimum = None if fit.minimum is None else fit.minimum.astype(self.scale_dtype)
+    return _assemble(codes, self.values, fit.stored, fit.zero_point, minimum, group_size, axis, dtype)
+
+
 def quantize(
   w: jax.Array,
   *,
@@ -93,9 +180,6 @@ def quantize(
 ) -> QuantizedArray:
   """Rounds `w` to the nearest point of a grid, group by group; the arguments are `round_to_nearest`'s.
 
-  Scales are computed in float32 and rounded to their storage dtype *before* the codes, so that the codes
-  are the nearest for the scales that will be read back.
-
   Args:
     w: `[..., in, out]` for axis -2, `[..., vocab, features]` for axis -1.
   """
@@ -108,64 +192,27 @@ def quantize(
 
   per_tensor = group_size == "tensor"
   size = -1 if isinstance(group_size, str) else group_size
-  values = integer(bits, symmetric, convention) if grid == "int" else TABLES[grid]
   g = w32.reshape(*w.shape[:-2], 1, -1, 1) if per_tensor else grouped(w32, size, axis)
   along = -2 if per_tensor else axis
-  if grid in ("mxfp4", "nvfp4"):
-    scale_dtype = "float8_e8m0fnu" if grid == "mxfp4" else "float8_e4m3fn"
-
-  affine = grid == "int" and not symmetric
-  levels = 2**values.bits - 1
-
-  def parts(shrink: Any) -> tuple[jax.Array, Any, jax.Array | None, jax.Array | None]:
-    """Float32 scale as it will be read back, its stored form, zero point, minimum."""
-    minimum = None
-    if affine:
-      raw, minimum = affine_range(g, bits, along, shrink)
-    else:
-      raw = symmetric_scale(g, values, convention, along, shrink)
-      if grid == "mxfp4":
-        raw = jnp.exp2(jnp.floor(jnp.log2(raw * values.largest)) - 2)
-    stored = _store_scale(raw, grid, scale_dtype, scale_bits)
-    scale = (stored.materialize() if isinstance(stored, QuantizedArray) else stored).astype(jnp.float32)
-    if not affine:
-      return scale, stored, None, None
-    assert minimum is not None
-    if zero == "integer":
-      return scale, stored, jnp.clip(jnp.round(-minimum / _nonzero(scale)), 0, levels), None
-    return scale, stored, None, minimum.astype(scale_dtype).astype(jnp.float32)
-
-  def encode(scale: jax.Array, zero_point: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
-    wide = jnp.expand_dims(_nonzero(scale), along)
-    if zero_point is not None:
-      return jnp.clip(jnp.round(g / wide) + jnp.expand_dims(zero_point, along), 0, levels).astype(jnp.uint8)
-    if minimum is not None:
-      return jnp.clip(jnp.round((g - jnp.expand_dims(minimum, along)) / wide), 0, levels).astype(jnp.uint8)
-    return values.encode(g / wide)
-
-  def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
-    v, wide = values.decode(codes), jnp.expand_dims(scale, along)
-    if zero_point is not None:
-      return (v - jnp.expand_dims(zero_point, along)) * wide
-    return v * wide if minimum is None else v * wide + jnp.expand_dims(minimum, along)
-
-  shrink: Any = 1.0
-  if clip == "mse":
-    shrink = _mse_shrink(g, along, parts, encode, decode)
-  scale, stored, zero_point, minimum = parts(shrink)
-  codes = encode(scale, zero_point, minimum)
+  rounding = Rounding(bits, symmetric, grid, convention, zero, scale_dtype, scale_bits)
+  fit = rounding.fit(g, along, best_shrink(rounding, g, along) if clip == "mse" else 1.0)
+  codes = rounding.encode(g, fit, along)
   codes = codes.reshape(w.shape) if per_tensor else ungrouped(codes, inputs, axis)
-  minimum = None if minimum is None else minimum.astype(scale_dtype)
-  return _assemble(codes, values, stored, zero_point, minimum, size, axis, dtype)
+  return rounding.assemble(codes, fit, size, axis, dtype)
 
 
-def _mse_shrink(g: jax.Array, along: int, parts: Any, encode: Any, decode: Any) -> jax.Array:
-  """The fraction of each group's range with the least `sum |error|**2.4` (Frantar et al. 2022, GPTQ code)."""
+def best_shrink(rounding: Rounding, g: jax.Array, along: int, importance: Any = None) -> jax.Array:
+  """The fraction of each group's range with the least `sum |error|**2.4` (Frantar et al. 2022, GPTQ's code).
+
+  Args:
+    importance: of each value, broadcast against `g`: then the least `sum importance * error**2`.
+  """
 
   def loss(shrink: jax.Array) -> jax.Array:
-    scale, _, zero_point, minimum = parts(shrink)
-    error = decode(encode(scale, zero_point, minimum), scale, zero_point, minimum) - g
-    return jnp.sum(jnp.abs(error) ** _MSE_NORM, axis=along)
+    fit = rounding.fit(g, along, shrink)
+    error = rounding.decode(rounding.encode(g, fit, along), fit, along) - g
+    weighed = jnp.abs(error) ** _MSE_NORM if importance is None else importance * error * error
+    return jnp.sum(weighed, axis=along)
 
   def better(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     shrink = 1.0 - i / _MSE_STEPS

@@ -1,22 +1,38 @@
 """A method per file, and the combinators that compose them."""
 
+from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
 from lmcompress.transforms.freeze import freeze
+from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.round_to_nearest import round_to_nearest
+from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
-METHODS = {f.__name__: f for f in (round_to_nearest, magnitude, freeze)}
+METHODS = {
+  f.__name__: f
+  for f in (
+    round_to_nearest, gptq, awq, awq_scale, smooth_quant, smooth, quantize_inputs, quantize_activations, magnitude,
+    freeze,
+  )
+}  # fmt: skip
 """Method factories by the name that a recipe gives them; a new method adds itself here."""
 
 __all__ = [
   "METHODS",
   "at",
+  "awq",
+  "awq_scale",
   "chain",
   "freeze",
+  "gptq",
   "leafwise",
   "magnitude",
   "named_chain",
   "partition",
+  "quantize_activations",
+  "quantize_inputs",
   "round_to_nearest",
   "scheduled",
+  "smooth",
+  "smooth_quant",
 ]

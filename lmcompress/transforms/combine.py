@@ -16,7 +16,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
-STATISTICS = ("hessian", "second_moment", "absmax", "mean_abs")
+STATISTICS = ("hessian", "reference_hessian", "second_moment", "absmax", "mean_abs")
 """Evidence that is kept per weight; a matrix function asks for it by a keyword-only argument of that name."""
 
 
@@ -223,6 +223,42 @@ def leafwise(
     return tree.map_weights(visit, params, chosen), state
 
   return Transform(init, apply, needs=frozenset(asked) - local, phase=phase, name=name or fn.__name__)
+
+
+def stagewise(
+  fn: Callable[..., dict[str, Any]],
+  *,
+  name: str,
+  needs: frozenset[str],
+  check: Callable[[str, Any], None] | None = None,
+) -> Transform:
+  """Lifts a function of the linears that read one input, which share their statistics.
+
+  Args:
+    fn: `({path: leaf}, **evidence) -> {path: leaf}`, a keyword for each need.
+    needs: statistics.
+    check: `(path, leaf)`, called when planned.
+  """
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    return leafwise(lambda w: w, check=check).init(params, selected)
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
+    groups: dict[int, dict[str, Any]] = {}
+    given: dict[int, dict[str, Any]] = {}
+    for path, leaf in tree.weights(params).items():
+      if path in chosen:
+        found = {need: _evidence_for(need, path, evidence, name) for need in sorted(needs)}
+        key = id(evidence.statistics[path])  # type: ignore[index]
+        groups.setdefault(key, {})[path] = leaf
+        given[key] = found
+    for key, members in groups.items():
+      for path, leaf in fn(members, **given[key]).items():
+        params = tree.put(params, path, leaf)
+    return params, state
+
+  return Transform(init, apply, needs=needs, name=name)
 
 
 def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:

@@ -24,16 +24,23 @@ def calibration():
 def spy(seen, factor=0.5):
   """Keeps the statistics it is given, and changes the weight so that the next block sees it."""
 
-  def method(w, *, path, hessian, second_moment, absmax, mean_abs):
-    seen[path] = {"hessian": hessian, "second_moment": second_moment, "absmax": absmax, "mean_abs": mean_abs}
+  def method(w, *, path, hessian, reference_hessian, second_moment, absmax, mean_abs):
+    seen[path] = {
+      "hessian": hessian, "reference_hessian": reference_hessian, "second_moment": second_moment, "absmax": absmax,
+      "mean_abs": mean_abs,
+    }
     return w * factor
 
   return leafwise(method, name="spy")
 
 
 def tapped(model, original, compressed, block, stage, calibration):
-  """Inputs of a stage `[tokens, in]` in float64: blocks before this one compressed, itself as it was."""
+  """Inputs of a stage `[tokens, in]` in float64: blocks and stages before this one compressed."""
   blocks = model.blocks(original)
+  for earlier in block.stages[: block.stages.index(stage)]:
+    for linear in earlier.linears:
+      path = f"{block.path}/{linear}/kernel"
+      original = tree.put(original, path, tree.get(compressed, path))
   rows = []
   for row in calibration:
     carry = model.start(original, row[None])
@@ -52,9 +59,9 @@ def test_statistics_are_those_of_the_tapped_inputs(tiny, calibration):
   assert set(seen) == set(tree.default_selection(params))
   for block in model.blocks(params):
     for stage in block.stages:
-      x = tapped(model, params, done, block, stage, calibration)
+      x, r = (tapped(model, params, after, block, stage, calibration) for after in (done, params))
       want = {
-        "hessian": 2 / len(x) * x.T @ x, "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
+        "hessian": 2 / len(x) * x.T @ x, "reference_hessian": 2 / len(x) * x.T @ r, "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
         "mean_abs": np.abs(x).mean(0),
       }
       for linear in stage.linears:

@@ -1,0 +1,86 @@
+"""SmoothQuant: outliers of activations moved into the weights, so that both can be rounded to 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress.arrays import ACTS, FixedStep, InputArray, with_act
+from lmcompress.transforms.combine import leafwise, named_chain
+from lmcompress.transforms.rescale import rescale
+from lmcompress.transforms.round_to_nearest import round_to_nearest
+from lmcompress.types import Transform, WeightError
+
+ActName = Literal["int8_per_token", "int8_per_group", "fp8_per_token"]
+
+
+def smooth(alpha: float = 0.8) -> Transform:
+  """Divides input channel j by `max |X_j|**alpha / max |W_j|**(1 - alpha)`, and rounds nothing (arXiv:2211.10438).
+
+  Args:
+    alpha: how much of the difficulty moves from activations to weights, 0 to 1; 0.5 in the paper, 0.8 for Llamas.
+  """
+  if not 0 <= alpha <= 1:
+    raise ValueError(f"smooth(alpha={alpha}): 0 to 1")
+
+  def find(weights: list[jax.Array], share: Any, absmax: jax.Array) -> jax.Array:
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(w), axis=1) for w in weights]), axis=0).astype(jnp.float32)
+    scale = jnp.maximum(absmax, 1e-5) ** alpha / jnp.maximum(largest, 1e-5) ** (1 - alpha)
+    return share(jnp.where(absmax > 0, jnp.maximum(scale, 1e-5), 1.0))
+
+  return rescale("smooth", find, frozenset({"absmax"}))
+
+
+def smooth_quant(
+  alpha: float = 0.8, bits: int = 8, group_size: int = -1, activations: ActName = "int8_per_token"
+) -> Transform:
+  """Smooths, rounds weights, and rounds activations at run time (Xiao et al. 2022, arXiv:2211.10438): W8A8.
+
+  Args:
+    alpha: as in `smooth`.
+    bits, group_size: of the weights, symmetric; -1 is one scale for each output.
+    activations: as in `quantize_inputs`.
+  """
+  return named_chain(
+    ("smooth", smooth(alpha)),
+    ("round weights", round_to_nearest(bits, group_size, convention="narrow")),
+    ("round inputs", quantize_inputs(activations)),
+  )
+
+
+def quantize_activations(step: float) -> Transform:
+  """Rounds what layers hand on to multiples of a fixed step: `round(x / step) * step` at the input of each weight.
+
+  Args:
+    step: the distance of two values; the report of `compress` and the perplexity tell what it costs.
+  """
+  if not 0 < step < float("inf"):
+    raise ValueError(f"quantize_activations(step={step}): a step is a positive number")
+
+  def wrap(w: Any, *, axis: int) -> InputArray:
+    return with_act(w, FixedStep(float(step)), axis)
+
+  return leafwise(wrap, name="quantize_activations", check=_fresh_input)
+
+
+def _fresh_input(path: str, leaf: Any) -> None:
+  if isinstance(leaf, InputArray):
+    raise WeightError(f"{path}: its input is already rounded ({leaf.act.name}); round inputs once")
+
+
+def quantize_inputs(activations: ActName = "int8_per_token") -> Transform:
+  """Rounds the input of each weight at run time; integer codes of both are multiplied as integers.
+
+  Args:
+    activations: `int8_per_token` has a scale for each token (arXiv:2206.01861); `int8_per_group` one for every 32
+      inputs of it, which outliers spoil less; `fp8_per_token` rounds to e4m3.
+  """
+  if activations not in ACTS:
+    raise ValueError(f"quantize_inputs(activations={activations!r}): one of {', '.join(ACTS)}")
+
+  def wrap(w: Any, *, axis: int) -> InputArray:
+    return with_act(w, ACTS[activations], axis)
+
+  return leafwise(wrap, name="quantize_inputs", check=_fresh_input)
