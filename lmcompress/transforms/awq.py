@@ -66,7 +66,7 @@ def awq(
 
   rounds = stagewise(quantize, name="round", needs=frozenset({"hessian"}), check=check)
   scale = awq_scale(bits, group_size, symmetric, scale_dtype)
-  return named_chain(("awq scale", scale), ("awq round", rounds))
+  return named_chain(("awq scale", scale), ("awq round", rounds))._replace(name="awq")
 
 
 def _rounding(name: str, bits: int, group_size: int, symmetric: bool, scale_dtype: str) -> Rounding:

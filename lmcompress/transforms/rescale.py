@@ -52,8 +52,9 @@ def rescale(name: str, find: Scales, needs: frozenset[str]) -> Transform:
 
   def _stage(params: Params, block: Block, stage: Stage, evidence: Evidence, here: set[str]) -> Params:
     paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
+    paths = [path for path in paths if tree.get(params, path) is not None]
     source = f"{block.path}/{stage.source}"
-    if not set(paths) & here or not stage.source:
+    if not set(paths) & here or tree.get(params, source) is None:
       return params
     if missing := set(paths) - here:
       raise WeightError(f"{name} at {paths[0]}: {sorted(missing)[0]} reads the same input and is not selected")

@@ -47,7 +47,7 @@ def smooth_quant(
     ("smooth", smooth(alpha)),
     ("round weights", round_to_nearest(bits, group_size, convention="narrow")),
     ("round inputs", quantize_inputs(activations)),
-  )
+  )._replace(name="smooth_quant")
 
 
 def quantize_activations(step: float) -> Transform:

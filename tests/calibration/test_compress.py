@@ -61,7 +61,8 @@ def test_statistics_are_those_of_the_tapped_inputs(tiny, calibration):
     for stage in block.stages:
       x, r = (tapped(model, params, after, block, stage, calibration) for after in (done, params))
       want = {
-        "hessian": 2 / len(x) * x.T @ x, "reference_hessian": 2 / len(x) * x.T @ r, "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
+        "hessian": 2 / len(x) * x.T @ x, "reference_hessian": 2 / len(x) * x.T @ r,
+        "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
         "mean_abs": np.abs(x).mean(0),
       }
       for linear in stage.linears:

@@ -1,0 +1,169 @@
+"""Rescaling channels leaves the model's function as it was; its scales are the papers'."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmcompress import tree
+from lmcompress.arrays import InputArray, QuantizedArray
+from lmcompress.calibration import compress
+from lmcompress.transforms import (
+  at,
+  awq,
+  awq_scale,
+  magnitude,
+  quantize_activations,
+  quantize_inputs,
+  round_to_nearest,
+  smooth,
+  smooth_quant,
+)
+from lmcompress.types import WeightError
+
+
+@pytest.fixture(scope="module")
+def calibration():
+  return np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def spiky(tiny):
+  """The small Llama with some channels far larger than the rest, as trained ones have."""
+  model, params = tiny
+  size = jnp.exp(jax.random.normal(jax.random.key(1), (32,)))
+  for i in "01":
+    for norm in ("attn_norm", "mlp_norm"):
+      params = tree.put(params, f"layers/{i}/{norm}/scale", size)
+  return model, params
+
+
+@pytest.mark.parametrize("transform", [awq_scale(4, 16), smooth(0.5), smooth(0.8)])
+def test_the_function_stays(spiky, calibration, transform):
+  """Logits within 1e-4: queries share values in threes, and the scales with them."""
+  model, params = spiky
+  done, _ = compress(model, params, transform, calibration)
+  changed = {p for p, leaf in tree.flatten(done).items() if tree.get(params, p) is not leaf}
+  assert "layers/0/attn_norm/scale" in changed and "layers/1/attn/v/kernel" in changed
+  before, after = (np.asarray(model.apply(p, calibration)) for p in (params, done))
+  np.testing.assert_allclose(after, before, atol=1e-4 * np.abs(before).max())
+  up = lambda p: np.asarray(p["layers"]["0"]["mlp"]["up"]["kernel"])  # noqa: E731
+  assert np.abs(up(done) / up(params) - 1).max() > 0.1
+
+
+def test_the_scales_of_smooth_quant(spiky, calibration):
+  """`max |X_j|**a / max |W_j|**(1 - a)` over all weights that read it, in NumPy."""
+  model, params = spiky
+  done, _ = compress(model, params, smooth(0.7), calibration)
+  _, taps = model.run(model.blocks(params)[0], params, model.start(params, calibration), ("gate_up",))
+  x = np.abs(np.asarray(taps["gate_up"])).max((0, 1))
+  mlp = params["layers"]["0"]["mlp"]
+  w = np.maximum(*(np.abs(np.asarray(mlp[n]["kernel"])).max(1) for n in ("gate", "up")))
+  scale = np.asarray(params["layers"]["0"]["mlp_norm"]["scale"]) / np.asarray(done["layers"]["0"]["mlp_norm"]["scale"])
+  np.testing.assert_allclose(scale, x**0.7 / w**0.3, rtol=1e-4)
+
+
+def test_awq_beats_rounding(spiky, calibration):
+  """On the logits, with the same bits."""
+  model, params = spiky
+  before = np.asarray(model.apply(params, calibration))
+  results = {}
+  for name, t in (("awq", awq(3, 16)), ("round", round_to_nearest(3, 16, symmetric=False))):
+    done, report = compress(model, params, at("layers/*", t), calibration)
+    results[name] = np.linalg.norm(np.asarray(model.apply(done, calibration)) - before)
+    assert {row["kind"] for row in report.last().values()} == {"int3 g16 asym"}
+  assert results["awq"] < 0.85 * results["round"]
+
+
+def test_awq_never_does_worse_than_no_scaling(tiny):
+  """r = 0 is among the candidates, so the best scale's error is at most that of plain rounding."""
+  from lmcompress.ops.rounding import Rounding
+  from lmcompress.transforms.awq import best_scale, relative_size
+
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
+  x = rng.normal(size=(100, 32)) * np.exp(rng.normal(size=32))
+  h, rounding = jnp.asarray(x.T @ x, jnp.float32), Rounding(3, False)
+  s = best_scale(w, h, jnp.asarray(np.abs(x).mean(0), jnp.float32), relative_size(w, 16), rounding, 16)
+  from lmcompress.transforms.awq import _rounded
+
+  error = lambda s: np.linalg.norm(x @ np.asarray(_rounded(w * s[:, None], rounding, 16, 1.0) / s[:, None] - w))  # noqa: E731
+  assert error(s) < error(jnp.ones(32))
+
+
+def test_w8a8(spiky, calibration):
+  """Weights and inputs in 8 bits: close to the original, and both really are integers."""
+  model, params = spiky
+  done, _ = compress(model, params, smooth_quant(0.5), calibration)
+  leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert isinstance(leaf, InputArray) and leaf.act.name == "int8 per token"
+  assert isinstance(leaf.weight, QuantizedArray) and leaf.weight.grid.bits == 8
+  before, after = (np.asarray(model.apply(p, calibration)) for p in (params, done))
+  assert np.linalg.norm(after - before) < 0.05 * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("name", ["int8_per_token", "int8_per_group", "fp8_per_token"])
+def test_inputs_are_rounded(tiny, name):
+  _, params = tiny
+  done, _ = compress(tiny[0], params, quantize_inputs(name))
+  act = done["layers"]["0"]["mlp"]["up"]["kernel"].act
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 70)), jnp.float32).at[0, 3].set(1000.0)
+  y = np.asarray(act(x))
+  error = np.abs(y - np.asarray(x))
+  size = 32 if name == "int8_per_group" else 70
+  parts = [np.abs(np.asarray(x)[:, i : i + size]).max(1, keepdims=True) for i in range(0, 70, size)]
+  largest = np.concatenate([np.broadcast_to(part, (5, size)) for part in parts], 1)[:, :70]
+  step = np.abs(np.asarray(x)) * 2**-4 + largest / 448 * 2**-9 if name == "fp8_per_token" else largest / 127 / 2
+  assert (error <= step * (1 + 1e-5)).all()
+  np.testing.assert_array_equal(np.asarray(act(jnp.zeros((2, 70)))), 0)
+
+
+def test_activations_at_a_fixed_step(tiny):
+  model, params = tiny
+  done, report = compress(model, params, quantize_activations(0.25))
+  leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
+  np.testing.assert_array_equal(leaf.act(jnp.asarray([0.3, -0.4, 1.0])), [0.25, -0.5, 1.0])
+  assert report.last()["layers/0/mlp/up/kernel"]["kind"] == "step 0.25 x float32"
+  with pytest.raises(WeightError, match="already rounded"):
+    compress(model, done, quantize_inputs())
+
+
+def test_what_is_coupled_must_be_selected(tiny, calibration):
+  model, params = tiny
+  with pytest.raises(WeightError, match=r"layers/0/mlp/up/kernel reads the same input and is not selected"):
+    compress(model, params, at("layers/*/mlp/gate", smooth()), calibration)
+  with pytest.raises(WeightError, match=r"attn/v/kernel, which feeds it, is not selected"):
+    compress(model, params, at("layers/*/attn/o", smooth()), calibration)
+  with pytest.raises(WeightError, match="rescales inputs of blocks' linears"):
+    compress(model, params, at("embed", smooth()), calibration)
+  with pytest.raises(WeightError, match="masked; rescale first"):
+    compress(model, compress(model, params, magnitude(0.5))[0], awq_scale(4, 16), calibration)
+  quantized = compress(model, params, round_to_nearest(8, -1))[0]
+  with pytest.raises(WeightError, match="already stored as int8"):
+    compress(model, quantized, awq(4, 16), calibration)
+
+
+def test_a_structure_that_does_not_tell(tiny, calibration):
+  """Without the extent of a head nobody knows which values an output reads."""
+  model, params = tiny
+
+  @dataclasses.dataclass(frozen=True)
+  class Silent(type(model)):
+    def extents(self, params):
+      return {}
+
+  with pytest.raises(WeightError, match=r"attn/o/kernel: its input .* does not tell which outputs"):
+    compress(Silent(model.config, model.sizes), params, smooth(), calibration)
+
+
+@pytest.mark.parametrize("make, message", [
+  (lambda: smooth(2.0), "0 to 1"), (lambda: awq(9), "bits are 2 to 8"), (lambda: awq_scale(4, 0), "at least 1"),
+  (lambda: quantize_inputs("int4"), "one of int8_per_token"), (lambda: quantize_activations(0.0), "positive number"),
+])
+def test_arguments_out_of_range(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
