@@ -29,6 +29,7 @@ from lmcompress.transforms import (
   chain,
   freeze,
   gptq,
+  hqq,
   leafwise,
   magnitude,
   named_chain,
@@ -40,6 +41,7 @@ from lmcompress.transforms import (
   smooth,
   smooth_quant,
 )
+from lmcompress.transforms.hqq import hqq_matrix
 from lmcompress.transforms.magnitude import keep_largest, n_of_m
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.transforms.schedules import cubic, every
@@ -126,6 +128,8 @@ def halve():
   return leafwise(half, name="halve")
 
 
+HQQ = {"axis": -2, "rounding": rounding.Rounding(3, symmetric=False, zero="real"), "group_size": 16, "norm": 0.7,
+       "iterations": 20}
 ramp = cubic(0.8, start=0, end=10)
 
 ROWS = [
@@ -163,6 +167,8 @@ ROWS = [
   Row("gptq propagating", lambda: gptq(3, 16, symmetric=False, zero="real", error_propagation=0.5), sums=True),
   Row("awq", lambda: awq(4, 16), norms=True, sums=True),
   Row("awq_scale", lambda: awq_scale(4, 16), norms=True, sums=True),
+  Row("hqq", lambda: hqq(3, 16), functools.partial(hqq_matrix, **HQQ),
+      functools.partial(hqq_matrix.__wrapped__, **HQQ)),
   Row("smooth", smooth, norms=True),
   Row("smooth_quant", smooth_quant, norms=True),
   Row("quantize_inputs", lambda: quantize_inputs("fp8_per_token")),

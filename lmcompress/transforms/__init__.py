@@ -4,6 +4,7 @@ from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
+from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
@@ -11,7 +12,7 @@ from lmcompress.transforms.smooth_quant import quantize_activations, quantize_in
 METHODS = {
   f.__name__: f
   for f in (
-    round_to_nearest, gptq, awq, awq_scale, smooth_quant, smooth, quantize_inputs, quantize_activations, magnitude,
+    round_to_nearest, gptq, awq, awq_scale, hqq, smooth_quant, smooth, quantize_inputs, quantize_activations, magnitude,
     freeze,
   )
 }  # fmt: skip
@@ -25,6 +26,7 @@ __all__ = [
   "chain",
   "freeze",
   "gptq",
+  "hqq",
   "leafwise",
   "magnitude",
   "named_chain",

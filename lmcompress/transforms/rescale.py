@@ -19,12 +19,13 @@ Scales = Callable[..., jax.Array]
 `[in]` equal where the source gives one value to several inputs."""
 
 
-def rescale(name: str, find: Scales, needs: frozenset[str]) -> Transform:
+def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = False) -> Transform:
   """Divides the input of each stage by scales that `find` chooses, in whatever produces it.
 
   The structure says what feeds a stage: a norm, whose scale (and bias) is divided, or a linear, whose output is
   divided. Where queries share keys and values, inputs that one value reaches share a scale. A stage that nothing
-  linear feeds stays as it is. Dense weights only: what is quantized cannot be scaled exactly.
+  linear feeds stays as it is, and with `norms_only` one that a linear feeds does too. Dense weights only: what is
+  quantized cannot be scaled exactly.
 
   Raises (when applied):
     WeightError: some but not all linears of a stage are selected, or the linear that feeds them is not.
@@ -54,11 +55,12 @@ def rescale(name: str, find: Scales, needs: frozenset[str]) -> Transform:
     paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
     paths = [path for path in paths if tree.get(params, path) is not None]
     source = f"{block.path}/{stage.source}"
-    if not set(paths) & here or tree.get(params, source) is None:
+    linear = tree.get(params, f"{source}/kernel") is not None
+    if not set(paths) & here or tree.get(params, source) is None or (linear and norms_only):
       return params
     if missing := set(paths) - here:
       raise WeightError(f"{name} at {paths[0]}: {sorted(missing)[0]} reads the same input and is not selected")
-    if tree.get(params, f"{source}/kernel") is not None and f"{source}/kernel" not in here:
+    if linear and f"{source}/kernel" not in here:
       raise WeightError(f"{name} at {paths[0]}: {source}/kernel, which feeds it, is not selected")
     weights = [tree.get(params, path) for path in paths]
     given = {need: (evidence.statistics or {})[paths[0]][need] for need in sorted(needs)}

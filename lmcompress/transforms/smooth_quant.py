@@ -16,11 +16,13 @@ from lmcompress.types import Transform, WeightError
 ActName = Literal["int8_per_token", "int8_per_group", "fp8_per_token"]
 
 
-def smooth(alpha: float = 0.8) -> Transform:
+def smooth(alpha: float = 0.5, sources: Literal["norms", "all"] = "norms") -> Transform:
   """Divides input channel j by `max |X_j|**alpha / max |W_j|**(1 - alpha)`, and rounds nothing (arXiv:2211.10438).
 
   Args:
-    alpha: how much of the difficulty moves from activations to weights, 0 to 1; 0.5 in the paper, 0.8 for Llamas.
+    alpha: how much of the difficulty moves from activations to weights, 0 to 1.
+    sources: `norms` rescales what a norm feeds, as the paper does; `all` also what a linear feeds (through values and
+      gated products).
   """
   if not 0 <= alpha <= 1:
     raise ValueError(f"smooth(alpha={alpha}): 0 to 1")
@@ -30,21 +32,25 @@ def smooth(alpha: float = 0.8) -> Transform:
     scale = jnp.maximum(absmax, 1e-5) ** alpha / jnp.maximum(largest, 1e-5) ** (1 - alpha)
     return share(jnp.where(absmax > 0, jnp.maximum(scale, 1e-5), 1.0))
 
-  return rescale("smooth", find, frozenset({"absmax"}))
+  return rescale("smooth", find, frozenset({"absmax"}), norms_only=sources == "norms")
 
 
 def smooth_quant(
-  alpha: float = 0.8, bits: int = 8, group_size: int = -1, activations: ActName = "int8_per_token"
+  alpha: float = 0.5,
+  bits: int = 8,
+  group_size: int = -1,
+  activations: ActName = "int8_per_group",
+  sources: Literal["norms", "all"] = "norms",
 ) -> Transform:
   """Smooths, rounds weights, and rounds activations at run time (Xiao et al. 2022, arXiv:2211.10438): W8A8.
 
   Args:
-    alpha: as in `smooth`.
+    alpha, sources: as in `smooth`.
     bits, group_size: of the weights, symmetric; -1 is one scale for each output.
     activations: as in `quantize_inputs`.
   """
   return named_chain(
-    ("smooth", smooth(alpha)),
+    ("smooth", smooth(alpha, sources)),
     ("round weights", round_to_nearest(bits, group_size, convention="narrow")),
     ("round inputs", quantize_inputs(activations)),
   )._replace(name="smooth_quant")
@@ -75,7 +81,7 @@ def quantize_inputs(activations: ActName = "int8_per_token") -> Transform:
 
   Args:
     activations: `int8_per_token` has a scale for each token (arXiv:2206.01861); `int8_per_group` one for every 32
-      inputs of it, which outliers spoil less; `fp8_per_token` rounds to e4m3.
+      inputs of it, which outliers spoil less and which the CPU kernels multiply; `fp8_per_token` rounds to e4m3.
   """
   if activations not in ACTS:
     raise ValueError(f"quantize_inputs(activations={activations!r}): one of {', '.join(ACTS)}")

@@ -42,7 +42,7 @@ def spiky(tiny):
   return model, params
 
 
-@pytest.mark.parametrize("transform", [awq_scale(4, 16), smooth(0.5), smooth(0.8)])
+@pytest.mark.parametrize("transform", [awq_scale(4, 16), smooth(0.5, "all"), smooth(0.8, "all")])
 def test_the_function_stays(spiky, calibration, transform):
   """Logits within 1e-4: queries share values in threes, and the scales with them."""
   model, params = spiky
@@ -98,7 +98,7 @@ def test_awq_never_does_worse_than_no_scaling(tiny):
 def test_w8a8(spiky, calibration):
   """Weights and inputs in 8 bits: close to the original, and both really are integers."""
   model, params = spiky
-  done, _ = compress(model, params, smooth_quant(0.5), calibration)
+  done, _ = compress(model, params, smooth_quant(0.5, activations="int8_per_token"), calibration)
   leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
   assert isinstance(leaf, InputArray) and leaf.act.name == "int8 per token"
   assert isinstance(leaf.weight, QuantizedArray) and leaf.weight.grid.bits == 8
@@ -137,7 +137,7 @@ def test_what_is_coupled_must_be_selected(tiny, calibration):
   with pytest.raises(WeightError, match=r"layers/0/mlp/up/kernel reads the same input and is not selected"):
     compress(model, params, at("layers/*/mlp/gate", smooth()), calibration)
   with pytest.raises(WeightError, match=r"attn/v/kernel, which feeds it, is not selected"):
-    compress(model, params, at("layers/*/attn/o", smooth()), calibration)
+    compress(model, params, at("layers/*/attn/o", smooth(sources="all")), calibration)
   with pytest.raises(WeightError, match="rescales inputs of blocks' linears"):
     compress(model, params, at("embed", smooth()), calibration)
   with pytest.raises(WeightError, match="masked; rescale first"):
@@ -157,7 +157,7 @@ def test_a_structure_that_does_not_tell(tiny, calibration):
       return {}
 
   with pytest.raises(WeightError, match=r"attn/o/kernel: its input .* does not tell which outputs"):
-    compress(Silent(model.config, model.sizes), params, smooth(), calibration)
+    compress(Silent(model.config, model.sizes), params, smooth(sources="all"), calibration)
 
 
 @pytest.mark.parametrize("make, message", [

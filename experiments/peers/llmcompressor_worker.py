@@ -1,0 +1,90 @@
+"""One run of llm-compressor: a GGUF model, calibration tokens, a method; perplexity, seconds and peak memory as JSON.
+
+  python llmcompressor_worker.py MODEL.gguf calibration.npy evaluation.npy gptq 4 result.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # the peer's AWQ pins memory, which needs an accelerator
+
+
+def load(path: Path):
+  """The model dequantized to float32, free of what the GGUF says of its quantization."""
+  from transformers import AutoConfig, AutoModelForCausalLM
+
+  given = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+  config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+  if hasattr(config, "quantization_config"):
+    del config.quantization_config
+  model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+  model.load_state_dict(given.state_dict())
+  return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model, tokens: np.ndarray) -> float:
+  """Each row on its own, without a token for the beginning."""
+  total = 0.0
+  for row in tokens:
+    ids = torch.from_numpy(row[None].astype(np.int64))
+    logits = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
+    total -= logits.gather(1, ids[0, 1:, None]).sum().item()
+  return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def recipe(method: str, bits: int):
+  """GPTQ as the peer recommends it (static activation order), or AWQ, both in groups of 64."""
+  from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+  from llmcompressor.modifiers.quantization import GPTQModifier
+
+  symmetric = method == "gptq" and bits == 4
+  weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=64)
+  groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+  if method == "gptq":
+    return GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static")
+  from llmcompressor.modifiers.awq import AWQModifier
+
+  return AWQModifier(config_groups=groups, ignore=["lm_head"])
+
+
+def main() -> None:
+  """Compresses, scores and writes what it found."""
+  gguf, calibration, evaluation, method, bits, out = sys.argv[1:]
+  torch.set_num_threads(1)
+  model = load(Path(gguf))
+  tokens, held_out = np.load(calibration), np.load(evaluation)
+  before = perplexity(model, held_out)
+  from datasets import Dataset
+  from llmcompressor import oneshot
+
+  rows = {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
+  begun = time.perf_counter()
+  oneshot(
+    model=model,
+    dataset=Dataset.from_dict(rows),
+    recipe=recipe(method, int(bits)),
+    max_seq_length=tokens.shape[1],
+    num_calibration_samples=len(tokens),
+  )
+  seconds = time.perf_counter() - begun
+  after = perplexity(model, held_out)
+  found = {
+    "method": method, "bits": int(bits), "float32": before, "perplexity": after, "ratio": after / before,
+    "seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+  }
+  Path(out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main()
