@@ -18,9 +18,15 @@ _HOMES = {
   **dict.fromkeys(
     ("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"
   ),
+  **dict.fromkeys(("awq", "awq_scale"), "lmcompress.transforms.awq"),
   "freeze": "lmcompress.transforms.freeze",
+  "gptq": "lmcompress.transforms.gptq",
+  "hqq": "lmcompress.transforms.hqq",
   "magnitude": "lmcompress.transforms.magnitude",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
+  **dict.fromkeys(
+    ("quantize_activations", "quantize_inputs", "smooth", "smooth_quant"), "lmcompress.transforms.smooth_quant"
+  ),
   **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
 }
 
@@ -33,10 +39,14 @@ if TYPE_CHECKING:
   from lmcompress.io.load import load
   from lmcompress.ops import backends, prepare, use_backend
   from lmcompress.summary import summary
+  from lmcompress.transforms.awq import awq, awq_scale
   from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
   from lmcompress.transforms.freeze import freeze
+  from lmcompress.transforms.gptq import gptq
+  from lmcompress.transforms.hqq import hqq
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.round_to_nearest import round_to_nearest
+  from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
 __all__ = [
   "ConfigError",
@@ -45,11 +55,15 @@ __all__ = [
   "SourceError",
   "WeightError",
   "at",
+  "awq",
+  "awq_scale",
   "backends",
   "chain",
   "compress",
   "freeze",
   "generate",
+  "gptq",
+  "hqq",
   "leafwise",
   "load",
   "magnitude",
@@ -57,9 +71,13 @@ __all__ = [
   "partition",
   "perplexity",
   "prepare",
+  "quantize_activations",
+  "quantize_inputs",
   "round_to_nearest",
   "save",
   "scheduled",
+  "smooth",
+  "smooth_quant",
   "summary",
   "use_backend",
 ]

@@ -61,6 +61,13 @@ class MeshSizes(_Table):
   tensor: int = 1
 
 
+class Gates(_Table):
+  """What a run may lose, on every text; a run that loses more fails."""
+
+  max_kl: float | None = pydantic.Field(None, ge=0)
+  max_perplexity_ratio: float | None = pydantic.Field(None, gt=0)
+
+
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
@@ -77,12 +84,15 @@ class Config(_Table):
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   mesh: MeshSizes | None = None
+  gates: Gates | None = None
   variants: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
 
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:8]
+    without = {"gates"} if self.gates is None else set()  # a key that says nothing changes nothing
+    table = self.model_dump(mode="json", exclude=without)
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
 
   @property
   def folder(self) -> str:

@@ -24,3 +24,7 @@ class SourceError(LmcompressError, FileNotFoundError):
 
 class WeightError(LmcompressError, ValueError):
   """A weight cannot be compressed as asked; the message names the path, what was asked and what would do."""
+
+
+class GateError(LmcompressError, ValueError):
+  """A run lost more quality than its config allows; the message says how much, and names the worst weights."""

@@ -21,6 +21,7 @@ from lmcompress import recipe as recipes
 from lmcompress.calibration import compress
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
+from lmcompress.errors import GateError
 from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
@@ -85,7 +86,7 @@ def run(
   folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
-    return read_result(folder)
+    return _through_gates(config, read_result(folder))
 
   mesh = _mesh(config)
   watcher.note(f"loading {config.model}")
@@ -161,7 +162,37 @@ def run(
   report.write_tensorboard(result, folder / "tensorboard")
   report.write_html(result, folder / "report.html")
   _write(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
-  return result
+  return _through_gates(config, result)
+
+
+def _through_gates(config: Config, result: dict[str, Any]) -> dict[str, Any]:
+  """The result, if it lost no more than the config allows; all of it is written already.
+
+  Raises:
+    GateError: what was lost, what is allowed, and the three weights with the largest errors.
+  """
+  if config.gates is None:
+    return result
+  first, last = result["stages"][0], result["stages"][-1]
+  broken = []
+  for text, perplexity in last["perplexity"].items():
+    ratio, kl = perplexity / first["perplexity"][text], last["kl"][text]
+    for name, found, most in (
+      ("max_perplexity_ratio", ratio, config.gates.max_perplexity_ratio), ("max_kl", kl, config.gates.max_kl)
+    ):  # fmt: skip
+      if most is not None and not found <= most:  # NaN breaks a gate
+        broken.append(f"{name} is {found:.4g} on {text}, {most:g} is allowed")
+  if not broken:
+    return result
+  latest = {row["path"]: row for row in result["weights"]}
+  errors = {
+    path: row["weight_error"] if row.get("output_error") is None else row["output_error"] for path, row in latest.items()
+  }
+  worst = ", ".join(f"{path} ({errors[path]:.3f})" for path in sorted(errors, key=lambda path: -errors[path])[:3])
+  raise GateError(
+    f"{config.name}: {'; '.join(broken)}; the largest errors are at {worst or 'no weight'}. Give those more bits, or "
+    "allow more"
+  )
 
 
 def _mesh(config: Config) -> Any:

@@ -82,7 +82,7 @@ def html(result: Result) -> str:
   ).from_string(source)
   stages, columns = _stages(result), _stage_columns(result, agreement=True)
   weights = _last_rows(result)
-  quality, errors, histograms = _plots(result, stages, weights)
+  quality, errors, output_errors, histograms = _plots(result, stages, weights)
   return template.render(
     name=_run_name(result),
     description=_text(result.get("description", "")),
@@ -94,6 +94,7 @@ def html(result: Result) -> str:
     generation=_continuations(result.get("generation") or {}),
     quality=quality,
     errors=errors,
+    output_errors=output_errors,
     not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not _drawn(x, y)],
     outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items() if not _LAYER.match(path)],
     histograms=histograms,
@@ -210,7 +211,8 @@ def _continuations(generation: Row) -> dict[str, str]:
 def _weight_cells(row: Row) -> list[str]:
   shape = " × ".join(map(str, row.get("shape") or []))
   numbers = [
-    _show(row.get(key), digits) for key, digits in (("bits", 3), ("sparsity", 3), ("weight_error", 4), ("seconds", 2))
+    _show(row.get(key), digits)
+    for key, digits in (("bits", 3), ("sparsity", 3), ("weight_error", 4), ("output_error", 4), ("seconds", 2))
   ]
   return [*(_text(row.get(key, "-")) for key in ("path", "link", "kind")), shape, *numbers]
 
@@ -228,10 +230,11 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 # Plots
 
 
-def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str]:
+def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str, str]:
   """SVG of perplexity against size, of error against depth, and of the weights' values; "" where no data."""
   with _style():
-    return _plot_quality(stages), _plot_errors(weights), _plot_histograms(result.get("histograms") or {})
+    histograms = _plot_histograms(result.get("histograms") or {})
+    return _plot_quality(stages), _plot_errors(weights, "weight"), _plot_errors(weights, "output"), histograms
 
 
 @contextlib.contextmanager
@@ -304,11 +307,12 @@ def _plot_quality(stages: Sequence[Row]) -> str:
   return _svg(figure, "quality")
 
 
-def _plot_errors(weights: Mapping[str, Row]) -> str:
+def _plot_errors(weights: Mapping[str, Row], of: str) -> str:
+  """The `weight` or the `output` error of each kind of linear by depth; '' where none was measured."""
   lines: dict[str, list[tuple[int, float]]] = {}
   for path, row in weights.items():
     linear, depth = _split(path)
-    error = _float(row.get("weight_error"))
+    error = _float(row.get(f"{of}_error"))
     if depth is not None and math.isfinite(error):
       lines.setdefault(linear, []).append((depth, error))
   if not lines:
@@ -328,11 +332,11 @@ def _plot_errors(weights: Mapping[str, Row]) -> str:
       linewidth=1.2,
       linestyle=_LINES[n // len(_COLORS) % len(_LINES)],
     )
-  axes.set(xlabel="layer", ylabel="relative weight error")
+  axes.set(xlabel="layer", ylabel=f"relative {of} error")
   axes.set_ylim(0, 1.08 * max(error for points in lines.values() for _, error in points) or 1)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   _legend(axes)
-  return _svg(figure, "errors")
+  return _svg(figure, f"{of} errors")
 
 
 def _plot_histograms(histograms: Mapping[str, Row]) -> str:

@@ -18,6 +18,7 @@ import lmcompress as lmc
 from lmcompress import experiment
 from lmcompress import recipe as recipes
 from lmcompress.config import check, load_config
+from lmcompress.errors import GateError
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.models import Llama, LlamaConfig
 from lmcompress.types import FormatError, LmcompressError
@@ -365,6 +366,27 @@ def test_more_tokens_than_the_context_are_refused_before_anything_is_written(pla
   with pytest.raises(LmcompressError, match="context of 256"):
     experiment.run(config, tmp_path, COMMAND)
   assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------- gates
+
+
+def test_a_run_that_loses_too_much_fails_and_names_the_worst(place, tmp_path):
+  """The result is written all the same, and a second look at it fails too; a generous gate lets it through."""
+  small = ["recipe=[{name: gptq, bits: 2, group_size: 16}]", "bench.rounds=0", "generate=null",
+           f"calibration={{text: '{place / 'text.txt'}', windows: 2, length: 32}}"]
+  config = load_config(place / "tiny.yaml", [*small, "gates={max_kl: 1.0e-6, max_perplexity_ratio: 100.0}"])
+  for _ in range(2):
+    with pytest.raises(GateError, match=r"max_kl is .* on .*text.txt, 1e-06 is allowed; .* layers/\d") as caught:
+      experiment.run(config, tmp_path, COMMAND)
+  assert "max_perplexity_ratio" not in str(caught.value)
+  written = json.loads((tmp_path / config.folder / "result.json").read_text())
+  rows = sorted(written["weights"], key=lambda row: -row["output_error"])
+  assert [str(caught.value).count(row["path"]) for row in rows[:4]] == [1, 1, 1, 0]
+  assert "Output error by layer" in (tmp_path / config.folder / "report.html").read_text()
+  passed = load_config(place / "tiny.yaml", [*small, "gates={max_kl: 100.0}"])
+  assert experiment.run(passed, tmp_path, COMMAND)["stages"][-1]["kl"]
+  assert load_config(place / "tiny.yaml", [*small, "gates=null"]).hash == load_config(place / "tiny.yaml", small).hash
 
 
 # ---------------------------------------------------------------------------------------------- meshes

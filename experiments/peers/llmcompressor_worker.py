@@ -3,12 +3,15 @@
   python llmcompressor_worker.py MODEL.gguf calibration.npy evaluation.npy gptq 4 result.json
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +21,8 @@ import torch
 torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # the peer's AWQ pins memory, which needs an accelerator
 
 
-def load(path: Path):
+@contextlib.contextmanager
+def loaded(path: Path):
   """The model dequantized to float32, free of what the GGUF says of its quantization."""
   from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,7 +32,9 @@ def load(path: Path):
     del config.quantization_config
   model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
   model.load_state_dict(given.state_dict())
-  return model.eval()
+  with tempfile.TemporaryDirectory() as folder:  # the peer looks again at where a model came from
+    model.save_pretrained(folder)
+    yield AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -61,29 +67,38 @@ def main() -> None:
   """Compresses, scores and writes what it found."""
   gguf, calibration, evaluation, method, bits, out = sys.argv[1:]
   torch.set_num_threads(1)
-  model = load(Path(gguf))
   tokens, held_out = np.load(calibration), np.load(evaluation)
-  before = perplexity(model, held_out)
+  with loaded(Path(gguf)) as model:
+    found = run(model, tokens, held_out, method, int(bits))
+  Path(out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+  print(json.dumps(found))
+
+
+def run(model, tokens: np.ndarray, held_out: np.ndarray, method: str, bits: int) -> dict:
+  """The figures of one method."""
   from datasets import Dataset
   from llmcompressor import oneshot
+  from tokenizers import Tokenizer, models
+  from transformers import PreTrainedTokenizerFast
 
+  before = perplexity(model, held_out)
+  unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")  # rows are tokens
   rows = {"input_ids": tokens.tolist(), "attention_mask": np.ones_like(tokens).tolist()}
   begun = time.perf_counter()
   oneshot(
     model=model,
+    processor=unused,
     dataset=Dataset.from_dict(rows),
-    recipe=recipe(method, int(bits)),
+    recipe=recipe(method, bits),
     max_seq_length=tokens.shape[1],
     num_calibration_samples=len(tokens),
   )
-  seconds = time.perf_counter() - begun
+  seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   after = perplexity(model, held_out)
-  found = {
-    "method": method, "bits": int(bits), "float32": before, "perplexity": after, "ratio": after / before,
-    "seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-  }
-  Path(out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-  print(json.dumps(found))
+  return {
+    "method": method, "bits": bits, "float32": before, "perplexity": after, "ratio": after / before,
+    "seconds": seconds, "peak_bytes": peak,
+  }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,8 +28,8 @@ class Report:
   Attributes:
     rows: one dict per weight and link: `link`, `path`, `kind`, `shape`, `bits` (per entry, all parts counted),
       `sparsity` (fraction of exact zeros), `weight_error` (relative to the weight the run started from),
-      `output_error` (relative, of what the linear gives on the calibration tokens, against the weight before the
-      link; NaN where it was not measured), `seconds`.
+      `output_error` (relative, of what the linear gives on the calibration tokens, against the weight before the link;
+      None where it was not measured), `seconds`.
     links: one dict per link: `name`, `seconds` (without the measuring of errors).
   """
 
@@ -46,7 +45,7 @@ class Report:
     for path, row in sorted(self.last().items(), key=lambda item: tree.natural(item[0])):
       lines.append(
         f"{path:<34}{row['kind']:<22}{row['bits']:>7.3f}{row['sparsity']:>8.1%}{row['weight_error']:>9.4f}"
-        + ("" if math.isnan(row["output_error"]) else f"{row['output_error']:>9.4f}")
+        + (f"{row['output_error']:>9.4f}" if row["output_error"] is not None else "")
       )
     return "\n".join(lines)
 
@@ -145,7 +144,7 @@ def _rows(
         "bits": tree.leaf_nbits(leaf) / leaf.size,
         "sparsity": float(zeros),
         "weight_error": float(error) if same else float("nan"),
-        "output_error": work.output_error.get(path, float("nan")),
+        "output_error": work.output_error.get(path),
         "seconds": work.seconds.get(path, 0.0),
       }
     )

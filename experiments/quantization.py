@@ -1,0 +1,150 @@
+"""Calibrated quantization, and llm-compressor beside it: perplexity, bits, seconds and memory, over calibration seeds.
+
+Each run of a method is a process of its own, and leaves a file in `results/quantization/`; a file that is there is not
+made again, so that an interrupted study goes on where it was. Reproduce the committed result:
+
+  python -m venv PEER && PEER/bin/pip install -r experiments/quantization-requirements.txt
+  python experiments/quantization.py --config configs/smollm2/quantization.yaml --peer PEER/bin/python
+
+One of ours alone:
+
+  python experiments/quantization.py --config configs/smollm2/quantization.yaml --only gptq4 --seeds 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmcompress.config import load_config, variants_of
+from lmcompress.errors import ConfigError, LmcompressError
+
+RESULTS = Path(__file__).parent / "results"
+WORKER = Path(__file__).parent / "peers" / "llmcompressor_worker.py"
+PEERS = (("gptq", 4), ("awq", 4), ("gptq", 3), ("awq", 3))
+FIGURES = ("ratio", "perplexity", "kl", "bits_per_weight", "output_error", "seconds", "peak_bytes")
+_SHIFT = 4096
+"""Tokens by which the calibration text of one seed starts after that of another."""
+
+
+def tokens_of(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Calibration rows of a seed, and the held-out rows."""
+  from lmcompress import load
+  from lmcompress.data.text import load_text, windows
+
+  tokenizer, c, e = load(config.model)[2], config.calibration, config.evaluate
+  calibration = windows(tokenizer, load_text(c.text), c.windows, c.length, offset=seed * _SHIFT)
+  return calibration, windows(tokenizer, load_text(e.texts[0]), e.windows, e.length)
+
+
+def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
+  """One variant, compressed and scored."""
+  import resource
+
+  import jax
+
+  from lmcompress import compress, load
+  from lmcompress.evaluate.perplexity import compare
+  from lmcompress.evaluate.size import sizes
+  from lmcompress.recipe import build
+
+  variant = next(v for v in variants_of(config) if v.name == name)
+  calibration, held_out = tokens_of(config, seed)
+  model, params, _ = load(config.model)
+  begun = time.perf_counter()
+  done, report = compress(model, params, build(variant.recipe), calibration, jax.random.key(seed))
+  seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  total: dict[str, Any] = {}
+  for _, scores in compare(model, params, {"float32": params, "done": done}, held_out):
+    for key, value in scores.items():
+      total[key] = value if key not in total else total[key] + value
+  before, after = total["float32"].perplexity, total["done"].perplexity
+  return {
+    "method": name, "recipe": list(variant.recipe), "float32": before, "perplexity": after, "ratio": after / before,
+    "kl": total["done"].summary()["kl"], "bits_per_weight": sizes({"layers": done["layers"]})["bits_per_weight"],
+    "output_error": float(np.mean([e for row in report.rows if (e := row["output_error"]) is not None] or [0])),
+    "seconds": seconds, "peak_bytes": peak,
+  }  # fmt: skip
+
+
+def study(path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path) -> dict[str, Any]:
+  """Runs what has left no file yet, and gathers the medians."""
+  config = load_config(path, [])
+  if config.calibration is None:
+    raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
+  folder.mkdir(parents=True, exist_ok=True)
+  jobs = [("ours", v.name) for v in variants_of(config) if not only or v.name in only]
+  jobs += [("peer", f"{method}{bits}") for method, bits in PEERS if not only or f"peer-{method}{bits}" in only]
+  for seed in seeds:
+    for who, name in jobs:
+      target = folder / f"{who}-{name}-{seed}.json"
+      if target.exists() or (who == "peer" and peer is None):
+        continue
+      print(f"{who} {name}, calibration {seed}", file=sys.stderr, flush=True)
+      if who == "ours":
+        command = [sys.executable, __file__, "--config", str(path), "--worker", name, "--seeds", str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+          raise LmcompressError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        target.write_text(done.stdout.strip().splitlines()[-1] + "\n", "utf-8")
+      else:
+        from lmcompress.io.hub import resolve_model
+
+        for kind, rows in zip(("calibration", "evaluation"), tokens_of(config, seed), strict=True):
+          np.save(folder / f"{kind}-{seed}.npy", rows)
+        files = [str(folder / f"{kind}-{seed}.npy") for kind in ("calibration", "evaluation")]
+        what = [str(resolve_model(config.model)), *files, name[:-1], name[-1], str(target)]
+        with (folder / "peer.log").open("w") as log:
+          subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
+  from lmcompress.experiment import device, versions
+
+  rows = []
+  for who, name in jobs:
+    found = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob(f"{who}-{name}-*.json"))]
+    if found:
+      middle = {k: statistics.median(f[k] for f in found) for k in FIGURES if k in found[0]}
+      rows.append({"who": who, "name": name, "seeds": len(found), "float32": found[0]["float32"], **middle,
+                   "ratios": [f["ratio"] for f in found], "recipe": found[0].get("recipe")})
+  return {"format": 1, "name": config.name, "model": config.model, "calibration": config.calibration.model_dump(),
+          "evaluate": config.evaluate.model_dump(mode="json"), "versions": versions(), "device": device(), "rows": rows}
+
+
+def main() -> int:
+  """Runs the study and writes its result; prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", type=Path, required=True, help="a config with named `variants`")
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration texts")
+  parser.add_argument("--only", nargs="+", default=[], help="names of variants, or peer-gptq4 and so on")
+  parser.add_argument("--peer", help="the Python of quantization-requirements.txt")
+  parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json", help="result")
+  parser.add_argument("--worker", help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  try:
+    if arguments.worker:
+      print(json.dumps(ours(load_config(arguments.config, []), arguments.worker, arguments.seeds[0])))
+      return 0
+    result = study(
+      arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization"
+    )
+  except LmcompressError as error:
+    print(f"quantization: {error}", file=sys.stderr)
+    return 2
+  arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+  print(f"{'who':<6}{'method':<14}{'ratio':>8}{'bits':>8}{'seconds':>9}{'MiB':>7}")
+  for row in result["rows"]:
+    bits = f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else ""
+    memory = int(row["peak_bytes"]) >> 20
+    print(f"{row['who']:<6}{row['name']:<14}{row['ratio']:>8.4f}{bits:>8}{row['seconds']:>9.0f}{memory:>7}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
