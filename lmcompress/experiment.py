@@ -185,9 +185,8 @@ def _through_gates(config: Config, result: dict[str, Any]) -> dict[str, Any]:
   if not broken:
     return result
   latest = {row["path"]: row for row in result["weights"]}
-  errors = {
-    path: row["weight_error"] if row.get("output_error") is None else row["output_error"] for path, row in latest.items()
-  }
+  error = lambda row: row["weight_error"] if row.get("output_error") is None else row["output_error"]  # noqa: E731
+  errors = {path: error(row) for path, row in latest.items()}
   worst = ", ".join(f"{path} ({errors[path]:.3f})" for path in sorted(errors, key=lambda path: -errors[path])[:3])
   raise GateError(
     f"{config.name}: {'; '.join(broken)}; the largest errors are at {worst or 'no weight'}. Give those more bits, or "
