@@ -108,7 +108,8 @@ def study(path: Path, seeds: list[int], peer: str | None, only: list[str], folde
 
   rows = []
   for who, name in jobs:
-    found = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob(f"{who}-{name}-*.json"))]
+    files = [folder / f"{who}-{name}-{seed}.json" for seed in seeds]
+    found = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
     if found:
       middle = {k: statistics.median(f[k] for f in found) for k in FIGURES if k in found[0]}
       rows.append({"who": who, "name": name, "seeds": len(found), "float32": found[0]["float32"], **middle,
