@@ -23,6 +23,7 @@ _HOMES = {
   "gptq": "lmcompress.transforms.gptq",
   "hqq": "lmcompress.transforms.hqq",
   "magnitude": "lmcompress.transforms.magnitude",
+  "mixed_precision": "lmcompress.transforms.mixed_precision",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
   **dict.fromkeys(
     ("quantize_activations", "quantize_inputs", "smooth", "smooth_quant"), "lmcompress.transforms.smooth_quant"
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
   from lmcompress.transforms.gptq import gptq
   from lmcompress.transforms.hqq import hqq
   from lmcompress.transforms.magnitude import magnitude
+  from lmcompress.transforms.mixed_precision import mixed_precision
   from lmcompress.transforms.round_to_nearest import round_to_nearest
   from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
@@ -67,6 +69,7 @@ __all__ = [
   "leafwise",
   "load",
   "magnitude",
+  "mixed_precision",
   "named_chain",
   "partition",
   "perplexity",

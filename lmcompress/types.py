@@ -126,6 +126,8 @@ class Transform(NamedTuple):
     scope: `"weight"`, `"block"` or `"model"`; `compress` cuts a chain at model-scope links.
     name: what tables and reports call it.
     links: the parts of a chain, in order; empty for a single method.
+    plan: `state -> Transform`, for a method that first measures (its `apply` gathers the state and changes nothing)
+      and then knows what to do; `compress` runs what it returns next.
   """
 
   init: Callable[..., State]
@@ -135,6 +137,7 @@ class Transform(NamedTuple):
   scope: str = "weight"
   name: str = ""
   links: tuple[Transform, ...] = ()
+  plan: Callable[[State], Transform] | None = None
 
 
 class Stage(NamedTuple):

@@ -32,6 +32,7 @@ from lmcompress.transforms import (
   hqq,
   leafwise,
   magnitude,
+  mixed_precision,
   named_chain,
   partition,
   quantize_activations,
@@ -41,7 +42,6 @@ from lmcompress.transforms import (
   smooth,
   smooth_quant,
 )
-from lmcompress.transforms.hqq import hqq_matrix
 from lmcompress.transforms.magnitude import keep_largest, n_of_m
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.transforms.schedules import cubic, every
@@ -63,6 +63,7 @@ class Row:
     random: draws from the key.
     norms: changes norms too, which a structure names.
     sums: solves or sums over inputs, so that another device layout rounds otherwise.
+    meshes: is checked on eight devices; a method made of another row's, which only measures first, need not be.
   """
 
   name: str
@@ -74,6 +75,7 @@ class Row:
   random: bool = False
   norms: bool = False
   sums: bool = False
+  meshes: bool = True
 
 
 def rounding_row(name, **options):
@@ -128,8 +130,6 @@ def halve():
   return leafwise(half, name="halve")
 
 
-HQQ = {"axis": -2, "rounding": rounding.Rounding(3, symmetric=False, zero="real"), "group_size": 16, "norm": 0.7,
-       "iterations": 20}
 ramp = cubic(0.8, start=0, end=10)
 
 ROWS = [
@@ -167,8 +167,8 @@ ROWS = [
   Row("gptq propagating", lambda: gptq(3, 16, symmetric=False, zero="real", error_propagation=0.5), sums=True),
   Row("awq", lambda: awq(4, 16), norms=True, sums=True),
   Row("awq_scale", lambda: awq_scale(4, 16), norms=True, sums=True),
-  Row("hqq", lambda: hqq(3, 16), functools.partial(hqq_matrix, **HQQ),
-      functools.partial(hqq_matrix.__wrapped__, **HQQ)),
+  Row("hqq", lambda: hqq(3, 16), sums=True),
+  Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True, meshes=False),
   Row("smooth", smooth, norms=True),
   Row("smooth_quant", smooth_quant, norms=True),
   Row("quantize_inputs", lambda: quantize_inputs("fp8_per_token")),
@@ -243,7 +243,8 @@ def apply(transform, params, seed=0, step=None):
   inside = {path: leaf.shape[-2] for path, leaf in tree.weights(params).items() if path.startswith("layers/")}
   statistics = {path: statistics_of(inputs) for path, inputs in inside.items()}
   evidence = Evidence(key=jax.random.key(seed), step=step, statistics=statistics, structure=STRUCTURE)
-  return transform.apply(params, transform.init(params), evidence)[0]
+  done, state = transform.apply(params, transform.init(params), evidence)
+  return done if transform.plan is None else apply(transform.plan(state), done, seed, step)  # it measured first
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +349,7 @@ def test_round_trip_through_a_checkpoint(row, results, tmp_path):
   assert jax.tree.structure(again) == jax.tree.structure(done)
 
 
-@each_row
+@rows_with(lambda row: row.meshes)
 def test_sharded_equals_local(row, tiny, params, results):
   """On eight devices, to the bit: codes, scales, masks and values; where a method sums, but for some codes."""
   done = run(row, shard(tiny[0], params, make_mesh(data=1, tensor=8)))

@@ -84,7 +84,8 @@ def compress(
   """
   recipe = recipe if isinstance(recipe, Transform) else chain(*recipe)
   report, original = Report(), params
-  for i, link in enumerate(recipe.links or (recipe,)):
+  links = list(recipe.links or (recipe,))
+  for i, link in enumerate(links):  # a link that plans adds what it decided on after itself
     if link.phase == "step":
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
     if unmet := link.needs - {"key", "structure", *STATISTICS}:
@@ -98,11 +99,14 @@ def compress(
     if link.needs & set(STATISTICS):
       if calibration is None:
         raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
-      params, work = block_by_block(model, params, link, state, evidence, calibration, progress)
+      params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress)
     elif link.scope == "weight":
       params, work = _weight_by_weight(params, link, state, evidence, progress)
     else:
       params, work = jax.block_until_ready(link.apply(params, state, evidence)[0]), Work()
+    if link.plan is not None:
+      planned = link.plan(state)
+      links[i + 1 : i + 1] = planned.links or (planned,)
     report.links.append({"name": link.name, "seconds": time.perf_counter() - begun})
     report.rows += _rows(link.name, original, before, params, work)
     if on_link is not None:

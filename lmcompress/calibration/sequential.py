@@ -15,7 +15,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, Transform, WeightError
+from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, State, Transform, WeightError
 
 TOKENS = 4096
 """Tokens that run at once, at most (one row at least)."""
@@ -37,7 +37,7 @@ def block_by_block(
   evidence: Evidence,
   calibration: Any,
   progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Params, Work]:
+) -> tuple[Params, State, Work]:
   """Applies a link that needs statistics to each block in turn.
 
   A link of scope `weight` goes stage by stage: the statistics of a stage are taken with the stages before it
@@ -49,7 +49,7 @@ def block_by_block(
     calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens.
 
   Returns:
-    The tree, and what was done to each weight.
+    The tree, the link's state at the end, and what was done to each weight.
 
   Raises:
     WeightError: the tokens are not `[n, length]` integers, or a statistic asked for is not finite or did not come back.
@@ -84,10 +84,10 @@ def block_by_block(
     if progress is not None:
       progress(link.name, n + 1, len(blocks))
   outside = {p: leaf for p, leaf in tree.flatten(params).items() if not any(p.startswith(f"{b.path}/") for b in blocks)}
-  done, _ = link.apply(tree.unflatten(outside), state, evidence)  # refuses a weight that has no statistics
+  done, state = link.apply(tree.unflatten(outside), state, evidence)  # refuses a weight that has no statistics
   for path, leaf in tree.flatten(done).items():
     params = tree.put(params, path, leaf)
-  return params, work
+  return params, state, work
 
 
 def _batches(calibration: Any) -> list[dict[str, np.ndarray]]:

@@ -6,16 +6,27 @@ from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.magnitude import magnitude
+from lmcompress.transforms.mixed_precision import mixed_precision
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
 METHODS = {
   f.__name__: f
   for f in (
-    round_to_nearest, gptq, awq, awq_scale, hqq, smooth_quant, smooth, quantize_inputs, quantize_activations, magnitude,
+    round_to_nearest,
+    gptq,
+    awq,
+    awq_scale,
+    hqq,
+    mixed_precision,
+    smooth_quant,
+    smooth,
+    quantize_inputs,
+    quantize_activations,
+    magnitude,
     freeze,
   )
-}  # fmt: skip
+}
 """Method factories by the name that a recipe gives them; a new method adds itself here."""
 
 __all__ = [
@@ -29,6 +40,7 @@ __all__ = [
   "hqq",
   "leafwise",
   "magnitude",
+  "mixed_precision",
   "named_chain",
   "partition",
   "quantize_activations",

@@ -84,7 +84,11 @@ def _restricted(choose: Choose, transform: Transform, where: str) -> Transform:
     return params, _Plan(state.chosen, inner)
 
   links = tuple(_restricted(choose, link, where) for link in transform.links)
-  return transform._replace(init=init, apply=apply, links=links, name=f"{transform.name} {where}")
+  plan, made = None, transform.plan
+  if made is not None:
+    nothing = leafwise(lambda w: w, name=transform.name)
+    plan = lambda state: _restricted(choose, made(state.inner) if state.chosen else nothing, where)  # noqa: E731
+  return transform._replace(init=init, apply=apply, links=links, name=f"{transform.name} {where}", plan=plan)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("inner",), meta_fields=("chosen",))

@@ -1,0 +1,85 @@
+"""Mixed precision: the allocation is the best there is, and the budget holds on a model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lmcompress import tree
+from lmcompress.calibration import compress
+from lmcompress.transforms import at, gptq, mixed_precision
+from lmcompress.transforms.mixed_precision import allocate
+from lmcompress.types import WeightError
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_allocation_is_the_best_of_all(seed):
+  rng = np.random.default_rng(seed)
+  sizes = rng.integers(1, 30, (5, 3)) * 4
+  losses = rng.random((5, 3))
+  budget = int(rng.integers(sizes.min(1).sum(), sizes.max(1).sum() + 1))
+  choice = allocate(losses.tolist(), sizes.tolist(), budget)
+  pick = lambda table, choice: sum(row[i] for row, i in zip(table, choice, strict=True))  # noqa: E731
+  assert pick(sizes, choice) <= budget
+  every = [c for c in itertools.product(range(3), repeat=5) if pick(sizes, c) <= budget]
+  assert pick(losses, choice) == pytest.approx(min(pick(losses, c) for c in every))
+
+
+def test_a_budget_too_small_is_refused():
+  with pytest.raises(ValueError, match="the smallest choices take 6"):
+    allocate([[1.0, 0.5]] * 2, [[3, 5]] * 2, 5)
+
+
+def test_sizes_beyond_the_table_keep_the_budget():
+  sizes = [[1_000_003, 2_000_029, 4_000_037]] * 9
+  choice = allocate([[3.0, 1.0, 0.1 * i] for i in range(9)], sizes, 21_000_001)
+  assert sum(row[i] for row, i in zip(sizes, choice, strict=True)) <= 21_000_001
+
+
+@pytest.fixture(scope="module")
+def calibration():
+  return np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+
+
+def test_the_budget_holds_and_is_used(tiny, calibration):
+  """Linears of a stage share a width; what is stored stays below the budget and close to it."""
+  model, params = tiny
+  done, report = compress(model, params, mixed_precision(4.5, group_size=16), calibration)
+  leaves = {p: leaf for p, leaf in tree.weights(done).items() if p.startswith("layers/")}
+  used = sum(leaf.nbits for leaf in leaves.values()) / sum(leaf.size for leaf in leaves.values())
+  assert 4.2 < used <= 4.5
+  widths = {p: leaf.grid.bits for p, leaf in leaves.items()}
+  assert len(set(widths.values())) > 1
+  for layer in "01":
+    assert len({widths[f"layers/{layer}/attn/{n}/kernel"] for n in "qkv"}) == 1
+    assert len({widths[f"layers/{layer}/mlp/{n}/kernel"] for n in ("gate", "up")}) == 1
+  assert {row["path"] for row in report.rows} == set(leaves)
+
+
+def test_it_loses_no_more_than_one_width(tiny, calibration):
+  """By the measure that it minimizes, at the size of uniform 4 bits."""
+  model, params = tiny
+  spy = {}
+
+  def total(t):
+    _, report = compress(model, params, at("layers/*", t), calibration)
+    spy[t.name] = report
+    return sum(row["output_error"] ** 2 for row in report.rows if row["output_error"] is not None)
+
+  assert total(mixed_precision(4 + 20 / 16, group_size=16)) <= 1.02 * total(gptq(4, 16, symmetric=False))
+
+
+@pytest.mark.parametrize("options, message", [
+  ({"bits": 2.0}, "narrowest candidate takes 2.281 bits"), ({"candidates": (1, 4)}, "widths are 2 to 8"),
+  ({"candidates": ()}, "widths are 2 to 8"),
+])
+def test_arguments_out_of_range(options, message):
+  with pytest.raises(ValueError, match=message):
+    mixed_precision(**options)
+
+
+def test_only_linears_of_blocks(tiny, calibration):
+  with pytest.raises(WeightError, match="only the linears of blocks"):
+    compress(tiny[0], tiny[1], at("embed", mixed_precision(4.0, group_size=16)), calibration)
