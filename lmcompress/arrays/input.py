@@ -29,6 +29,11 @@ class Act(Protocol):
     ...
 
 
+def _straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+  """`rounded`, with the gradient of `x`; NaN and infinity in `x` become NaN."""
+  return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+
+
 @dataclasses.dataclass(frozen=True)
 class Int8PerToken:
   """Rounds each token to int8 by a scale of its own: `scale == max(|x|) / 127`, symmetric.
@@ -50,7 +55,7 @@ class Int8PerToken:
     x = x.astype(jnp.float32)
     scale = self.scale(x)
     rounded = jnp.clip(jnp.round(x / scale), -127, 127) * scale
-    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+    return _straight_through(x, rounded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Float8PerToken:
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0) / 448
     scale = jnp.where(scale == 0, 1.0, scale)
     rounded = jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
-    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+    return _straight_through(x, rounded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ class FixedStep:
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     rounded = jnp.round(x / self.step) * self.step
-    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+    return _straight_through(x, rounded)
 
 
 _GROUP = 32

@@ -154,8 +154,22 @@ def partition(
 
     return of_label
 
-  parts = (_restricted(choose(label), t, f"for {label}") for label, t in transforms.items())
-  return chain(*parts)._replace(name="partition")
+  parts = [_restricted(choose(label), t, f"for {label}") for label, t in transforms.items()]
+  if any(t.links or t.plan or t.phase != "once" or t.scope != "weight" for t in parts):
+    return chain(*parts)._replace(name="partition")
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    return tuple(part.init(params, selected) for part in parts)
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    done = []
+    for part, planned in zip(parts, state, strict=True):
+      params, planned = part.apply(params, planned, evidence)
+      done.append(planned)
+    return params, tuple(done)
+
+  needs = frozenset().union(*(part.needs for part in parts))
+  return Transform(init, apply, needs=needs, name="partition")  # one link: one pass over calibration serves all labels
 
 
 def scheduled(transform: Transform, active: Callable[[jax.Array], Any]) -> Transform:

@@ -31,7 +31,7 @@ def mixed_precision(
 ) -> Transform:
   """Gives each weight the bits that lose least in all under a budget, and quantizes by `gptq` (Dong et al. 2019, HAWQ).
 
-  What a width costs is the relative output error `||X (W - Q(W))||**2 / ||X W||**2` of rounding with shrunk ranges;
+  What a width costs is the relative output error `||X (W - Q(W))||**2 / ||X W||**2` of plain rounding;
   the Hessian of calibration tokens tells it. Linears that read one input share a width. The allocation is exact: a
   multiple-choice knapsack by dynamic programming.
 
@@ -99,7 +99,7 @@ def _stored_bits(bits: int, group_size: int, symmetric: bool) -> float:
 
 @functools.partial(jax.jit, static_argnames=("rounding", "group_size"))
 def _loss(w: jax.Array, hessian: jax.Array, rounding: Rounding, group_size: int) -> jax.Array:
-  q = round_clipped(w, hessian, rounding=rounding, group_size=group_size, clip=True)
+  q = round_clipped(w, hessian, rounding=rounding, group_size=group_size, clip=False)
   error, w = q.materialize() - w, w.astype(jnp.float32)
   energy = lambda e: jnp.sum(e * jnp.matmul(hessian, e))  # noqa: E731
   return energy(error) / jnp.maximum(energy(w), 1e-30)
