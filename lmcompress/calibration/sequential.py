@@ -15,6 +15,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray
 from lmcompress.calibration.statistics import STATISTICS
+from lmcompress.ops.second_order import output_energy
 from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, State, Transform, WeightError
 
 TOKENS = 4096
@@ -193,6 +194,5 @@ def _update(wanted: tuple[str, ...], states: Any, x: jax.Array, reference: Any, 
 def _output_error(before: Any, after: Any, hessian: jax.Array) -> jax.Array:
   """`||X (W - W')|| / ||X W||`, from the Hessian alone."""
   w, done = (x if isinstance(x, jax.Array) else x.materialize() for x in (before, after))
-  energy = lambda e: jnp.sum(e * jnp.matmul(hessian, e))  # noqa: E731
-  e, w = (w - done).astype(jnp.float32), w.astype(jnp.float32)
-  return jnp.sqrt(jnp.maximum(energy(e), 0.0) / jnp.maximum(energy(w), jnp.finfo(jnp.float32).tiny))
+  lost, whole = (output_energy(e.astype(jnp.float32), hessian) for e in (w - done, w))
+  return jnp.sqrt(jnp.maximum(lost, 0.0) / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny))

@@ -27,6 +27,11 @@ class Factor(NamedTuple):
   damping: jax.Array
 
 
+def output_energy(error: jax.Array, hessian: jax.Array) -> jax.Array:
+  """`||X error||**2` over outputs, up to the Hessian's factor: `sum(error * (H error))` for `error: [in, out]`."""
+  return jnp.sum(error * jnp.matmul(hessian, error))
+
+
 def inverse_factor(hessian: jax.Array, damping: float) -> Factor:
   """Factors the inverse of a damped Hessian by one Cholesky, of the matrix turned upside down.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.ops.rounding import Rounding, grouped, ungrouped
+from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.combine import named_chain, require_dense, stagewise
 from lmcompress.transforms.rescale import rescale
 from lmcompress.types import Transform, WeightError
@@ -106,7 +107,7 @@ def best_scale(
   def loss(i: jax.Array) -> jax.Array:
     s = scale_of(i)[:, None]
     error = _rounded(w * s, rounding, group_size, 1.0) / s - w
-    return jnp.sum(error * jnp.matmul(hessian, error))
+    return output_energy(error, hessian)
 
   losses = jax.lax.map(loss, jnp.arange(2 * _STEPS))
   return scale_of(jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf)))

@@ -263,20 +263,28 @@ def stagewise(
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
-    groups: dict[int, dict[str, Any]] = {}
-    given: dict[int, dict[str, Any]] = {}
-    for path, leaf in tree.weights(params).items():
-      if path in chosen:
-        found = {need: _evidence_for(need, path, evidence, name) for need in sorted(needs)}
-        key = id(evidence.statistics[path])  # type: ignore[index]
-        groups.setdefault(key, {})[path] = leaf
-        given[key] = found
-    for key, members in groups.items():
-      for path, leaf in fn(members, **given[key]).items():
+    for members, given in by_stage(params, chosen, evidence, needs, name):
+      for path, leaf in fn(members, **given).items():
         params = tree.put(params, path, leaf)
     return params, state
 
   return Transform(init, apply, needs=needs, name=name)
+
+
+def by_stage(
+  params: Params, chosen: frozenset[str], evidence: Evidence, needs: frozenset[str], name: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+  """The chosen weights in groups that share their statistics: `({path: leaf}, {need: value})` for each.
+
+  Raises:
+    WeightError: a weight has no such statistics.
+  """
+  groups: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+  for path, leaf in tree.weights(params).items():
+    if path in chosen:
+      given = {need: _evidence_for(need, path, evidence, name) for need in sorted(needs)}
+      groups.setdefault(id((evidence.statistics or {})[path]), ({}, given))[0][path] = leaf
+  return list(groups.values())
 
 
 def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:

@@ -12,10 +12,11 @@ import numpy as np
 
 from lmcompress import tree
 from lmcompress.ops.rounding import Rounding
+from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.awq import round_clipped
-from lmcompress.transforms.combine import partition, require_dense
+from lmcompress.transforms.combine import by_stage, partition, require_dense
 from lmcompress.transforms.gptq import gptq
-from lmcompress.types import Evidence, Params, State, Transform, WeightError
+from lmcompress.types import Evidence, Params, State, Transform
 
 _STATES = 1 << 22
 """Most sizes that the allocation tells apart."""
@@ -63,19 +64,11 @@ def mixed_precision(
 
   def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
-    found, statistics = dict(state), evidence.statistics or {}
-    groups: dict[int, list[str]] = {}
-    for path in tree.weights(params):
-      if path in chosen:
-        if path not in statistics:
-          raise WeightError(f"mixed_precision at {path}: only the linears of blocks can be measured")
-        groups.setdefault(id(statistics[path]), []).append(path)
-    for paths in groups.values():
-      weights = [tree.get(params, path) for path in paths]
-      hessian = statistics[paths[0]]["hessian"]
-      w = jnp.concatenate(weights, axis=1)
-      losses = [float(_loss(w, hessian, Rounding(b, symmetric), group_size)) for b in widths]
-      found[tuple(paths)] = (sum(x.size for x in weights), losses)
+    found = dict(state)
+    for members, given in by_stage(params, chosen, evidence, frozenset({"hessian"}), "mixed_precision"):
+      w = jnp.concatenate(list(members.values()), axis=1)
+      losses = [float(_loss(w, given["hessian"], Rounding(b, symmetric), group_size)) for b in widths]
+      found[tuple(members)] = (w.size, losses)
     return params, found
 
   def plan(state: Mapping[tuple[str, ...], tuple[int, list[float]]]) -> Transform:
@@ -101,8 +94,7 @@ def _stored_bits(bits: int, group_size: int, symmetric: bool) -> float:
 def _loss(w: jax.Array, hessian: jax.Array, rounding: Rounding, group_size: int) -> jax.Array:
   q = round_clipped(w, hessian, rounding=rounding, group_size=group_size, clip=False)
   error, w = q.materialize() - w, w.astype(jnp.float32)
-  energy = lambda e: jnp.sum(e * jnp.matmul(hessian, e))  # noqa: E731
-  return energy(error) / jnp.maximum(energy(w), 1e-30)
+  return output_energy(error, hessian) / jnp.maximum(output_energy(w, hessian), 1e-30)
 
 
 def allocate(losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:

@@ -81,5 +81,5 @@ def test_arguments_out_of_range(options, message):
 
 
 def test_only_linears_of_blocks(tiny, calibration):
-  with pytest.raises(WeightError, match="only the linears of blocks"):
+  with pytest.raises(WeightError, match="compress collects for the linears of blocks"):
     compress(tiny[0], tiny[1], at("embed", mixed_precision(4.0, group_size=16)), calibration)
