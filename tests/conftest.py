@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 _EIGHT = "--xla_force_host_platform_device_count=8"
-if _EIGHT not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT}".strip()
+_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test compiles what it tests
 
