@@ -153,14 +153,20 @@ def test_schedule_under_jit(scope):
   start = apply(magnitude(0.0), tree_of(up=w))
   transform = magnitude(lambda step: jnp.where(step < 5, step * 0.1, 0.2), scope=scope)
   state = transform.init(start)
-  update = jax.jit(lambda params, step: transform.apply(params, state, Evidence(step=step))[0])
+  traces = []
+
+  @jax.jit
+  def update(params, step):
+    traces.append(step)  # jit's own cache may drop an entry when a process has compiled very much
+    return transform.apply(params, state, Evidence(step=step))[0]
+
   params = start
   for step, sparsity in ((0, 0.0), (2, 0.2), (4, 0.4), (9, 0.2)):
     params = update(params, step)
     leaf = params["layers"]["up"]["kernel"]
     fixed = apply(magnitude(sparsity, scope=scope), tree_of(up=w))["layers"]["up"]["kernel"]
     np.testing.assert_array_equal(kept(leaf), kept(fixed))
-  assert update._cache_size() == 1
+  assert len(traces) == 1
 
 
 def test_cubic_schedule():
