@@ -24,6 +24,7 @@ _HOMES = {
   "hqq": "lmcompress.transforms.hqq",
   "magnitude": "lmcompress.transforms.magnitude",
   "mixed_precision": "lmcompress.transforms.mixed_precision",
+  "rotate": "lmcompress.transforms.rotate",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
   **dict.fromkeys(
     ("quantize_activations", "quantize_inputs", "smooth", "smooth_quant"), "lmcompress.transforms.smooth_quant"
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
   from lmcompress.transforms.hqq import hqq
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.mixed_precision import mixed_precision
+  from lmcompress.transforms.rotate import rotate
   from lmcompress.transforms.round_to_nearest import round_to_nearest
   from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
@@ -76,6 +78,7 @@ __all__ = [
   "prepare",
   "quantize_activations",
   "quantize_inputs",
+  "rotate",
   "round_to_nearest",
   "save",
   "scheduled",

@@ -147,6 +147,11 @@ def default_selection(params: Params) -> frozenset[str]:
   return frozenset(path for path in weights(params) if path.endswith("kernel"))
 
 
+def axes_of(axes: Mapping[str, tuple[Any, ...]], path: str) -> tuple[Any, ...]:
+  """The logical axes of the leaf at `path`, by the first pattern that matches it; empty where none does."""
+  return next((names for pattern, names in axes.items() if matches(pattern, path)), ())
+
+
 def partition(params: Params, trainable: Callable[[str], bool] = lambda path: True) -> tuple[Params, Params]:
   """Splits into a tree of trainable arrays and one of the rest, each with None where the other has a value.
 

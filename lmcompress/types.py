@@ -147,11 +147,14 @@ class Stage(NamedTuple):
     name: e.g. `"qkv"`; the key of the tap.
     linears: paths relative to the block, e.g. `("attn/q", "attn/k", "attn/v")`.
     source: the norm or linear (relative path) whose output feeds them.
+    free: logical axes of the source's output along which any matrix may move from the source to these linears (between
+      them lies nothing that would notice, as attention does not within a value's head).
   """
 
   name: str
   linears: tuple[str, ...]
   source: str
+  free: tuple[str, ...] = ()
 
 
 class Block(NamedTuple):

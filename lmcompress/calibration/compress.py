@@ -130,9 +130,7 @@ def _weight_by_weight(
   return tree.unflatten(leaves), work
 
 
-def _rows(
-  name: str, original: Params, before: Params, after: Params, work: Work
-) -> list[dict[str, Any]]:
+def _rows(name: str, original: Params, before: Params, after: Params, work: Work) -> list[dict[str, Any]]:
   rows, first, old = [], tree.weights(original), tree.weights(before)
   for path, leaf in tree.weights(after).items():
     if old.get(path) is leaf:

@@ -66,9 +66,7 @@ def block_by_block(
       begun = time.perf_counter()
       reference = None if second is None else (original, second)
       values = _collect(model, block, alike, params, stream, stages, wanted, batches, reference)
-      statistics = {
-        f"{block.path}/{linear}/kernel": values[stage.name] for stage in stages for linear in stage.linears
-      }
+      statistics = {f"{block.path}/{linear}/kernel": values[stage.name] for stage in stages for linear in stage.linears}
       leaves = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
       if link.scope != "block":
         leaves = {p: leaf for p, leaf in leaves.items() if p in statistics}
@@ -169,9 +167,7 @@ def _collect(
       states[name] = _update(wanted, states[name], inputs[name], was.get(name), batch["attention_mask"])
   found = {}
   for stage in stages:
-    found[stage.name] = {
-      w: STATISTICS[w].finish(s, count) for w, s in zip(wanted, states[stage.name], strict=True)
-    }
+    found[stage.name] = {w: STATISTICS[w].finish(s, count) for w, s in zip(wanted, states[stage.name], strict=True)}
     for name, value in found[stage.name].items():
       if not bool(jnp.all(jnp.isfinite(value))):
         raise WeightError(

@@ -40,10 +40,8 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
 
 def spec_of(path: str, axes: Mapping[str, tuple[Any, ...]], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
   """The dense spec of a parameter: its logical axes (a flattened one goes by its first name) through the rules."""
-  for pattern, names in axes.items():
-    if tree.matches(pattern, path):
-      return PartitionSpec(*(rules.get(name[0] if isinstance(name, tuple) else name) for name in names))
-  return PartitionSpec()
+  names = tree.axes_of(axes, path)
+  return PartitionSpec(*(rules.get(name[0] if isinstance(name, tuple) else name) for name in names))
 
 
 def shardings(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:

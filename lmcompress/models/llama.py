@@ -19,7 +19,7 @@ from lmcompress.types import Block, Params, Stage, Tokens
 
 STAGES = (
   Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm"),
-  Stage("o", ("attn/o",), "attn/v"),
+  Stage("o", ("attn/o",), "attn/v", free=("head",)),
   Stage("gate_up", ("mlp/gate", "mlp/up"), "mlp_norm"),
   Stage("down", ("mlp/down",), "mlp/up"),
 )

@@ -7,6 +7,7 @@ from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
+from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 
@@ -19,6 +20,7 @@ METHODS = {
     awq_scale,
     hqq,
     mixed_precision,
+    rotate,
     smooth_quant,
     smooth,
     quantize_inputs,
@@ -45,6 +47,7 @@ __all__ = [
   "partition",
   "quantize_activations",
   "quantize_inputs",
+  "rotate",
   "round_to_nearest",
   "scheduled",
   "smooth",

@@ -99,8 +99,7 @@ def _sharing(params: Params, structure: Any, source: str, consumer: str) -> tupl
 
 
 def _axis(axes: Mapping[str, tuple[Any, ...]], path: str, end: int) -> tuple[str, ...]:
-  for pattern, names in axes.items():
-    if tree.matches(pattern, path):
-      name = names[end]
-      return name if isinstance(name, tuple) else (name,)
-  raise WeightError(f"{path}: the model names no axes of it")
+  names = tree.axes_of(axes, path)
+  if not names:
+    raise WeightError(f"{path}: the model names no axes of it")
+  return names[end] if isinstance(names[end], tuple) else (names[end],)
