@@ -971,6 +971,37 @@ void append(const Cache& c, int64_t head, int64_t row, const float* x) {
   }
 }
 
+void append_group(const Cache& c, int64_t head, int64_t row, const float* x) {
+  uint16_t* scales = c.channel + row / c.group * 2 * head;
+  float low[16], scale[16], rows[2][16];
+  for (int64_t d = 0; d < head; d += 16) {
+    f32 least = load<f32>(x + d), most = least;
+    for (int64_t i = 1; i < c.group; i++) {
+      f32 v = load<f32>(x + i * head + d);
+      for (int j = 0; j < 16; j++) least[j] = v[j] < least[j] ? v[j] : least[j], most[j] = v[j] > most[j] ? v[j] : most[j];
+      for (int j = 0; j < 16; j++)
+        if (std::isnan(v[j])) least[j] = most[j] = v[j];
+    }
+    store(low, least);
+    bf16_row(low, 16, scales + head + d);
+    f32 minimum = bf16_to_f32(scales + head + d), step = (most - minimum) / 15.f;
+    store(scale, step);
+    for (float& v : scale)
+      if (v <= 0) v = 1.f;  // a NaN stays one
+    bf16_row(scale, 16, scales + d);
+    f32 by = bf16_to_f32(scales + d);
+    store(rows[0], minimum), store(rows[1], by);
+    for (int64_t i = 0; i < c.group; i++) {
+      uint8_t* to = (uint8_t*)c.data + (row + i) * head / 2 + d % (head / 2);
+      for (int j = 0; j < 16; j++) {
+        float code = std::nearbyint((x[i * head + d + j] - rows[0][j]) / rows[1][j]);
+        uint8_t bits = code > 0 ? uint8_t(std::min(code, 15.f)) : 0;
+        to[j] = d < head / 2 ? bits : uint8_t(to[j] | bits << 4);
+      }
+    }
+  }
+}
+
 constexpr int kKeys = 64;   // keys that are scored together
 constexpr int kQueries = 6;  // rows of a register tile
 
@@ -1004,8 +1035,8 @@ inline void transpose16(const float* from, int64_t head, float* to) {
 
 int64_t attend_scratch(int64_t head, int64_t rows) { return 3 * kKeys * head + rows * kKeys; }
 
-// Sixteen values of an entry as float32; of int8 codes without their scale.
-template <Type type>
+// Sixteen values of an entry as float32; of int8 codes, and of bare 4-bit ones, without their scale.
+template <Type type, bool bare = false>
 inline f32 part_of_entry(const Cache& c, int64_t head, int64_t row, int64_t d) {
   if constexpr (type == Type::f32) return load<f32>((const float*)c.data + row * head + d);
   if constexpr (type == Type::bf16) return bf16_to_f32((const uint16_t*)c.data + row * head + d);
@@ -1014,7 +1045,8 @@ inline f32 part_of_entry(const Cache& c, int64_t head, int64_t row, int64_t d) {
   }
   int64_t half = head / 2;
   u32 codes = widen(load<u8x16>((const uint8_t*)c.data + row * half + d % half));
-  return to_f32(d < half ? codes & 15u : codes >> 4) * c.scale[2 * row] + c.scale[2 * row + 1];
+  f32 values = to_f32(d < half ? codes & 15u : codes >> 4);
+  return bare ? values : values * c.scale[2 * row] + c.scale[2 * row + 1];
 }
 
 // Of four vectors: lane 4 L + i of the result is the sum of v[i] over its 128-bit lane L.
@@ -1052,7 +1084,7 @@ inline f32 sums_of(const f32 (&q)[4]) {
 
 // Scores of `rows` queries against keys [first, first + n), n at most kKeys; each key is read once. The queries stay
 // in registers where a head is `chunks` vectors; 0 reads them again for each key.
-template <Type type, int rows, int chunks>
+template <Type type, int rows, int chunks, bool bare = false>
 inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, const float* q, float* scores) {
   f32 query[rows][std::max(1, chunks)];
   for (int r = 0; r < rows; r++)
@@ -1065,7 +1097,7 @@ inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, c
       for (int64_t i = 0; i < 4; i++) {
         int64_t row = first + s + std::min(four + i, keys - 1);  // past the end: one that is there, not to be looked at
         for (int64_t j = 0; j < (chunks ? chunks : head / 16); j++) {
-          f32 k = part_of_entry<type>(c, head, row, 16 * j);
+          f32 k = part_of_entry<type, bare>(c, head, row, 16 * j);
           for (int r = 0; r < rows; r++) acc[r][i] += k * (chunks ? query[r][j] : load<f32>(q + r * head + 16 * j));
         }
       }
@@ -1074,6 +1106,30 @@ inline void few_scores(const Cache& c, int64_t head, int64_t first, int64_t n, c
     f32 scale = splat(1.f);
     if constexpr (type == Type::u8) std::memcpy(&scale, c.scale + first + s, keys * 4);
     for (int r = 0; r < rows; r++) store(scores + r * kKeys + s, sums_of(quarters[r]) * scale);
+  }
+}
+
+// The same against 4-bit codes with a scale and a minimum for each channel of a group of keys: the query takes them.
+template <int rows, int chunks>
+inline void few_scores_by_channel(const Cache& c, int64_t head, int64_t first, int64_t n, const float* q, float* scores,
+                                  float* scaled) {
+  for (int64_t s = 0, part; s < n; s += part) {
+    int64_t group = (first + s) / c.group;
+    part = std::min(n - s, (group + 1) * c.group - first - s);
+    const uint16_t* by = c.channel + group * 2 * head;
+    float bias[rows];
+    for (int r = 0; r < rows; r++) {
+      f32 add = f32{};
+      for (int64_t d = 0; d < head; d += 16) {
+        f32 query = load<f32>(q + r * head + d);
+        store(scaled + r * head + d, query * bf16_to_f32(by + d));
+        add += query * bf16_to_f32(by + head + d);
+      }
+      bias[r] = sum(add);
+    }
+    few_scores<Type::none, rows, chunks, true>(c, head, first + s, part, scaled, scores + s);
+    for (int r = 0; r < rows; r++)
+      for (int64_t i = s; i < s + part; i += 16) store(scores + r * kKeys + i, load<f32>(scores + r * kKeys + i) + bias[r]);
   }
 }
 
@@ -1113,6 +1169,12 @@ inline void with_type(Type type, Body body) {
 
 // A key or value in float32.
 inline void read_entry(const Cache& c, int64_t head, int64_t row, float* out) {
+  if (c.group) {
+    const uint16_t* by = c.channel + row / c.group * 2 * head;
+    for (int64_t d = 0; d < head; d += 16)
+      store(out + d, part_of_entry<Type::none, true>(c, head, row, d) * bf16_to_f32(by + d) + bf16_to_f32(by + head + d));
+    return;
+  }
   with_type(c.type, [&]<Type type>() {
     float s = type == Type::u8 ? c.scale[row] : 1.f;
     for (int64_t d = 0; d < head; d += 16) store(out + d, part_of_entry<type>(c, head, row, d) * s);
@@ -1182,7 +1244,11 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
       with_type(kc.type, [&]<Type type>() {
         few_rows(rows, [&]<int count>(int64_t r) {
           auto run = head == 64 ? few_scores<type, count, 4> : few_scores<type, count, 0>;
-          run(kc, head, base + s0, n, q + r * head, scores + r * kKeys);
+          auto grouped = head == 64 ? few_scores_by_channel<count, 4> : few_scores_by_channel<count, 0>;
+          if (kc.group)
+            grouped(kc, head, base + s0, n, q + r * head, scores + r * kKeys, turned);
+          else
+            run(kc, head, base + s0, n, q + r * head, scores + r * kKeys);
         });
       });
       for (int64_t r = 0; r < rows; r++)
@@ -1260,7 +1326,7 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
 
 const Kernels table = {
     LMC_NAME,  few_float, few_int8, many_float, many_bf16, many_int8, row,    quantize, quantize_units, bf16_row,
-    group_sums, rms_norm, gated_silu, argmax, rotate,   append,    attend,    attend_scratch,
+    group_sums, rms_norm, gated_silu, argmax, rotate,   append,    append_group, attend,    attend_scratch,
 };
 
 }  // namespace LMC_ISA

@@ -68,7 +68,8 @@ struct Cache {
   Type type = Type::f32;  // f32, bf16, u8 (int8 codes), none (two 4-bit codes a byte)
   void* data = nullptr;
   float* scale = nullptr;  // [batch, kv heads, slots, 2]: scale and minimum of 4-bit codes; [.., 1] of int8
-  int64_t slots = 0;
+  uint16_t* channel = nullptr;  // [batch, kv heads, slots / group, 2, head] bfloat16 instead: of each channel of a group
+  int64_t group = 0;            // slots that share a scale of each channel
 };
 
 struct Kernels {
@@ -91,6 +92,8 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);
   void (*rotate)(const float* x, const float* cos, const float* sin, float factor, int64_t head, float* y);
   void (*append)(const Cache&, int64_t head, int64_t row, const float* x);
+  // Codes of `group` keys `x: [group, head]`, each channel with a scale, as entries from `row` on.
+  void (*append_group)(const Cache&, int64_t head, int64_t row, const float* x);
   // Attention of `rows` queries over keys [first, last): writes out[rows, head] unnormalized, with the maximum and
   // the sum of each row. `limit[r]` is the first slot that row r may not see; `real` marks slots that hold tokens.
   void (*attend)(const Cache& k, const Cache& v, int64_t head, int64_t base, int64_t first, int64_t last,

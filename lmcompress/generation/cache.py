@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmcompress.generation.windowed import GROUP, WindowedCache, empty_windowed
+from lmcompress.ops.attention import View, mix
+
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=("k", "v", "k_scale", "v_scale"), meta_fields=()
@@ -18,12 +21,11 @@ class LayerCache:
   """Keys (after RoPE) and values of one block, dense or in codes; the form is the dtype of `k`.
 
   float32 and bfloat16 hold values. int8 holds codes with a scale for each token and head, `value == code * scale`,
-  `scale == max(|x|) / 127`. uint8 holds two 4-bit codes a byte (low nibbles the first half of a head), with a scale
-  and a minimum, `value == code * scale + minimum`, `scale == (max - min) / 15`.
+  `scale == max(|x|) / 127`.
 
   Attributes:
-    k, v: `[batch, kv, slots, head]` (`head / 2` for 4-bit codes).
-    k_scale, v_scale: float32 `[batch, kv, slots, 1]`, `[..., 2]` for 4-bit codes; None for dense ones.
+    k, v: `[batch, kv, slots, head]`.
+    k_scale, v_scale: float32 `[batch, kv, slots, 1]`; None for dense ones.
   """
 
   k: jax.Array
@@ -45,9 +47,17 @@ class LayerCache:
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=2)
     if self.k_scale is None or self.v_scale is None:
       return LayerCache(write(self.k, k.astype(self.k.dtype)), write(self.v, v.astype(self.v.dtype)))
-    encode = _to_int8 if self.k.dtype == jnp.int8 else _to_int4
-    (kc, ks), (vc, vs) = encode(k), encode(v)
+    (kc, ks), (vc, vs) = _to_int8(k), _to_int8(v)
     return LayerCache(write(self.k, kc), write(self.v, vc), write(self.k_scale, ks), write(self.v_scale, vs))
+
+  def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View, scale: float) -> tuple[jax.Array, LayerCache]:
+    """Attention of `q: [batch, length, kv, group, head]` to what is held and to these tokens, which are added."""
+    cache = self.update(k, v, view.slot)
+    return mix(q, cache.keys(), cache.values(), view.visible(), scale), cache
+
+  def rollback(self, length: Any, written: Any) -> LayerCache:
+    """The cache of the first `length` of `written` slots; what lies behind is written over."""
+    return self
 
   def keys(self) -> jax.Array:
     """`[batch, kv, slots, head]`."""
@@ -65,33 +75,19 @@ def _to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.round(x * jnp.where(amax == 0, 0.0, 127 / amax)).astype(jnp.int8), scale
 
 
-def _to_int4(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x = x.astype(jnp.float32)
-  low, high = jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True)
-  scale = jnp.where(high > low, (high - low) / 15, 1.0)
-  codes = jnp.round((x - low) / scale).astype(jnp.uint8)
-  first, second = jnp.split(codes, 2, axis=-1)
-  return first | second << 4, jnp.concatenate([scale, low], axis=-1)
-
-
 def _values(codes: jax.Array, scale: jax.Array | None) -> jax.Array:
-  if scale is None:
-    return codes
-  if codes.dtype == jnp.int8:
-    return codes.astype(jnp.float32) * scale
-  wide = jnp.concatenate([codes & 15, codes >> 4], axis=-1).astype(jnp.float32)
-  return wide * scale[..., :1] + scale[..., 1:]
+  return codes if scale is None else codes.astype(jnp.float32) * scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", "real", "length"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """What a model has read: a `LayerCache` per block path, which slots hold real tokens, how many are filled.
+  """What a model has read: a cache per block path, which slots hold real tokens, how many are filled.
 
   Sequences of a batch share slots; padding occupies slots that are not real and are never looked at.
   """
 
-  layers: dict[str, LayerCache]
+  layers: dict[str, LayerCache | WindowedCache]
   real: jax.Array
   length: jax.Array
 
@@ -104,10 +100,10 @@ class KVCache:
     """Positions `[batch, length]` of the next tokens: how many real ones stand before each."""
     return jax.lax.dynamic_slice_in_dim(jnp.maximum(jnp.cumsum(self.real, axis=1) - 1, 0), self.length, length, axis=1)
 
-  def layer(self, path: str) -> LayerCache:
+  def layer(self, path: str) -> LayerCache | WindowedCache:
     return self.layers[path]
 
-  def with_layer(self, path: str, layer: LayerCache) -> KVCache:
+  def with_layer(self, path: str, layer: LayerCache | WindowedCache) -> KVCache:
     return dataclasses.replace(self, layers={**self.layers, path: layer})
 
   def advance(self, length: int) -> KVCache:
@@ -116,8 +112,11 @@ class KVCache:
 
   def rollback(self, n: Any) -> KVCache:
     """Forgets the last `n` slots."""
-    length = self.length - n
-    return dataclasses.replace(self, length=length, real=self.real & (jnp.arange(self.real.shape[1]) < length)[None])
+    length, slots = self.length - n, jnp.arange(self.real.shape[1])
+    filled = jnp.any(self.real, axis=0) & (slots < self.length)
+    written = jnp.max(jnp.where(filled, slots + 1, 0))  # what padding takes pushes nothing out of a window
+    layers = {path: layer.rollback(length, written) for path, layer in self.layers.items()}
+    return dataclasses.replace(self, layers=layers, length=length, real=self.real & (slots < length)[None])
 
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -127,7 +126,7 @@ def init_cache(model: Any, params: Any, batch: int, slots: int, dtype: Any = jnp
   """An empty cache for `batch` sequences of up to `slots` tokens.
 
   Args:
-    dtype: float32, bfloat16, int8 or "int4" (see `LayerCache`).
+    dtype: float32, bfloat16, int8 (`LayerCache`) or "int4" (`WindowedCache`, slots rounded up to whole groups).
 
   Raises:
     ValueError: the dtype is none of these, or a head is odd and cannot hold two codes a byte.
@@ -135,15 +134,14 @@ def init_cache(model: Any, params: Any, batch: int, slots: int, dtype: Any = jnp
   name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
   if name not in CACHE_DTYPES:
     raise ValueError(f"init_cache(dtype={name}): a cache is one of {', '.join(CACHE_DTYPES)}")
+  if name == "int4":
+    slots = GROUP * -(-slots // GROUP)
 
-  def layer(kv: int, head: int) -> LayerCache:
-    if name in ("float32", "bfloat16"):
-      return LayerCache(*(jnp.zeros((batch, kv, slots, head), name) for _ in range(2)))
-    if name == "int4" and head % 2:
-      raise ValueError(f"init_cache(dtype=int4): a head of {head} is odd; two codes share a byte")
-    shape, parts = ((head,), 1) if name == "int8" else ((head // 2,), 2)
-    codes = [jnp.zeros((batch, kv, slots, *shape), jnp.int8 if name == "int8" else jnp.uint8) for _ in range(2)]
-    return LayerCache(*codes, *(jnp.zeros((batch, kv, slots, parts), jnp.float32) for _ in range(2)))
+  def layer(kv: int, head: int) -> LayerCache | WindowedCache:
+    if name == "int4":
+      return empty_windowed(batch, kv, slots, head)
+    codes = [jnp.zeros((batch, kv, slots, head), name) for _ in range(2)]
+    return LayerCache(*codes, *(jnp.zeros((batch, kv, slots, 1), jnp.float32) for _ in range(2) if name == "int8"))
 
   layers = {path: layer(kv, head) for path, (kv, head) in model.cache_shapes(params).items()}
   return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.int32(0))

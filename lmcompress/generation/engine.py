@@ -17,6 +17,7 @@ from lmcompress.generation.prefill import draw, pad, padded, read
 from lmcompress.generation.prefix import Match, PrefixCache
 from lmcompress.generation.sampling import Sampler
 from lmcompress.generation.slots import pack, slot_axes
+from lmcompress.generation.windowed import GROUP
 from lmcompress.types import Params
 
 _SLOTS = 128
@@ -121,6 +122,8 @@ class Engine:
     if draft is not None:
       if draft_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens}: a draft proposes at least 1 token a round; 4 is usual")
+      if cache_dtype == "int4" and draft_tokens >= GROUP:
+        raise ValueError(f"draft_tokens={draft_tokens}: an int4 cache takes back fewer than {GROUP} tokens at a time")
       theirs, ours = _vocab(draft[1]), _vocab(params)
       if theirs != ours:
         raise ValueError(
@@ -159,6 +162,8 @@ class Engine:
         raise ValueError(
           f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the {who}'s context of {limit}"
         )
+    if (self.draft is not None and len(ids) > 1) or self.prefix_cache is not None:
+      slot_axes(self.model, self.params, self.cache_dtype)  # raises where slots cannot be moved
     key = jax.random.key(0) if key is None else key
     return self._stream(ids, max_new_tokens, key, loop.stop_array(stop_ids))
 

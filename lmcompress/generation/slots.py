@@ -45,7 +45,7 @@ def slot_axes(model: Any, params: Params, dtype: Any) -> tuple[Axes, ...]:
     if len(batch) != 1 or len(slots) != 1 or few % a.shape[slots[0]]:
       raise ValueError(
         f"cache dtype {dtype}: an array {list(a.shape)} of it has no slots that could be copied; "
-        "use a float32 or bfloat16 cache here"
+        "use a float32, bfloat16 or int8 cache here"
       )
     found.append(Axes(batch[0], slots[0], few // a.shape[slots[0]]))
   return tuple(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,11 +52,24 @@ def mix(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: flo
   Returns:
     `[batch, length, kv * group * head]` in the dtype of `q`.
   """
-  scores = jnp.einsum("btkgh,bksh->bkgts", q * scale, k.astype(q.dtype), preferred_element_type=jnp.float32)
-  scores = jnp.where(visible[:, None, None], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-  out = jnp.einsum("bkgts,bksh->btkgh", weights, v.astype(q.dtype), preferred_element_type=jnp.float32)
-  return out.reshape(*out.shape[:2], -1).astype(q.dtype)
+  return mix_parts(q, [(k, v, visible)], scale)
+
+
+def mix_parts(q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]], scale: float) -> jax.Array:
+  """`mix` over several `(k, v, visible)` of the same slots, of which a query sees a slot in one at most."""
+  see = "btkgh,bksh->bkgts"
+  scores = [jnp.einsum(see, q * scale, k.astype(q.dtype), preferred_element_type=jnp.float32) for k, _, _ in parts]
+  seen = [visible[:, None, None] for _, _, visible in parts]
+  whole = functools.reduce(lambda s, part: jnp.where(part[1], part[0], s), zip(scores, seen, strict=True), -1e30)
+  weights = jax.nn.softmax(whole, axis=-1).astype(q.dtype)
+  out = sum(
+    jnp.einsum(
+      "bkgts,bksh->btkgh", jnp.where(visible, weights, 0) if len(parts) > 1 else weights, v.astype(q.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    for (_, v, _), visible in zip(parts, seen, strict=True)
+  )  # fmt: skip
+  return jnp.asarray(out).reshape(*q.shape[:2], -1).astype(q.dtype)
 
 
 def attention(
@@ -66,7 +81,7 @@ def attention(
     q: `[batch, length, heads * head]`, before the rotation; k, v: `[batch, length, kv * head]`.
     view: positions and what may be seen.
     head: extent of a head.
-    layer_cache: a `LayerCache`, with its `buffers`, `update`, `keys` and `values`.
+    layer_cache: a `LayerCache` or another with its `buffers`, `with_buffers` and `attend`.
 
   Returns:
     `[batch, length, heads * head]`, and the cache with these tokens' keys (rotated) and values.
@@ -88,9 +103,8 @@ def _reference(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, 
   k = rotate(k.reshape(batch, length, kv, head), view.cos, view.sin).swapaxes(1, 2)
   v = v.reshape(batch, length, kv, head).swapaxes(1, 2)
   if layer_cache is not None:
-    layer_cache = layer_cache.update(k, v, view.slot)
-    k, v = layer_cache.keys(), layer_cache.values()
-  return mix(q, k, v, view.visible(), scale), layer_cache
+    return layer_cache.attend(q, k, v, view, scale)
+  return mix(q, k, v, view.visible(), scale), None
 
 
 def _fused(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scale: float) -> tuple[jax.Array, Any]:

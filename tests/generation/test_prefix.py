@@ -22,7 +22,7 @@ def tokens_of(engine, rows, count=10):
   return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_shared_prefix_is_copied(tiny, dtype):
   model, params = tiny
   prefixes = PrefixCache()
@@ -117,3 +117,16 @@ def test_copies_compile_once(tiny):
   before = cut._cache_size(), paste._cache_size()
   tokens_of(engine, [C]), tokens_of(engine, [C[:-1]])
   assert (cut._cache_size(), paste._cache_size()) == before
+
+
+def test_what_cannot_be_moved_is_refused(tiny):
+  """Slots of a windowed cache share scales: no prefix is copied out of one, no holes of a batch are packed."""
+  model, params = tiny
+  with pytest.raises(ValueError, match="cache dtype int4.*int8 cache"):
+    Engine(model, params, cache_dtype="int4", prefix_cache=PrefixCache()).stream([A], 4)
+  draft = (model, first_layers(params, 1))
+  with pytest.raises(ValueError, match="cache dtype int4"):
+    Engine(model, params, cache_dtype="int4", draft=draft).stream([A, B], 4)
+  with pytest.raises(ValueError, match="fewer than 32"):
+    Engine(model, params, cache_dtype="int4", draft=draft, draft_tokens=32)
+  assert tokens_of(Engine(model, params, cache_dtype="int4", draft=draft), [A], 40)[0][0] >= 0

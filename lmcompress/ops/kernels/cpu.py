@@ -256,7 +256,7 @@ def attention(
     cos, sin: `[batch, length, head / 2]`.
     real: bool `[batch, slots]`.
     slot: int32, where the first of these tokens goes.
-    buffers: keys, values and, where they are codes, their scales; none without a cache.
+    buffers: those of a `LayerCache` or a `WindowedCache`; none without a cache.
 
   Returns:
     `[batch, length, heads * head]`, and the buffers.
@@ -269,7 +269,7 @@ def attention(
     return call(*arrays, head=np.int64(head), factor=np.float32(scale))
 
   batch, heads = ("batch", q.shape[0]), _cut("heads", k.shape[-1] // head)
-  stream, cached = [batch, None, heads], [[batch, heads, None, None] for _ in buffers]
+  stream, cached = [batch, None, heads], [[batch, heads, *[None] * (x.ndim - 2)] for x in buffers]
   angles = [batch, None, None]
   operands = [stream, stream, stream, angles, angles, [batch, None], [None], *cached]
   at = jnp.asarray(slot, jnp.int32).reshape(1)
