@@ -9,7 +9,7 @@ _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_co
 if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("NPROC", "32")  # XLA's threads: two programs of eight devices in flight must not starve each other
+os.environ.setdefault("NPROC", "32")  # XLA's threads: programs of eight devices in flight must not starve each other
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test compiles what it tests
 
 import jax  # noqa: E402

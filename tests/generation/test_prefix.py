@@ -122,7 +122,7 @@ def test_copies_compile_once(tiny):
 def test_what_cannot_be_moved_is_refused(tiny):
   """Slots of a windowed cache share scales: no prefix is copied out of one, no holes of a batch are packed."""
   model, params = tiny
-  with pytest.raises(ValueError, match="cache dtype int4.*int8 cache"):
+  with pytest.raises(ValueError, match=r"cache dtype int4.*int8 cache"):
     Engine(model, params, cache_dtype="int4", prefix_cache=PrefixCache()).stream([A], 4)
   draft = (model, first_layers(params, 1))
   with pytest.raises(ValueError, match="cache dtype int4"):
