@@ -24,6 +24,7 @@ _HOMES = {
   "hqq": "lmcompress.transforms.hqq",
   "magnitude": "lmcompress.transforms.magnitude",
   "mixed_precision": "lmcompress.transforms.mixed_precision",
+  "quip_sharp": "lmcompress.transforms.quip_sharp",
   "rotate": "lmcompress.transforms.rotate",
   "round_to_nearest": "lmcompress.transforms.round_to_nearest",
   **dict.fromkeys(
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
   from lmcompress.transforms.hqq import hqq
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.mixed_precision import mixed_precision
+  from lmcompress.transforms.quip_sharp import quip_sharp
   from lmcompress.transforms.rotate import rotate
   from lmcompress.transforms.round_to_nearest import round_to_nearest
   from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
@@ -78,6 +80,7 @@ __all__ = [
   "prepare",
   "quantize_activations",
   "quantize_inputs",
+  "quip_sharp",
   "rotate",
   "round_to_nearest",
   "save",

@@ -22,6 +22,7 @@ from lmcompress.arrays import (
   ClusteredArray,
   InputArray,
   Int8PerToken,
+  LatticeArray,
   LowRankArray,
   MaskedArray,
   NMSparseArray,
@@ -29,12 +30,14 @@ from lmcompress.arrays import (
   QuantizedArray,
   bitmap,
   clustered,
+  lattice,
   low_rank,
   masked,
   nm_mask,
   nm_sparse,
   with_act,
 )
+from lmcompress.arrays.lattice import patterns
 from lmcompress.arrays.packing import PLANES
 from lmcompress.arrays.tiled import TiledArray
 from lmcompress.distributed import make_mesh, shard
@@ -176,6 +179,8 @@ ROWS = [
       trains=("values",), alike=True, keeps=third),
   Row("clustered 16", nearest(16, 4), 4 + 16 * 32 / 2560, trains=("codebook",), error=0.15),
   Row("clustered 5", nearest(5, 3, "bfloat16"), inputs=50, trains=("codebook",), alike=True, error=0.5),
+  Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
+  Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
   Row("2:4 float32", sparse(2, 4), 32 / 2 + 2 / 2, trains=("values",), keeps=largest(2, 4)),
   Row("2:4 int8 row", sparse(2, 4, bits=8), (8 + 2) / 2 + 16 / 64, trains=("values",), keeps=largest(2, 4)),
   Row("1:4 int4 g8 zero", sparse(1, 4, bits=4, group_size=8, symmetric=False), (4 + 2) / 4 + 20 / 32,
@@ -194,6 +199,7 @@ ROWS = [
       error=0.06, **TILES),
   Row("nf4 g32 tiled", laid_out(quantized(grid="nf4", group_size=32)), error=0.16, **TILES),
   Row("clustered 5 tiled", laid_out(nearest(5, 3)), inputs=50, error=0.5, **TILES),
+  Row("e8p g16 tiled", laid_out(lambda w, axis: lattice(w, axis, 16)), inputs=44, error=0.33, **TILES),
 ]
 OUT = 40
 AXES = [-2, -1]
@@ -375,10 +381,28 @@ def by_tile(leaf):
   return values if leaf.axis == -2 else values.T
 
 
+def by_lattice(leaf):
+  """Entry by entry: a pattern of magnitudes, seven signs and one that makes the sum even, a shift by a quarter."""
+  dense, table = np.zeros(leaf.shape), patterns()[0].astype(np.float64)
+  outputs_first = (lambda x: x.T) if leaf.axis == -2 else (lambda x: x)  # views
+  parts = dense, np.asarray(leaf.codes), by_invariant(leaf.scale)
+  for row, codes, scales in zip(*map(outputs_first, parts), strict=True):
+    for i, code in enumerate(codes.tolist()):
+      signs = [-1.0 if code >> 8 + j & 1 else 1.0 for j in range(7)]
+      point = table[code & 255] * [*signs, 1.0]
+      point[7] *= -1 if point.sum() % 2 else 1
+      for j, value in enumerate(point + (0.25 if code >> 15 else -0.25)):
+        if 8 * i + j < len(row):
+          group = 0 if leaf.group_size == -1 else (8 * i + j) // leaf.group_size
+          row[8 * i + j] = value * scales[group]
+  return dense
+
+
 INVARIANTS = {
   QuantizedArray: by_scale,
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
   ClusteredArray: lambda leaf: by_invariant(leaf.codebook)[by_invariant(leaf.codes).astype(int)],
+  LatticeArray: by_lattice,
   NMSparseArray: by_position,
   BitmapArray: by_bitmap,
   LowRankArray: lambda leaf: by_invariant(leaf.left) @ by_invariant(leaf.right),

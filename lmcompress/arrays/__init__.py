@@ -13,6 +13,7 @@ from lmcompress.arrays.input import (
   Int8PerToken,
   with_act,
 )
+from lmcompress.arrays.lattice import LatticeArray, lattice
 from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
 from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
@@ -36,6 +37,7 @@ __all__ = [
   "Int8PerGroup",
   "Int8PerToken",
   "Integer",
+  "LatticeArray",
   "LowRankArray",
   "MaskedArray",
   "NMSparseArray",
@@ -45,6 +47,7 @@ __all__ = [
   "bitmap",
   "clustered",
   "integer",
+  "lattice",
   "low_rank",
   "masked",
   "nm_mask",

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmcompress.ops.rounding import Fit, Rounding, best_shrink
 
 _BLOCK = 128
 """Inputs between two updates of all that is left, where one scale serves the whole row."""
 _TRIES = 8
+
+
+def warn_of_damping(name: str, path: str, used: Any, first: Any) -> None:
+  """Says so where a Hessian took more damping than asked for, or could not be factored at all."""
+  if not float(used) <= 1.01 * float(first):
+    found = "none works, this is plain rounding" if np.isinf(used) else f"{float(used):.3g} works"
+    warnings.warn(
+      f"{name} at {path}: the Hessian cannot be factored with damping {float(first):.3g}; {found}; "
+      "more calibration tokens than inputs would help",
+      RuntimeWarning,
+      stacklevel=3,
+    )
 
 
 class Factor(NamedTuple):
@@ -196,7 +210,7 @@ def _turns(diagonal: jax.Array, group: int, order: str) -> jax.Array:
   return inside[jnp.argsort(-jnp.sum(energy, axis=1), stable=True)].reshape(-1)
 
 
-def _without_drift(
+def without_drift(
   w: jax.Array, reference_hessian: jax.Array, factor: Factor, turn: jax.Array, dead: jax.Array, inputs: int
 ) -> jax.Array:
   """The weight that gives on today's inputs what `w` gave on those of the model before compression.
@@ -207,7 +221,7 @@ def _without_drift(
   n = w.shape[0]
   right = (jnp.matmul(reference_hessian, w) + factor.damping * w)[turn]
   best = jnp.matmul(factor.upper.T, jnp.matmul(factor.upper, right))[jnp.argsort(turn)]
-  alive = (jnp.arange(n) < inputs) & ~jnp.pad(dead, (0, n - inputs))
+  alive = (jnp.arange(n) < inputs) & ~dead
   return jnp.where(alive[:, None] & jnp.isfinite(factor.damping), best, w)
 
 
@@ -255,7 +269,8 @@ def solve(
   turn = _turns(diagonal, group, "activation" if per_row and order == "group" else order)
   factor = inverse_factor(hessian[turn][:, turn], damping)
   if reference_hessian is not None:
-    w = w + propagation * (_without_drift(w, reference_hessian, factor, turn, dead, inputs) - w)
+    silent = jnp.pad(dead, (0, spare))
+    w = w + propagation * (without_drift(w, reference_hessian, factor, turn, silent, inputs) - w)
 
   group_of = jnp.arange(total) // group
   fit = None

@@ -7,6 +7,7 @@ from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
+from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
@@ -20,6 +21,7 @@ METHODS = {
     awq_scale,
     hqq,
     mixed_precision,
+    quip_sharp,
     rotate,
     smooth_quant,
     smooth,
@@ -47,6 +49,7 @@ __all__ = [
   "partition",
   "quantize_activations",
   "quantize_inputs",
+  "quip_sharp",
   "rotate",
   "round_to_nearest",
   "scheduled",

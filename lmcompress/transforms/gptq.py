@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmcompress.arrays import MaskedArray
 from lmcompress.ops.rounding import Rounding
-from lmcompress.ops.second_order import solve
+from lmcompress.ops.second_order import solve, warn_of_damping
 from lmcompress.transforms.combine import require_dense, stagewise
 from lmcompress.types import Transform, WeightError
 
@@ -88,14 +86,7 @@ def gptq(
     ]
     keep = jnp.concatenate(kept, axis=1) if masked else None
     codes, fit, used, first = solve(jnp.concatenate(dense, axis=1), hessian, reference_hessian, keep, **options)
-    if not float(used) <= 1.01 * float(first):
-      found = "none works, this is plain rounding" if np.isinf(used) else f"{float(used):.3g} works"
-      warnings.warn(
-        f"gptq at {next(iter(weights))}: the Hessian cannot be factored with damping {float(first):.3g}; {found}; "
-        "more calibration tokens than inputs would help",
-        RuntimeWarning,
-        stacklevel=2,
-      )
+    warn_of_damping("gptq", next(iter(weights)), used, first)
     done, start = {}, 0
     for (path, leaf), w in zip(weights.items(), dense, strict=True):
       cut = slice(start, start + w.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from lmcompress.arrays.bitmap import BitmapArray
 from lmcompress.arrays.clustered import ClusteredArray
 from lmcompress.arrays.grids import Float8, Integer
+from lmcompress.arrays.lattice import LatticeArray
 from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.packing import Packed
 from lmcompress.arrays.quantized import QuantizedArray
@@ -52,6 +54,7 @@ def tile(leaf: Any, axis: int, activations: str) -> TiledArray:
   makers: dict[type, Callable[..., dict[str, Any]]] = {
     QuantizedArray: _quantized,
     ClusteredArray: _clustered,
+    LatticeArray: _lattice,
     NMSparseArray: _n_of_m,
     BitmapArray: _bitmap,
   }
@@ -129,12 +132,22 @@ def _spread(rows: np.ndarray, group: int, padded: int, total: int) -> np.ndarray
 
 def _codes(packed: Packed, bits: int, group: int, inputs: int, outputs: int) -> tuple[np.ndarray, int, int]:
   """Tiled codes, the layout of a group, and the inputs that the layout adds at the end."""
+
+  def read(start: int, size: int) -> np.ndarray:
+    part = np.asarray(_unpack(packed, start, size))
+    return part if packed.axis == -2 else part.T
+
+  return _laid_out(read, bits, group, inputs, outputs)
+
+
+def _laid_out(
+  read: Callable[[int, int], np.ndarray], bits: int, group: int, inputs: int, outputs: int
+) -> tuple[np.ndarray, int, int]:
+  """`_codes` of what `read(start, size)` gives: uint8 `[inputs, size]`, the codes of some outputs."""
   padded, total = _layout(group, inputs)
   data = _empty((-(-outputs // LANES), total // BLOCK, 64 * bits), np.uint8)
   for start in range(0, outputs, _CHUNK):
-    size = min(_CHUNK, outputs - start)
-    part = np.asarray(_unpack(packed, start, size))
-    part = part if packed.axis == -2 else part.T
+    part = read(start, min(_CHUNK, outputs - start))
     tiles = pack_tiles(_spread(part, group, padded, total), bits)
     data[start // LANES : start // LANES + tiles.shape[0]] = tiles
   if padded == -1 or padded == group:
@@ -231,6 +244,27 @@ def _clustered(leaf: ClusteredArray, axis: int, inputs: int, outputs: int) -> di
   if not np.isfinite(codebook).all():
     raise ValueError("a codebook entry is NaN or infinite; the kernels take finite ones")
   return {"codes": data, "table": _table(codebook, bits), "form": Form("table", bits, -1, padded), "pad": pad}
+
+
+def _lattice(leaf: LatticeArray, axis: int, inputs: int, outputs: int) -> dict[str, Any]:
+  """Points of the lattice are odd multiples of a quarter from -11 to 11: twelve codes with a scale and a minimum."""
+  unit = LatticeArray(leaf.codes, jnp.ones_like(leaf.scale), axis, leaf.pad, leaf.group_size, "float32")
+
+  def read(start: int, size: int) -> np.ndarray:
+    part = np.asarray(_quarters(unit, start, size))
+    return part if axis == -2 else part.T
+
+  data, padded, pad = _laid_out(read, 4, leaf.group_size, inputs, outputs)
+  groups, laid = leaf.scale.shape[axis], data.shape[1] * BLOCK
+  count = 1 if padded == -1 else 2 * data.shape[1] if padded == 16 else -(-laid // padded)
+  scale = _per_output(np.asarray(leaf.scale, np.float32), axis, groups, outputs, count)
+  form = Form("integer", 4, leaf.group_size, padded, 0)
+  return {"codes": data, "scale": scale / 2, "minimum": scale * np.float32(-11 / 4), "form": form, "pad": pad}
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _quarters(unit: LatticeArray, start: Any, size: int) -> jax.Array:
+  return jnp.round((unit.columns(start, size) * 4 + 11) / 2).astype(jnp.uint8)
 
 
 def _bfloat16(leaf: Any, axis: int, inputs: int, outputs: int) -> dict[str, Any]:
