@@ -18,10 +18,12 @@ _HOMES = {
   **dict.fromkeys(
     ("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"
   ),
+  **dict.fromkeys(("any_precision", "at_precision"), "lmcompress.transforms.any_precision"),
   **dict.fromkeys(("awq", "awq_scale"), "lmcompress.transforms.awq"),
   "freeze": "lmcompress.transforms.freeze",
   "gptq": "lmcompress.transforms.gptq",
   "hqq": "lmcompress.transforms.hqq",
+  "llm_int8": "lmcompress.transforms.llm_int8",
   "magnitude": "lmcompress.transforms.magnitude",
   "mixed_precision": "lmcompress.transforms.mixed_precision",
   "quip_sharp": "lmcompress.transforms.quip_sharp",
@@ -42,11 +44,13 @@ if TYPE_CHECKING:
   from lmcompress.io.load import load
   from lmcompress.ops import backends, prepare, use_backend
   from lmcompress.summary import summary
+  from lmcompress.transforms.any_precision import any_precision, at_precision
   from lmcompress.transforms.awq import awq, awq_scale
   from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
   from lmcompress.transforms.freeze import freeze
   from lmcompress.transforms.gptq import gptq
   from lmcompress.transforms.hqq import hqq
+  from lmcompress.transforms.llm_int8 import llm_int8
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.mixed_precision import mixed_precision
   from lmcompress.transforms.quip_sharp import quip_sharp
@@ -60,7 +64,9 @@ __all__ = [
   "LmcompressError",
   "SourceError",
   "WeightError",
+  "any_precision",
   "at",
+  "at_precision",
   "awq",
   "awq_scale",
   "backends",
@@ -71,6 +77,7 @@ __all__ = [
   "gptq",
   "hqq",
   "leafwise",
+  "llm_int8",
   "load",
   "magnitude",
   "mixed_precision",

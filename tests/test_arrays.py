@@ -25,16 +25,20 @@ from lmcompress.arrays import (
   LatticeArray,
   LowRankArray,
   MaskedArray,
+  NestedArray,
   NMSparseArray,
   Packed,
   QuantizedArray,
+  SplitArray,
   bitmap,
   clustered,
   lattice,
   low_rank,
   masked,
+  nested,
   nm_mask,
   nm_sparse,
+  split,
   with_act,
 )
 from lmcompress.arrays.lattice import patterns
@@ -127,6 +131,39 @@ def nearest(entries, bits, dtype="float32"):
   return of
 
 
+def finer(seed, *more):
+  """Codes of a few bits with a minimum, each cut finer to the nearest part."""
+
+  def of(w, axis):
+    leaf = quantize_matrix(w, axis=axis, bits=seed, group_size=32, symmetric=False, zero="real")
+    for bits in more:
+      base, width = leaf.quantized() if hasattr(leaf, "quantized") else leaf, 2**bits
+      wide = lambda part, base=base: np.repeat(np.asarray(part, np.float32), 32, axis)  # noqa: E731
+      part = np.asarray(base.materialize()) - wide(base.scales()).take(np.arange(w.shape[axis]), axis) / 2
+      step = wide(base.scales()).take(np.arange(w.shape[axis]), axis) / width
+      leaf = nested(leaf, jnp.clip(jnp.floor((w - part) / step), 0, width - 1).astype(jnp.uint8), bits)
+    return leaf
+
+  return of
+
+
+def apart(channels, **options):
+  def of(w, axis):
+    at = jnp.asarray(channels)
+    return split(quantize_matrix(w, axis=axis, **options), w.take(at, axis), at, axis)
+
+  return of
+
+
+def act_apart(channels, **options):
+  def of(w, axis):
+    base = with_act(quantize_matrix(w, axis=axis, **options), Int8PerToken(), axis)
+    at = jnp.asarray(channels)
+    return split(base, w.take(at, axis), at, axis)
+
+  return of
+
+
 def factored(rank, **options):
   """The best approximation of that rank, its factors dense or quantized."""
 
@@ -181,6 +218,12 @@ ROWS = [
   Row("clustered 5", nearest(5, 3, "bfloat16"), inputs=50, trains=("codebook",), alike=True, error=0.5),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
+  Row("nested 3/4/8", finer(3, 1, 4), 8 + 2 * 16 / 32, trains=("base",), error=0.3),
+  Row("nested 2/4", finer(2, 2), inputs=48, trains=("base",), alike=True, error=0.6),
+  Row("split int4", apart((1, 7, 40), bits=4, group_size=32, scale_dtype="float32"),
+      4 + 32 / 32 + 3 * 32 / 64 + 3 * 32 / 2560, trains=("base", "outliers"), error=0.16),
+  Row("split int8 per token", act_apart((0, 5), bits=8, group_size=-1), trains=("base", "outliers"), alike=True,
+      error=0.06),
   Row("2:4 float32", sparse(2, 4), 32 / 2 + 2 / 2, trains=("values",), keeps=largest(2, 4)),
   Row("2:4 int8 row", sparse(2, 4, bits=8), (8 + 2) / 2 + 16 / 64, trains=("values",), keeps=largest(2, 4)),
   Row("1:4 int4 g8 zero", sparse(1, 4, bits=4, group_size=8, symmetric=False), (4 + 2) / 4 + 20 / 32,
@@ -242,6 +285,12 @@ def expected(x, dense, axis, row=None):
 
 def acted(x, leaf):
   """The input as the product sees it, in NumPy."""
+  if isinstance(leaf, SplitArray):
+    rest = x.copy()
+    rest[..., np.asarray(leaf.channels)] = 0
+    rest = acted(rest, leaf.base)
+    rest[..., np.asarray(leaf.channels)] = x[..., np.asarray(leaf.channels)]
+    return rest
   if not isinstance(leaf, InputArray):
     return x
   x = x.astype(np.float32)
@@ -398,11 +447,35 @@ def by_lattice(leaf):
   return dense
 
 
+def by_bits(leaf):
+  """A seed's interval halved and halved again, towards the upper part where the bit is 1."""
+  seed, extras = leaf, []
+  while isinstance(seed, NestedArray):
+    extras.insert(0, seed.extra)
+    seed = seed.base
+  group = np.repeat(by_invariant(seed.scale), 32, axis=leaf.axis).take(np.arange(leaf.shape[leaf.axis]), leaf.axis)
+  value, width = by_scale(seed), group
+  for extra in extras:
+    bits = by_invariant(extra).astype(int)
+    for bit in reversed(range(extra.bits)):
+      width = width / 2
+      value = value + np.where(bits >> bit & 1, width / 2, -width / 2)
+  return value
+
+
+def by_channels(leaf):
+  dense, channels = by_invariant(leaf.base).copy(), np.asarray(leaf.channels)
+  np.moveaxis(dense, leaf.axis, 0)[channels] = np.moveaxis(by_invariant(leaf.outliers), leaf.axis, 0)
+  return dense
+
+
 INVARIANTS = {
   QuantizedArray: by_scale,
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
   ClusteredArray: lambda leaf: by_invariant(leaf.codebook)[by_invariant(leaf.codes).astype(int)],
   LatticeArray: by_lattice,
+  NestedArray: by_bits,
+  SplitArray: by_channels,
   NMSparseArray: by_position,
   BitmapArray: by_bitmap,
   LowRankArray: lambda leaf: by_invariant(leaf.left) @ by_invariant(leaf.right),

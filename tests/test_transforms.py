@@ -23,6 +23,7 @@ from lmcompress.models import Llama, LlamaConfig
 from lmcompress.ops import rounding
 from lmcompress.transforms import (
   METHODS,
+  any_precision,
   at,
   awq,
   awq_scale,
@@ -31,6 +32,7 @@ from lmcompress.transforms import (
   gptq,
   hqq,
   leafwise,
+  llm_int8,
   magnitude,
   mixed_precision,
   named_chain,
@@ -171,6 +173,9 @@ ROWS = [
   Row("awq_scale", lambda: awq_scale(4, 16), norms=True, sums=True),
   Row("hqq", lambda: hqq(3, 16), sums=True),
   Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True, meshes=False),
+  Row("any_precision", lambda: any_precision((3, 4, 8), 16), sums=True),
+  Row("llm_int8", lambda: llm_int8(threshold=4.0)),
+  Row("llm_int8 fraction", lambda: llm_int8(4, 16, None, 0.1, 8, "none"), sums=True),
   Row("quip_sharp", quip_sharp, sums=True),
   Row("quip_sharp g16 propagating", lambda: quip_sharp(16, error_propagation=0.5), sums=True),
   Row("rotate", rotate, random=True, norms=True, sums=True),

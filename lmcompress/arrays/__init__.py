@@ -16,9 +16,11 @@ from lmcompress.arrays.input import (
 from lmcompress.arrays.lattice import LatticeArray, lattice
 from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
+from lmcompress.arrays.nested import NestedArray, nested
 from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
+from lmcompress.arrays.split import SplitArray, split
 
 __all__ = [
   "ACTS",
@@ -41,8 +43,10 @@ __all__ = [
   "LowRankArray",
   "MaskedArray",
   "NMSparseArray",
+  "NestedArray",
   "Packed",
   "QuantizedArray",
+  "SplitArray",
   "Table",
   "bitmap",
   "clustered",
@@ -50,8 +54,10 @@ __all__ = [
   "lattice",
   "low_rank",
   "masked",
+  "nested",
   "nm_mask",
   "nm_sparse",
   "pack",
+  "split",
   "with_act",
 ]

@@ -34,9 +34,11 @@ from lmcompress.arrays import (
   LatticeArray,
   LowRankArray,
   MaskedArray,
+  NestedArray,
   NMSparseArray,
   Packed,
   QuantizedArray,
+  SplitArray,
   Table,
 )
 from lmcompress.data.tokenizer import Tokenizer
@@ -57,8 +59,10 @@ _KINDS = {
     LowRankArray,
     MaskedArray,
     NMSparseArray,
+    NestedArray,
     Packed,
     QuantizedArray,
+    SplitArray,
   )
 }
 _ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken)

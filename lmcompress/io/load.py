@@ -10,13 +10,14 @@ from lmcompress.io import checkpoint, hub
 from lmcompress.types import FormatError, Params
 
 
-def load(name: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Any]:
+def load(name: str | os.PathLike, mesh: Any = None, bits: int | None = None) -> tuple[Any, Params, Any]:
   """Loads a model.
 
   Args:
     name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, or of a
       folder that `save` wrote.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
+    bits: which width of weights that hold several (`any_precision`); all of them where not given.
 
   Returns:
     `(model, params, tokenizer)`; the tokenizer is None where the source has none.
@@ -24,7 +25,17 @@ def load(name: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Any]:
   Raises:
     SourceError: there is no such model.
     FormatError: the file is damaged or of a form not known here; the message names it.
+    WeightError: `bits` is given and no weight, or not every nested one, has such a width.
   """
+  model, params, tokenizer = _read(name, mesh)
+  if bits is not None:
+    from lmcompress.transforms.any_precision import at_precision
+
+    params = at_precision(params, bits)
+  return model, params, tokenizer
+
+
+def _read(name: str | os.PathLike, mesh: Any) -> tuple[Any, Params, Any]:
   path = Path(hub.resolve_model(str(name)))
   if path.is_file():
     with path.open("rb") as f:

@@ -100,6 +100,8 @@ _FORMS = {
   "bfloat16": ("linear", "embed", "attend"),
   "n:m": ("linear", "embed", "attend"),
   "bitmap": ("linear", "embed", "attend"),
+  "nested (laid out at one precision)": ("linear", "embed", "attend"),
+  "outlier channels apart": ("linear", "embed", "attend"),
   "low rank": ("linear", "embed", "attend"),
   "masked (a training form)": (),
   "dense float32": (),

@@ -1,4 +1,4 @@
-"""Products in two steps: through the rank of a low-rank weight, and after what is done to an input first."""
+"""Products in two steps: through the rank of a low-rank weight, after what is done to an input, and in two parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray
 from lmcompress.arrays.low_rank import LowRankArray
+from lmcompress.arrays.split import SplitArray
 from lmcompress.ops.linear import TILE, Rules, attend, embed, linear, register
 from lmcompress.types import CompressedArray
 
@@ -64,5 +65,29 @@ def input_embed(ids: jax.Array, w: InputArray) -> jax.Array:
   return embed(ids, w.weight)
 
 
+def _apart(x: jax.Array, w: SplitArray) -> tuple[jax.Array, jax.Array]:
+  """The input less the channels that are kept apart, and those channels."""
+  few = jnp.take(x, w.channels, axis=-1)
+  return x.at[..., w.channels].set(0), few
+
+
+def split_linear(x: jax.Array, w: SplitArray) -> jax.Array:
+  """Two products, added up in float32."""
+  rest, few = _apart(x.astype(jnp.float32), w)
+  return (linear(rest, w.base) + linear(few, w.outliers)).astype(x.dtype)
+
+
+def split_attend(x: jax.Array, w: SplitArray) -> jax.Array:
+  """Two products, added up in float32."""
+  rest, few = _apart(x.astype(jnp.float32), w)
+  return (attend(rest, w.base) + attend(few, w.outliers)).astype(x.dtype)
+
+
+def split_embed(ids: jax.Array, w: SplitArray) -> jax.Array:
+  """The base's rows with the channels kept apart in their place."""
+  return embed(ids, w.base).at[..., w.channels].set(embed(ids, w.outliers).astype(w.dtype))
+
+
+register(SplitArray, Rules(split_linear, split_embed, split_attend))
 register(LowRankArray, Rules(low_rank_linear, low_rank_embed, low_rank_attend))
 register(InputArray, Rules(input_linear, input_embed, input_attend))

@@ -10,6 +10,8 @@ from lmcompress import tree
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
+from lmcompress.arrays.nested import NestedArray
+from lmcompress.arrays.split import SplitArray
 from lmcompress.arrays.tiled import TiledArray
 from lmcompress.ops import backend
 from lmcompress.types import CompressedArray, Params, WeightError
@@ -79,6 +81,11 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   if isinstance(leaf, LowRankArray):
     left, right = (_prepared(path, part, axis, activations) for part in (leaf.left, leaf.right))
     return dataclasses.replace(leaf, left=left, right=right)
+  if isinstance(leaf, SplitArray):
+    base = _prepared(path, leaf.base, axis, activations)
+    return dataclasses.replace(leaf, base=base, outliers=_prepared(path, leaf.outliers, axis, "float32"))
+  if isinstance(leaf, NestedArray):
+    leaf = leaf.quantized()
   if not isinstance(leaf, CompressedArray) and str(leaf.dtype) != "bfloat16":
     return leaf
   try:

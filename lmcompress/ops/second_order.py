@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import Any, NamedTuple
@@ -93,6 +94,8 @@ def round_in_turn(
   clip: bool,
   fit: Fit | None = None,
   group_of: jax.Array | None = None,
+  parents: jax.Array | None = None,
+  extra: int = 0,
 ) -> tuple[jax.Array, Fit]:
   """Rounds inputs one after another, each error spread over those that follow (Frantar et al. 2022, algorithm 1).
 
@@ -104,6 +107,7 @@ def round_in_turn(
     clip: shrinks each group's range to the least error weighed by `1 / upper_ii**2`, what the loop minimizes.
     fit: parameters fixed beforehand, `[groups, out]`, with `group_of: [in]`; else each `group` is fitted when its turn
       comes, to weights that carry the errors so far.
+    parents: uint8 `[in, out]`: codes whose `extra` further bits alone are chosen.
 
   Returns:
     Codes uint8 `[in, out]` and the parameters `[groups, out]`, both in the order of `w`.
@@ -119,6 +123,7 @@ def round_in_turn(
     own = jax.lax.dynamic_slice(row, (0, i1), (group, group))
     kept = None if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
     diagonal = jnp.diag(own)
+    least = None if parents is None else jax.lax.dynamic_slice(parents, (i1, 0), (group, outputs)) << extra
     if fit is None:
       real = part if kept is None else jnp.where(kept, part, 0.0)
       importance = (1.0 / (diagonal * diagonal))[:, None]
@@ -133,6 +138,7 @@ def round_in_turn(
       value, mine = part[i], _one(fits, i)
       target = value if kept is None else jnp.where(kept[i], value, 0.0)
       code = rounding.encode(target[None], mine, 0)[0]
+      code = code if least is None else jnp.clip(code, least[i], least[i] | (2**extra - 1))
       rounded = rounding.decode(code[None], mine, 0)[0]
       rounded = rounded if kept is None else jnp.where(kept[i], rounded, 0.0)
       error = (value - rounded) / diagonal[i]
@@ -225,7 +231,9 @@ def without_drift(
   return jnp.where(alive[:, None] & jnp.isfinite(factor.damping), best, w)
 
 
-@functools.partial(jax.jit, static_argnames=("rounding", "group_size", "order", "clip", "sweeps", "damping"))
+@functools.partial(
+  jax.jit, static_argnames=("rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback")
+)
 def solve(
   w: jax.Array,
   hessian: jax.Array,
@@ -239,14 +247,18 @@ def solve(
   sweeps: int,
   damping: float,
   propagation: Any = 0.0,
-) -> tuple[jax.Array, Fit, jax.Array, jax.Array]:
+  extra: tuple[int, ...] = (),
+  feedback: bool = True,
+) -> tuple[jax.Array, Fit, jax.Array, jax.Array, list[jax.Array]]:
   """GPTQ of one matrix, or of several side by side that read the same input; the arguments are `gptq`'s.
 
   Args:
     w: `[in, out]`; hessian, reference_hessian: `[in, in]`; keep: bool `[in, out]` or None.
+    extra: bits to add to each code afterwards, once or more often, for a grid with real minimums.
+    feedback: whether errors are absorbed before the extra bits too; else each weight goes to its nearest code.
 
   Returns:
-    Codes `[in, out]`, parameters `[groups, out]`, the damping used and the first one tried.
+    Codes `[in, out]`, parameters `[groups, out]`, the damping used, the first one tried, and the extra bits in turn.
   """
   inputs, outputs = w.shape
   w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -283,8 +295,9 @@ def solve(
     real = (w if keep is None else jnp.where(keep, w, 0.0)).reshape(groups, group, outputs)
     shrink = best_shrink(rounding, real, 1, diagonal.reshape(groups, group, 1)) if clip else 1.0
     fit = rounding.fit(real, 1, shrink)
+  upper = factor.upper if feedback else jnp.diag(jnp.diag(factor.upper))
   codes, fit = round_in_turn(
-    w[turn], factor.upper, None if keep is None else keep[turn], rounding, group, clip, fit, group_of[turn]
+    w[turn], upper, None if keep is None else keep[turn], rounding, group, clip, fit, group_of[turn]
   )
   back = jnp.argsort(turn)
   codes = codes[back]
@@ -296,4 +309,14 @@ def solve(
   for _ in range(sweeps):
     codes = descend(w, hessian + factor.damping * jnp.eye(total), codes, keep, rounding, wide, group)
   first = damping * jnp.mean(diagonal)
-  return codes[:inputs], fit, factor.damping, first
+  more, finer, whole = [], fit, codes
+  for bits in extra:
+    rounding = dataclasses.replace(rounding, bits=rounding.bits + bits)
+    step = finer.scale / 2**bits
+    finer = Fit(step, step, None, finer.minimum - (finer.scale - step) / 2)
+    whole, _ = round_in_turn(
+      w[turn], factor.upper, None, rounding, group, False, finer, group_of[turn], whole[turn], bits
+    )
+    whole = whole[back]
+    more.append(whole[:inputs] & (2**bits - 1))
+  return codes[:inputs], fit, factor.damping, first, more

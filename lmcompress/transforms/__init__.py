@@ -1,10 +1,12 @@
 """A method per file, and the combinators that compose them."""
 
+from lmcompress.transforms.any_precision import any_precision, at_precision
 from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.hqq import hqq
+from lmcompress.transforms.llm_int8 import llm_int8
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
 from lmcompress.transforms.quip_sharp import quip_sharp
@@ -21,6 +23,8 @@ METHODS = {
     awq_scale,
     hqq,
     mixed_precision,
+    any_precision,
+    llm_int8,
     quip_sharp,
     rotate,
     smooth_quant,
@@ -35,7 +39,9 @@ METHODS = {
 
 __all__ = [
   "METHODS",
+  "any_precision",
   "at",
+  "at_precision",
   "awq",
   "awq_scale",
   "chain",
@@ -43,6 +49,7 @@ __all__ = [
   "gptq",
   "hqq",
   "leafwise",
+  "llm_int8",
   "magnitude",
   "mixed_precision",
   "named_chain",

@@ -85,7 +85,7 @@ def gptq(
       for leaf in weights.values()
     ]
     keep = jnp.concatenate(kept, axis=1) if masked else None
-    codes, fit, used, first = solve(jnp.concatenate(dense, axis=1), hessian, reference_hessian, keep, **options)
+    codes, fit, used, first, _ = solve(jnp.concatenate(dense, axis=1), hessian, reference_hessian, keep, **options)
     warn_of_damping("gptq", next(iter(weights)), used, first)
     done, start = {}, 0
     for (path, leaf), w in zip(weights.items(), dense, strict=True):
