@@ -71,6 +71,7 @@ class Gates(_Table):
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
+  `stream` leaves the weights of a Hugging Face folder in their files: memory holds one block, whatever the depth.
   `variants` is for studies: each is a table of dotted overrides, such as `{recipe.0.bits: 3}`.
   """
 
@@ -85,12 +86,13 @@ class Config(_Table):
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   mesh: MeshSizes | None = None
   gates: Gates | None = None
+  stream: bool = False
   variants: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
 
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    without = {"gates"} if self.gates is None else set()  # a key that says nothing changes nothing
+    without = {name for name in ("gates", "stream") if not getattr(self, name)}  # what says nothing changes nothing
     table = self.model_dump(mode="json", exclude=without)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -19,6 +19,7 @@ import lmcompress
 from lmcompress import ops, tree
 from lmcompress import recipe as recipes
 from lmcompress.calibration import compress
+from lmcompress.calibration.sequential import Streamed
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
 from lmcompress.errors import GateError
@@ -30,9 +31,10 @@ from lmcompress.evaluate.size import sizes
 from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
+from lmcompress.io.store import Store
 from lmcompress.types import ConfigError, FormatError, Params, SourceError
 
-RESULT, METRICS, CONFIG, MODEL = "result.json", "metrics.jsonl", "config.yaml", "model"
+RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
 _HISTOGRAM_BINS = 80
 _FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
@@ -68,8 +70,8 @@ def run(
 ) -> dict[str, Any]:
   """Runs a config in `results/<name>-<hash>`, continuing what is already there, and returns its result.
 
-  Compression is repeated (it gives the same bits), while scores that were written are kept. The folder holds
-  `config.yaml`, `metrics.jsonl`, `model/`, `result.json`, `report.html` and TensorBoard events.
+  Finished blocks of each link and scores that were written are kept, the rest is made again to the same bits. The
+  folder holds `config.yaml`, `metrics.jsonl`, `model/`, `result.json`, `report.html` and TensorBoard events.
 
   Args:
     results: the folder of run folders.
@@ -92,7 +94,7 @@ def run(
   watcher.note(f"loading {config.model}")
   reset_peak()
   begun = time.perf_counter()
-  model, params, tokenizer = load(config.model, mesh)
+  model, params, tokenizer = load(config.model, mesh, lazy=config.stream)
   stages = [_Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
@@ -117,9 +119,10 @@ def run(
     if int(tokens.max()) >= vocab:
       raise ConfigError(f"text {name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}")
 
-  rows = []
+  rows: list[dict[str, Any]] = []
+  store = Store(folder / BLOCKS, {"config": config.hash, "versions": versions()}, mapped=config.stream)
   if config.recipe:
-    rows = _compress(config, model, params, calibration, stages, watcher)
+    rows = _compress(config, model, params, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder / CONFIG, dump(config))
   records = _Records(folder / METRICS)
@@ -132,10 +135,13 @@ def run(
     watcher.note("saving the model")
     checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe))
 
-  ready = _ready(stages) if mesh is None else [stage.params for stage in stages]
-  scores = _scores(model, stages, ready, texts, records, watcher)
-  speeds = _speeds(config, model, stages, ready, records, watcher)
-  generation = _generation(config, model, ready, tokenizer, watcher)
+  prepared = mesh is None and not config.stream
+  ready = _ready(stages) if prepared else [stage.params for stage in stages]
+  scores = _scores(Streamed(model) if config.stream else model, stages, ready, texts, records, watcher)
+  speeds, generation = {}, None
+  if not config.stream:  # decoding needs all weights at once
+    speeds = _speeds(config, model, stages, ready, records, watcher)
+    generation = _generation(config, model, ready, tokenizer, watcher)
   result = {
     "format": 1,
     "name": config.name,
@@ -154,7 +160,7 @@ def run(
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
-    "histograms": _histograms(stages[0].params, stages[-1].params),
+    "histograms": {} if config.stream else _histograms(stages[0].params, stages[-1].params),
     "generation": generation,
   }
   from lmcompress import report
@@ -162,6 +168,7 @@ def run(
   report.write_tensorboard(result, folder / "tensorboard")
   report.write_html(result, folder / "report.html")
   _write(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
+  store.clear()
   return _through_gates(config, result)
 
 
@@ -203,7 +210,7 @@ def _mesh(config: Config) -> Any:
 
 
 def _compress(
-  config: Config, model: Any, params: Params, calibration: Any, stages: list[_Stage], watcher: Watcher
+  config: Config, model: Any, params: Params, calibration: Any, stages: list[_Stage], watcher: Watcher, store: Store
 ) -> list[dict[str, Any]]:
   """Appends a stage for each link; returns the report's rows."""
 
@@ -220,6 +227,7 @@ def _compress(
     jax.random.key(config.seed),
     progress=watcher.step,
     on_link=after,
+    store=store,
   )
   for stage, link in zip(stages[1:], report.links, strict=True):
     stage.seconds = link["seconds"]

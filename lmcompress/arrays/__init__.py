@@ -21,6 +21,7 @@ from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
 from lmcompress.arrays.split import SplitArray, split
+from lmcompress.arrays.stored import StoredArray, fetch
 
 __all__ = [
   "ACTS",
@@ -47,9 +48,11 @@ __all__ = [
   "Packed",
   "QuantizedArray",
   "SplitArray",
+  "StoredArray",
   "Table",
   "bitmap",
   "clustered",
+  "fetch",
   "integer",
   "lattice",
   "low_rank",

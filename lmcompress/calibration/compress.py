@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
+from lmcompress.arrays import StoredArray, fetch
 from lmcompress.calibration.sequential import Work, block_by_block
 from lmcompress.evaluate.size import kind
 from lmcompress.transforms.combine import STATISTICS, chain
-from lmcompress.types import Evidence, Params, Transform, WeightError
+from lmcompress.types import CompressedArray, Evidence, Params, Transform, WeightError
 
 Progress = Callable[[str, int, int], None]
 """Called with the link's name, how many of its parts are done, and how many there are."""
@@ -59,6 +60,7 @@ def compress(
   *,
   progress: Progress | None = None,
   on_link: Callable[[str, Params], None] | None = None,
+  store: Any = None,
 ) -> tuple[Params, Report]:
   """Applies a recipe to a parameter tree.
 
@@ -75,6 +77,8 @@ def compress(
     key: decides everything random.
     progress: told of each part that is done.
     on_link: called after each link with its name and the tree.
+    store: an `io.store.Store`: finished blocks go there, and those that it has from a run that was cut off are not
+      made again. With leaves that stay in files, memory holds one block, whatever the depth.
 
   Returns:
     The compressed tree and a `Report`.
@@ -94,14 +98,17 @@ def compress(
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
     if "key" in link.needs and key is None:
       raise WeightError(f"{link.name} draws at random: pass key=jax.random.key(seed) to compress")
+    if link.scope == "model" and any(isinstance(leaf, StoredArray) for leaf in tree.flatten(params).values()):
+      raise WeightError(f"{link.name} needs the whole model in memory; leave it out, or load the model whole")
     state = link.init(params, None)
     before = params
+    kept = None if store is None or link.plan is not None else _Kept(store, i)
     if link.needs & set(STATISTICS):
       if calibration is None:
         raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
-      params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress)
+      params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)
     elif link.scope == "weight":
-      params, work = _weight_by_weight(params, link, state, evidence, progress)
+      params, work = _weight_by_weight(params, link, state, evidence, progress, kept)
     else:
       params, work = jax.block_until_ready(link.apply(params, state, evidence)[0]), Work()
     if link.plan is not None:
@@ -114,17 +121,38 @@ def compress(
   return params, report
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+  """The parts of one link in a store."""
+
+  store: Any
+  link: int
+
+  def put(self, part: str, leaves: Mapping[str, Any], work: Mapping[str, Any]) -> dict[str, Any]:
+    return self.store.put(self.link, part, leaves, work)
+
+  def find(self, part: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    return self.store.find(self.link, part)
+
+
 def _weight_by_weight(
-  params: Params, link: Transform, state: Any, evidence: Evidence, progress: Progress | None
+  params: Params, link: Transform, state: Any, evidence: Evidence, progress: Progress | None, kept: _Kept | None
 ) -> tuple[Params, Work]:
   """Applies a link to one weight's subtree at a time, so that only one is in work."""
   leaves, work = tree.flatten(params), Work()
   paths = [path for path in leaves if tree.is_weight(path)]
   for n, path in enumerate(paths):
     begun = time.perf_counter()
-    done, _ = link.apply(tree.unflatten({path: leaves[path]}), state, evidence)
-    leaves[path] = jax.block_until_ready(tree.get(done, path))
+    if kept is not None and (found := kept.find(path)) is not None:
+      leaves[path], work.seconds[path] = found[0][path], found[1]["seconds"]
+      continue
+    leaf = fetch(leaves[path])
+    done, _ = link.apply(tree.unflatten({path: leaf}), state, evidence)
+    made = jax.block_until_ready(tree.get(done, path))
     work.seconds[path] = time.perf_counter() - begun
+    if made is not leaf:
+      told = {"seconds": work.seconds[path]}
+      leaves[path] = made if kept is None else kept.put(path, {path: made}, told)[path]
     if progress is not None:
       progress(link.name, n + 1, len(paths))
   return tree.unflatten(leaves), work
@@ -136,7 +164,7 @@ def _rows(name: str, original: Params, before: Params, after: Params, work: Work
     if old.get(path) is leaf:
       continue
     same = path in first and first[path].shape == leaf.shape
-    error, zeros = _error(leaf, first[path] if same else leaf)
+    error, zeros = _error(fetch(leaf), fetch(first[path]) if same else fetch(leaf))
     rows.append(
       {
         "link": name,
@@ -156,6 +184,6 @@ def _rows(name: str, original: Params, before: Params, after: Params, work: Work
 @functools.partial(jax.jit)
 def _error(leaf: Any, original: Any) -> tuple[jax.Array, jax.Array]:
   """`||leaf - original|| / ||original||` and the fraction of exact zeros."""
-  w, w0 = (x if isinstance(x, jax.Array) else x.materialize() for x in (leaf, original))
+  w, w0 = (x.materialize() if isinstance(x, CompressedArray) else x for x in (leaf, original))
   difference, norm = (jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))) for x in (w - w0, w0))
   return jnp.where(norm > 0, difference / norm, difference), jnp.mean(w == 0)

@@ -6,20 +6,32 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray
+from lmcompress.arrays import InputArray, fetch
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.ops.second_order import output_energy
 from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, State, Transform, WeightError
 
 TOKENS = 4096
 """Tokens that run at once, at most (one row at least)."""
+
+
+class Kept(Protocol):
+  """Where the finished parts of a link are kept."""
+
+  def put(self, part: str, leaves: Mapping[str, Any], work: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps them; returns what stands in the tree from now on."""
+    ...
+
+  def find(self, part: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Leaves by path and what `put` was told of the work, if the part is finished."""
+    ...
 
 
 @dataclasses.dataclass
@@ -38,6 +50,7 @@ def block_by_block(
   evidence: Evidence,
   calibration: Any,
   progress: Callable[[str, int, int], None] | None = None,
+  kept: Kept | None = None,
 ) -> tuple[Params, State, Work]:
   """Applies a link that needs statistics to each block in turn.
 
@@ -47,6 +60,7 @@ def block_by_block(
   the rows (a second stream for a link that looks at what an input was before), whatever the depth.
 
   Args:
+    kept: parts that it has are not made again; what is finished goes there, if the link's state does not matter.
     calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens.
 
   Returns:
@@ -57,17 +71,26 @@ def block_by_block(
   """
   wanted = tuple(sorted(link.needs & set(STATISTICS)))
   batches = _batches(calibration)
-  original, stream = params, [model.start(params, batch) for batch in batches]
+  original, ends = params, _ends(model, params)
+  stream = [model.start(ends, batch) for batch in batches]
+  del ends
   second = list(stream) if any(STATISTICS[name].reference for name in wanted) else None
   blocks, work = model.blocks(params), Work()
   for n, block in enumerate(blocks):
     alike = next(b for b in blocks if b[1:] == block[1:])  # one compilation serves blocks of one kind
-    for stages in [block.stages] if link.scope == "block" else [(stage,) for stage in block.stages]:
+    found = None if kept is None else kept.find(block.path)
+    before = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
+    if found is not None:
+      for path, leaf in found[0].items():
+        params = tree.put(params, path, leaf)
+      work.seconds.update(found[1]["seconds"])
+      work.output_error.update(found[1]["output_error"])
+    for stages in [] if found else [block.stages] if link.scope == "block" else [(s,) for s in block.stages]:
       begun = time.perf_counter()
       reference = None if second is None else (original, second)
       values = _collect(model, block, alike, params, stream, stages, wanted, batches, reference)
       statistics = {f"{block.path}/{linear}/kernel": values[stage.name] for stage in stages for linear in stage.linears}
-      leaves = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
+      leaves = {p: fetch(leaf) for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
       if link.scope != "block":
         leaves = {p: leaf for p, leaf in leaves.items() if p in statistics}
       done, state = link.apply(tree.unflatten(leaves), state, dataclasses.replace(evidence, statistics=statistics))
@@ -78,15 +101,49 @@ def block_by_block(
             work.output_error[path] = float(_output_error(leaves[path], leaf, statistics[path]["hessian"]))
       seconds = (time.perf_counter() - begun) / len(statistics)
       work.seconds.update(dict.fromkeys(statistics, seconds))
+    if kept is not None and found is None:
+      changed = {p: leaf for p in before if (leaf := tree.get(params, p)) is not before[p]}
+      both = {"seconds": work.seconds, "output_error": work.output_error}
+      told = {name: {p: v for p, v in values.items() if p in before} for name, values in both.items()}
+      for path, leaf in kept.put(block.path, changed, told).items():
+        params = tree.put(params, path, leaf)
     stream = _advance(model, block, alike, params, stream)
     second = second and _advance(model, block, alike, original, second)
     if progress is not None:
       progress(link.name, n + 1, len(blocks))
-  outside = {p: leaf for p, leaf in tree.flatten(params).items() if not any(p.startswith(f"{b.path}/") for b in blocks)}
+  outside = _outside(model, params)
   done, state = link.apply(tree.unflatten(outside), state, evidence)  # refuses a weight that has no statistics
   for path, leaf in tree.flatten(done).items():
     params = tree.put(params, path, leaf)
   return params, state, work
+
+
+def _outside(model: Any, params: Params) -> dict[str, Any]:
+  """The leaves of no block, by path."""
+  blocks = model.blocks(params)
+  return {p: leaf for p, leaf in tree.flatten(params).items() if not any(p.startswith(f"{b.path}/") for b in blocks)}
+
+
+def _ends(model: Any, params: Params) -> Params:
+  """What lies outside of the blocks, read from where it is stored, beside the blocks as they are."""
+  for path, leaf in _outside(model, params).items():
+    params = tree.put(params, path, fetch(leaf))
+  return params
+
+
+class Streamed(NamedTuple):
+  """A model whose blocks are read one at a time, for scoring a tree that lies in files."""
+
+  model: Any
+
+  def apply(self, params: Params, tokens: Any, *, attention_mask: Any = None) -> jax.Array:
+    """Logits `[batch, length, vocab]`."""
+    carry = self.model.start(_ends(self.model, params), {"tokens": tokens, "attention_mask": attention_mask})
+    blocks = self.model.blocks(params)
+    for block in blocks:
+      alike = next(b for b in blocks if b[1:] == block[1:])
+      carry = _run(self.model, alike, _block_alone(block, alike, params), carry)
+    return self.model.finish(_ends(self.model, params), carry)
 
 
 def _batches(calibration: Any) -> list[dict[str, np.ndarray]]:
@@ -110,6 +167,7 @@ def _block_alone(block: Block, alike: Block, params: Params) -> Params:
   """The block's parameters, dense, at the path of one like it: what a calibration run reads and then forgets."""
 
   def dense(leaf: Any) -> Any:
+    leaf = fetch(leaf)
     if isinstance(leaf, InputArray):
       return dataclasses.replace(leaf, weight=dense(leaf.weight))
     return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf

@@ -39,6 +39,7 @@ from lmcompress.arrays import (
   Packed,
   QuantizedArray,
   SplitArray,
+  StoredArray,
   Table,
 )
 from lmcompress.data.tokenizer import Tokenizer
@@ -75,13 +76,19 @@ _OURS = {MANIFEST, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
 # ---------------------------------------------------------------------------------------- describing leaves
 
 
-def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-  """`{path: description}` and the arrays by name: what a manifest says of a tree, and what the file holds."""
+def describe(params: Params, paths: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`{path: description}` and the arrays by name: what a manifest says of a tree, and what the file holds.
+
+  Args:
+    paths: `params` is `{path: leaf}` already.
+  """
   arrays: dict[str, Any] = {}
 
   def visit(name: str, node: Any) -> Any:
     if node is None or isinstance(node, (bool, int, float, str)):
       return node
+    if isinstance(node, StoredArray) and not node.dense:
+      node = node.read()
     kind = type(node).__name__
     if kind in _KINDS:
       return {
@@ -97,7 +104,7 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays[name] = node
     return {"array": name, "dtype": str(np.dtype(node.dtype)), "shape": list(node.shape)}
 
-  leaves = {path: visit(path, leaf) for path, leaf in tree.flatten(params).items()}
+  leaves = {path: visit(path, leaf) for path, leaf in (params if paths else tree.flatten(params)).items()}
   return leaves, arrays
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +38,11 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
   return found
 
 
-def load_folder(folder: Path) -> tuple[Llama, Params, Tokenizer | None]:
+def load_folder(folder: Path, lazy: bool = False) -> tuple[Llama, Params, Tokenizer | None]:
   """Model, float32 parameters and tokenizer (None where the folder has none).
+
+  Args:
+    lazy: leaves are read when they are used (`StoredArray`), norms and biases at once.
 
   Raises:
     FormatError: names the file, and the tensor, that is wrong.
@@ -58,14 +62,16 @@ def load_folder(folder: Path) -> tuple[Llama, Params, Tokenizer | None]:
     raise FormatError(f"{folder}: the tensor 'lm_head.weight' is missing and config.json does not tie it")
   leaves = {}
   for path, theirs in mapping.items():
-    array = files[theirs].read(theirs)
-    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in (
+    entry = files[theirs].entries[theirs]
+    if not np.issubdtype(entry.dtype, np.floating) and entry.dtype.name not in (
       "bfloat16",
       "float8_e4m3fn",
       "float8_e5m2",
     ):
-      raise FormatError(f"{files[theirs].path}: tensor {theirs!r} is {array.dtype}; floating weights are expected")
-    leaves[path] = names.orient(path, array)
+      raise FormatError(f"{files[theirs].path}: tensor {theirs!r} is {entry.dtype}; floating weights are expected")
+    read = functools.partial(files[theirs].read, theirs)
+    stays = lazy and tree.is_weight(path)
+    leaves[path] = names.lazily(path, read, entry.shape) if stays else names.orient(path, read())
   params = tree.unflatten(leaves)
   names.check_shapes(params, model.config.head_dim, str(folder))
   return model, params, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None

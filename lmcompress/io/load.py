@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lmcompress.io import checkpoint, hub
-from lmcompress.types import FormatError, Params
+from lmcompress.types import FormatError, Params, SourceError
 
 
-def load(name: str | os.PathLike, mesh: Any = None, bits: int | None = None) -> tuple[Any, Params, Any]:
+def load(
+  name: str | os.PathLike, mesh: Any = None, bits: int | None = None, lazy: bool = False
+) -> tuple[Any, Params, Any]:
   """Loads a model.
 
   Args:
     name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, or of a
       folder that `save` wrote.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
+    lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
+      with a `Store` goes through such a tree block by block.
     bits: which width of weights that hold several (`any_precision`); all of them where not given.
 
   Returns:
@@ -27,7 +31,7 @@ def load(name: str | os.PathLike, mesh: Any = None, bits: int | None = None) -> 
     FormatError: the file is damaged or of a form not known here; the message names it.
     WeightError: `bits` is given and no weight, or not every nested one, has such a width.
   """
-  model, params, tokenizer = _read(name, mesh)
+  model, params, tokenizer = _read(name, mesh, lazy)
   if bits is not None:
     from lmcompress.transforms.any_precision import at_precision
 
@@ -35,8 +39,10 @@ def load(name: str | os.PathLike, mesh: Any = None, bits: int | None = None) -> 
   return model, params, tokenizer
 
 
-def _read(name: str | os.PathLike, mesh: Any) -> tuple[Any, Params, Any]:
+def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, Any]:
   path = Path(hub.resolve_model(str(name)))
+  if lazy and (mesh is not None or path.is_file() or (path / checkpoint.MANIFEST).is_file()):
+    raise SourceError(f"{name}: only Hugging Face folders can be read weight by weight, and not onto a mesh")
   if path.is_file():
     with path.open("rb") as f:
       magic = f.read(4)
@@ -49,7 +55,7 @@ def _read(name: str | os.PathLike, mesh: Any) -> tuple[Any, Params, Any]:
     return checkpoint.load_checkpoint(path, mesh)
   from lmcompress.io.huggingface import load_folder
 
-  return _placed(*load_folder(path), mesh)
+  return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh)
 
 
 def origin(name: str | os.PathLike) -> str:

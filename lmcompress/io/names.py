@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import StoredArray
 from lmcompress.types import FormatError, Params
 
 
@@ -85,6 +87,13 @@ def plan(names: Iterable[Name], field: str, found: Iterable[str], layers: int, w
   if left:
     raise FormatError(f"{where}: tensor {left[0]!r} ({len(left)} in all) has no place in this architecture")
   return mapping
+
+
+def lazily(path: str, read: Callable[[], np.ndarray], shape: tuple[int, ...]) -> StoredArray:
+  """`orient` of what `read` gives, each time that it is used; the foreign tensor has `shape`."""
+  shape = shape[::-1] if path.endswith("kernel") else shape
+  size = math.prod(shape)
+  return StoredArray(lambda: orient(path, read()), shape, jnp.dtype("float32"), 32 * size, "float32", True)
 
 
 def orient(path: str, array: np.ndarray) -> jax.Array:

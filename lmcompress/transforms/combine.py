@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, fetch
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 STATISTICS = ("hessian", "reference_hessian", "second_moment", "absmax", "mean_abs")
@@ -228,7 +228,7 @@ def leafwise(
     found = {path: leaf for path, leaf in tree.weights(params).items() if path in chosen}
     for path, leaf in found.items():
       if check is not None:
-        check(path, leaf)
+        check(path, fetch(leaf))
     return ()
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:

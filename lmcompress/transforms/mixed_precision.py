@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import fetch
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.awq import round_clipped
@@ -59,7 +60,7 @@ def mixed_precision(
     chosen = tree.default_selection(params) if selected is None else selected
     for path, leaf in tree.weights(params).items():
       if path in chosen:
-        require_dense("mixed_precision", path, leaf)
+        require_dense("mixed_precision", path, fetch(leaf))
     return {}
 
   def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:

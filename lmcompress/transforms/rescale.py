@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, fetch
 from lmcompress.transforms.combine import require_dense
 from lmcompress.types import Block, Evidence, Params, Stage, State, Transform, WeightError
 
@@ -35,7 +35,7 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
     chosen = tree.default_selection(params) if selected is None else selected
     for path, leaf in tree.weights(params).items():
       if path in chosen:
-        require_dense(name, path, leaf)
+        require_dense(name, path, fetch(leaf))
         if isinstance(leaf, MaskedArray):
           raise WeightError(f"{name} at {path}: the weight is masked; rescale first and prune afterwards")
     return ()
