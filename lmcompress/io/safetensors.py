@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -179,9 +180,18 @@ def write(path: str | os.PathLike, arrays: Mapping[str, Any]) -> dict[str, str]:
       data = raw(arrays[name])
       digests[name] = hashlib.sha256(data).hexdigest()
       file.write(data)
+      _forget(arrays[name])
     file.flush()
     os.fsync(file.fileno())
   return digests
+
+
+def _forget(x: Any) -> None:
+  """Gives back the pages of a memory map that were read; they come back when they are needed."""
+  while isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
+    x = x.base
+  if isinstance(x, np.memmap) and hasattr(x._mmap, "madvise"):  # type: ignore[attr-defined]
+    x._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def raw(x: Any) -> memoryview:
