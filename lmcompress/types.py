@@ -102,6 +102,7 @@ class Evidence:
     statistics: per weight path, a dict of statistic name to array, e.g. `hessian: [in, in]`.
     grads: a tree like the parameters.
     structure: what the model publishes (axes, blocks and their stages).
+    tokens: calibration tokens `[n, length]`, for a method that runs the model itself.
     block: the block as a callable with its inputs and reference outputs.
   """
 
@@ -111,6 +112,7 @@ class Evidence:
   statistics: Mapping[str, Mapping[str, jax.Array]] | None = None
   grads: Params | None = None
   structure: Any = dataclasses.field(default=None, metadata={"static": True})
+  tokens: jax.Array | None = None
   block: Any = dataclasses.field(default=None, metadata={"static": True})
 
 

@@ -92,7 +92,7 @@ def compress(
   for i, link in enumerate(links):  # a link that plans adds what it decided on after itself
     if link.phase == "step":
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
-    if unmet := link.needs - {"key", "structure", *STATISTICS}:
+    if unmet := link.needs - {"key", "structure", "tokens", *STATISTICS}:
       raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
     begun = time.perf_counter()
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
@@ -103,14 +103,18 @@ def compress(
     state = link.init(params, None)
     before = params
     kept = None if store is None or link.plan is not None else _Kept(store, i)
+    if link.needs & {"tokens", *STATISTICS} and calibration is None:
+      raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
+    if "tokens" in link.needs:
+      given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration
+      evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given))
     if link.needs & set(STATISTICS):
-      if calibration is None:
-        raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
       params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)
     elif link.scope == "weight":
       params, work = _weight_by_weight(params, link, state, evidence, progress, kept)
     else:
-      params, work = jax.block_until_ready(link.apply(params, state, evidence)[0]), Work()
+      params, state = link.apply(params, state, evidence)
+      params, work = jax.block_until_ready(params), Work()
     if link.plan is not None:
       planned = link.plan(state)
       links[i + 1 : i + 1] = planned.links or (planned,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from lmcompress.arrays import fetch
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.awq import round_clipped
-from lmcompress.transforms.combine import by_stage, partition, require_dense
+from lmcompress.transforms.combine import by_stage, chain, partition, require_dense
 from lmcompress.transforms.gptq import gptq
+from lmcompress.transforms.round_to_nearest import quantize_matrix, round_to_nearest
 from lmcompress.types import Evidence, Params, State, Transform
 
 _STATES = 1 << 22
@@ -28,19 +30,26 @@ def mixed_precision(
   candidates: Sequence[int] = (2, 3, 4, 5, 6, 8),
   group_size: int = 64,
   symmetric: bool = False,
+  sensitivity: Literal["output", "kl"] = "output",
+  tokens: int = 256,
+  tables: bool = False,
   sweeps: int = 1,
   error_propagation: float = 0.0,
 ) -> Transform:
   """Gives each weight the bits that lose least in all under a budget, and quantizes by `gptq` (Dong et al. 2019, HAWQ).
 
-  What a width costs is the relative output error `||X (W - Q(W))||**2 / ||X W||**2` of plain rounding;
-  the Hessian of calibration tokens tells it. Linears that read one input share a width. The allocation is exact: a
-  multiple-choice knapsack by dynamic programming.
+  What a width costs is measured with plain rounding. Linears that read one input share a width. The allocation is
+  exact: a multiple-choice knapsack by dynamic programming.
 
   Args:
     bits: average over the selected weights, scales and zero points counted.
     candidates: widths to choose from.
     group_size, symmetric, sweeps, error_propagation: as in `gptq`.
+    sensitivity: `output` is the relative output error `||X (W - Q(W))||**2 / ||X W||**2`, which the Hessian of
+      calibration tokens tells; `kl` the divergence of the model's predictions with that weight alone rounded, which
+      takes a run of the model for each stage and width, and weighs tables too.
+    tokens: calibration tokens on which the divergence is measured.
+    tables: also chooses for the embedding and the head, which are rounded to nearest; for `kl`.
 
   Raises:
     ValueError: fewer bits than the narrowest candidate takes.
@@ -48,6 +57,11 @@ def mixed_precision(
   widths = sorted(set(candidates))
   if not widths or widths[0] < 2 or widths[-1] > 8:
     raise ValueError(f"mixed_precision(candidates={list(candidates)}): widths are 2 to 8")
+  if sensitivity not in ("output", "kl") or tokens < 2 or (tables and sensitivity != "kl"):
+    raise ValueError(
+      f"mixed_precision(sensitivity={sensitivity!r}, tokens={tokens}, tables={tables}): sensitivity is output or kl, "
+      "tokens at least 2, and tables go with kl"
+    )
   quantizers = {b: gptq(b, group_size, symmetric, sweeps=sweeps, error_propagation=error_propagation) for b in widths}
   stored = {b: _stored_bits(b, group_size, symmetric) for b in widths}
   if bits < stored[widths[0]]:
@@ -56,14 +70,17 @@ def mixed_precision(
       "allow as many, or a narrower one"
     )
 
-  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+  def _chosen(params: Params, selected: frozenset[str] | None) -> frozenset[str]:
     chosen = tree.default_selection(params) if selected is None else selected
+    return chosen | {path for path in tree.weights(params) if tables and path.endswith("table")}
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
     for path, leaf in tree.weights(params).items():
-      if path in chosen:
+      if path in _chosen(params, selected):
         require_dense("mixed_precision", path, fetch(leaf))
     return {}
 
-  def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+  def by_output(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
     found = dict(state)
     for members, given in by_stage(params, chosen, evidence, frozenset({"hessian"}), "mixed_precision"):
@@ -72,18 +89,80 @@ def mixed_precision(
       found[tuple(members)] = (w.size, losses)
     return params, found
 
+  def by_kl(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    chosen = _chosen(params, evidence.selected)
+    rows = max(1, -(-tokens // evidence.tokens.shape[1]))
+    some = evidence.tokens[:rows, : max(2, tokens // rows)]
+    options = {"group_size": group_size, "symmetric": symmetric, "clip": "mse"}
+    return params, divergences(evidence.structure, params, chosen, some, widths, options)
+
   def plan(state: Mapping[tuple[str, ...], tuple[int, list[float]]]) -> Transform:
     groups = list(state)
     sizes = [[round(state[g][0] * stored[b]) for b in widths] for g in groups]
     budget = math.floor(bits * sum(state[g][0] for g in groups))
     choice = allocate([state[g][1] for g in groups], sizes, budget)
     labels = {path: widths[i] for g, i in zip(groups, choice, strict=True) for path in g}
-    used = set(labels.values())
-    return partition(
-      lambda path: str(labels[path]) if path in labels else None, {str(b): quantizers[b] for b in widths if b in used}
-    )
+    tables = {path for path in labels if path.endswith("table")}
+    linear = {path: b for path, b in labels.items() if path not in tables}
+    solved = partition(linear.get, {b: quantizers[b] for b in sorted(set(linear.values()))})  # type: ignore[arg-type]
+    if not tables:
+      return solved
+    rounded = {b: round_to_nearest(b, group_size, symmetric, clip="mse") for b in {labels[path] for path in tables}}
+    whole = partition(lambda path: labels[path] if path in tables else None, rounded)  # type: ignore[arg-type]
+    return chain(solved, whole) if linear else whole
 
-  return Transform(init, measure, needs=frozenset({"hessian"}), name="mixed_precision", plan=plan)
+  if sensitivity == "kl":
+    return Transform(init, by_kl, frozenset({"tokens"}), scope="model", name="mixed_precision", plan=plan)
+  return Transform(init, by_output, needs=frozenset({"hessian"}), name="mixed_precision", plan=plan)
+
+
+def divergences(
+  model: Any, params: Params, chosen: frozenset[str], tokens: Any, widths: Sequence[int], options: Mapping[str, Any]
+) -> dict[tuple[str, ...], tuple[int, list[float]]]:
+  """What each group of weights costs at each width: its size, and the KL of the predictions with it alone rounded.
+
+  Groups are the linears of a stage, and each table. Blocks before a group's are run once.
+
+  Args:
+    tokens: `[n, length]`.
+    options: of `round_to_nearest`, but for the bits.
+  """
+  blocks = model.blocks(params)
+  carries = [model.start(params, {"tokens": tokens, "attention_mask": None})]
+  for block in blocks:
+    carries.append(model.run(block, params, carries[-1])[0])
+  want = jax.nn.log_softmax(model.finish(params, carries[-1]), axis=-1)
+  groups = [
+    (n, [path for linear in stage.linears if (path := f"{block.path}/{linear}/kernel") in chosen])
+    for n, block in enumerate(blocks)
+    for stage in block.stages
+  ]
+  inside = {path for _, paths in groups for path in paths}
+  groups += [(0, [path]) for path in sorted(chosen - inside)]
+  found = {}
+  for n, paths in groups:
+    if not paths:
+      continue
+    losses, size = [], sum(tree.get(params, path).size for path in paths)
+    for bits in widths:
+      changed = params
+      for path in paths:
+        axis = tree.contraction_axis(path)
+        w = quantize_matrix(tree.get(params, path), bits=bits, axis=axis, **options).materialize()
+        changed = tree.put(changed, path, w)
+      table = paths[0].endswith("table")
+      carry = model.start(changed, {"tokens": tokens, "attention_mask": None}) if table else carries[n]
+      for block in blocks[n:]:
+        carry = model.run(block, changed, carry)[0]
+      losses.append(float(_divergence(want, model.finish(changed, carry))))
+    found[tuple(paths)] = (size, losses)
+  return found
+
+
+@jax.jit
+def _divergence(want: jax.Array, logits: jax.Array) -> jax.Array:
+  """The mean KL over tokens, nats."""
+  return jnp.mean(jnp.sum(jnp.exp(want) * (want - jax.nn.log_softmax(logits, axis=-1)), axis=-1))
 
 
 def _stored_bits(bits: int, group_size: int, symmetric: bool) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from lmcompress import tree
 from lmcompress.calibration import compress
-from lmcompress.transforms import at, gptq, mixed_precision
-from lmcompress.transforms.mixed_precision import allocate
+from lmcompress.transforms import at, chain, gptq, mixed_precision, round_to_nearest
+from lmcompress.transforms.mixed_precision import allocate, divergences
 from lmcompress.types import WeightError
 
 
@@ -73,7 +74,8 @@ def test_it_loses_no_more_than_one_width(tiny, calibration):
 
 @pytest.mark.parametrize("options, message", [
   ({"bits": 2.0}, "narrowest candidate takes 2.281 bits"), ({"candidates": (1, 4)}, "widths are 2 to 8"),
-  ({"candidates": ()}, "widths are 2 to 8"),
+  ({"candidates": ()}, "widths are 2 to 8"), ({"tables": True}, "tables go with kl"),
+  ({"sensitivity": "fisher"}, "output or kl"),
 ])
 def test_arguments_out_of_range(options, message):
   with pytest.raises(ValueError, match=message):
@@ -83,3 +85,32 @@ def test_arguments_out_of_range(options, message):
 def test_only_linears_of_blocks(tiny, calibration):
   with pytest.raises(WeightError, match="compress collects for the linears of blocks"):
     compress(tiny[0], tiny[1], at("embed", mixed_precision(4.0, group_size=16)), calibration)
+
+
+def test_sensitivity_by_divergence(tiny, calibration):
+  """Measured one group at a time: equal to the KL of the model with that group alone rounded, in NumPy."""
+  model, params = tiny
+  chosen = tree.default_selection(params) | {"head/table", "embed/table"}
+  options = {"group_size": 16, "symmetric": False, "clip": "mse"}
+  found = divergences(model, params, chosen, calibration[:2], (3, 4, 8), options)
+  assert len(found) == 2 * 4 + 2 and ("embed/table",) in found
+  size, losses = found["layers/1/mlp/gate/kernel", "layers/1/mlp/up/kernel"]
+  assert size == 2 * 32 * 64 and losses[0] > losses[1] > losses[2] > 0
+  rounded = compress(
+    model, params, chain(*(at(f"layers/1/mlp/{n}", round_to_nearest(3, 16, False, clip="mse")) for n in ("gate", "up")))
+  )[0]
+  log = lambda p: np.asarray(jax.nn.log_softmax(model.apply(p, calibration[:2])), np.float64)  # noqa: E731
+  a, b = log(params), log(rounded)
+  assert losses[0] == pytest.approx(np.mean(np.sum(np.exp(a) * (a - b), -1)), rel=1e-3)
+
+
+def test_tables_are_candidates(tiny, calibration):
+  model, params = tiny
+  recipe = mixed_precision(6.0, (3, 4, 8), 16, sensitivity="kl", tokens=32, tables=True)
+  done, report = compress(model, params, recipe, calibration)
+  leaves = tree.weights(done)
+  assert set(report.last()) == set(leaves) and {"embed/table", "head/table"} <= set(leaves)
+  used = sum(leaf.nbits for leaf in leaves.values()) / sum(leaf.size for leaf in leaves.values())
+  assert 5.0 < used <= 6.0 and len({leaf.grid.bits for leaf in leaves.values()}) > 1
+  with pytest.raises(WeightError, match="needs tokens: pass calibration"):
+    compress(model, params, recipe)
