@@ -23,6 +23,7 @@ _HOMES = {
   "freeze": "lmcompress.transforms.freeze",
   "gptq": "lmcompress.transforms.gptq",
   "hqq": "lmcompress.transforms.hqq",
+  "learned_rounding": "lmcompress.transforms.learned_rounding",
   "llm_int8": "lmcompress.transforms.llm_int8",
   "magnitude": "lmcompress.transforms.magnitude",
   "mixed_precision": "lmcompress.transforms.mixed_precision",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
   from lmcompress.transforms.freeze import freeze
   from lmcompress.transforms.gptq import gptq
   from lmcompress.transforms.hqq import hqq
+  from lmcompress.transforms.learned_rounding import learned_rounding
   from lmcompress.transforms.llm_int8 import llm_int8
   from lmcompress.transforms.magnitude import magnitude
   from lmcompress.transforms.mixed_precision import mixed_precision
@@ -77,6 +79,7 @@ __all__ = [
   "gptq",
   "hqq",
   "leafwise",
+  "learned_rounding",
   "llm_int8",
   "load",
   "magnitude",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -12,6 +12,7 @@ from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceE
 
 __all__ = [
   "Block",
+  "BlockEvidence",
   "CompressedArray",
   "ConfigError",
   "Evidence",
@@ -103,7 +104,7 @@ class Evidence:
     grads: a tree like the parameters.
     structure: what the model publishes (axes, blocks and their stages).
     tokens: calibration tokens `[n, length]`, for a method that runs the model itself.
-    block: the block as a callable with its inputs and reference outputs.
+    block: a `BlockEvidence`.
   """
 
   selected: frozenset[str] | None = dataclasses.field(default=None, metadata={"static": True})
@@ -114,6 +115,24 @@ class Evidence:
   structure: Any = dataclasses.field(default=None, metadata={"static": True})
   tokens: jax.Array | None = None
   block: Any = dataclasses.field(default=None, metadata={"static": True})
+
+
+class BlockEvidence(NamedTuple):
+  """A block with what goes through it, batch by batch.
+
+  Attributes:
+    path: where it lies in the tree.
+    run: `(the subtree at path, carry) -> carry`, hashable and alike for blocks of one kind.
+    inputs: carries of today's model.
+    outputs: what the block gave before compression, on the inputs that it had then.
+    masks: bool `[batch, length]`, True for real tokens.
+  """
+
+  path: str
+  run: Callable[[Params, Any], Any]
+  inputs: Sequence[Any]
+  outputs: Sequence[Any]
+  masks: Sequence[Any]
 
 
 class Transform(NamedTuple):

@@ -32,6 +32,7 @@ from lmcompress.transforms import (
   gptq,
   hqq,
   leafwise,
+  learned_rounding,
   llm_int8,
   magnitude,
   mixed_precision,
@@ -49,7 +50,7 @@ from lmcompress.transforms import (
 from lmcompress.transforms.magnitude import keep_largest, n_of_m
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.transforms.schedules import cubic, every
-from lmcompress.types import Evidence, Transform
+from lmcompress.types import BlockEvidence, Evidence, Transform
 
 freezing = importlib.import_module("lmcompress.transforms.freeze")  # the package's `freeze` is the function
 
@@ -174,6 +175,7 @@ ROWS = [
   Row("hqq", lambda: hqq(3, 16), sums=True),
   Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True, meshes=False),
   Row("any_precision", lambda: any_precision((3, 4, 8), 16), sums=True),
+  Row("learned_rounding", lambda: learned_rounding(3, 16, steps=3, learning_rate=0.1), sums=True),
   Row("llm_int8", lambda: llm_int8(threshold=4.0)),
   Row("llm_int8 fraction", lambda: llm_int8(4, 16, None, 0.1, 8, "none"), sums=True),
   Row("quip_sharp", quip_sharp, sums=True),
@@ -243,6 +245,18 @@ def statistics_of(inputs):
 STRUCTURE = Llama(LlamaConfig(head_dim=8))
 
 
+def every_kernel(params, x):
+  """A block for a method that runs one: each kernel's product with as many inputs."""
+  kernels = [leaf for path, leaf in tree.flatten(params).items() if path.endswith("kernel")]
+  return [jnp.tanh(x[..., : w.shape[0]] @ w) for w in kernels]
+
+
+def block_of(params):
+  x = jax.random.normal(jax.random.key(9), (2, 3, 64))
+  inside = params["layers"]
+  return BlockEvidence("layers", every_kernel, [x], [every_kernel(inside, x)], [jnp.ones((2, 3), bool)])
+
+
 def run(row, params, seed=0):
   if row.before is not None:
     params = apply(row.before(), params)
@@ -253,6 +267,8 @@ def apply(transform, params, seed=0, step=None):
   inside = {path: leaf.shape[-2] for path, leaf in tree.weights(params).items() if path.startswith("layers/")}
   statistics = {path: statistics_of(inputs) for path, inputs in inside.items()}
   evidence = Evidence(key=jax.random.key(seed), step=step, statistics=statistics, structure=STRUCTURE)
+  if "block" in transform.needs:
+    evidence = dataclasses.replace(evidence, block=block_of(params))
   done, state = transform.apply(params, transform.init(params), evidence)
   return done if transform.plan is None else apply(transform.plan(state), done, seed, step)  # it measured first
 

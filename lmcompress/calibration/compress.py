@@ -92,7 +92,7 @@ def compress(
   for i, link in enumerate(links):  # a link that plans adds what it decided on after itself
     if link.phase == "step":
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
-    if unmet := link.needs - {"key", "structure", "tokens", *STATISTICS}:
+    if unmet := link.needs - {"key", "structure", "tokens", "block", *STATISTICS}:
       raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
     begun = time.perf_counter()
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
@@ -103,7 +103,7 @@ def compress(
     state = link.init(params, None)
     before = params
     kept = None if store is None or link.plan is not None else _Kept(store, i)
-    if link.needs & {"tokens", *STATISTICS} and calibration is None:
+    if link.needs & {"tokens", "block", *STATISTICS} and calibration is None:
       raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
     if "tokens" in link.needs:
       given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration

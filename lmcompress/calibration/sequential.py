@@ -16,7 +16,17 @@ from lmcompress import tree
 from lmcompress.arrays import InputArray, fetch
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.ops.second_order import output_energy
-from lmcompress.types import Block, CompressedArray, Evidence, Params, Stage, State, Transform, WeightError
+from lmcompress.types import (
+  Block,
+  BlockEvidence,
+  CompressedArray,
+  Evidence,
+  Params,
+  Stage,
+  State,
+  Transform,
+  WeightError,
+)
 
 TOKENS = 4096
 """Tokens that run at once, at most (one row at least)."""
@@ -74,11 +84,17 @@ def block_by_block(
   original, ends = params, _ends(model, params)
   stream = [model.start(ends, batch) for batch in batches]
   del ends
-  second = list(stream) if any(STATISTICS[name].reference for name in wanted) else None
+  whole = "block" in link.needs
+  compares = any(STATISTICS[name].reference for name in wanted)
+  second = list(stream) if whole or compares else None
   blocks, work = model.blocks(params), Work()
   for n, block in enumerate(blocks):
     alike = next(b for b in blocks if b[1:] == block[1:])  # one compilation serves blocks of one kind
-    found = None if kept is None else kept.find(block.path)
+    found, given = None if kept is None else kept.find(block.path), evidence
+    after = None if second is None else _advance(model, block, alike, original, second)
+    if whole and after is not None:
+      masks = [jnp.asarray(batch["attention_mask"]) for batch in batches]
+      given = dataclasses.replace(given, block=BlockEvidence(block.path, _Run(model, alike), stream, after, masks))
     before = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
     if found is not None:
       for path, leaf in found[0].items():
@@ -87,13 +103,13 @@ def block_by_block(
       work.output_error.update(found[1]["output_error"])
     for stages in [] if found else [block.stages] if link.scope == "block" else [(s,) for s in block.stages]:
       begun = time.perf_counter()
-      reference = None if second is None else (original, second)
+      reference = (original, second) if second is not None and compares else None
       values = _collect(model, block, alike, params, stream, stages, wanted, batches, reference)
       statistics = {f"{block.path}/{linear}/kernel": values[stage.name] for stage in stages for linear in stage.linears}
       leaves = {p: fetch(leaf) for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
       if link.scope != "block":
         leaves = {p: leaf for p, leaf in leaves.items() if p in statistics}
-      done, state = link.apply(tree.unflatten(leaves), state, dataclasses.replace(evidence, statistics=statistics))
+      done, state = link.apply(tree.unflatten(leaves), state, dataclasses.replace(given, statistics=statistics))
       for path, leaf in jax.block_until_ready(tree.flatten(done)).items():
         if leaf is not leaves[path]:
           params = tree.put(params, path, leaf)
@@ -108,7 +124,7 @@ def block_by_block(
       for path, leaf in kept.put(block.path, changed, told).items():
         params = tree.put(params, path, leaf)
     stream = _advance(model, block, alike, params, stream)
-    second = second and _advance(model, block, alike, original, second)
+    second = after
     if progress is not None:
       progress(link.name, n + 1, len(blocks))
   outside = _outside(model, params)
@@ -116,6 +132,17 @@ def block_by_block(
   for path, leaf in tree.flatten(done).items():
     params = tree.put(params, path, leaf)
   return params, state, work
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A block of a kind as a function of its own subtree; equal for blocks of one kind, so that it compiles once."""
+
+  model: Any
+  block: Block
+
+  def __call__(self, params: Params, carry: Any) -> Any:
+    return self.model.run(self.block, tree.put({}, self.block.path, params), carry)[0]
 
 
 def _outside(model: Any, params: Params) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from lmcompress.transforms.combine import at, chain, leafwise, named_chain, part
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.hqq import hqq
+from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
@@ -24,6 +25,7 @@ METHODS = {
     hqq,
     mixed_precision,
     any_precision,
+    learned_rounding,
     llm_int8,
     quip_sharp,
     rotate,
@@ -49,6 +51,7 @@ __all__ = [
   "gptq",
   "hqq",
   "leafwise",
+  "learned_rounding",
   "llm_int8",
   "magnitude",
   "mixed_precision",
