@@ -184,6 +184,7 @@ ROWS = [
   Row("smooth", smooth, norms=True),
   Row("smooth_quant", smooth_quant, norms=True),
   Row("quantize_inputs", lambda: quantize_inputs("fp8_per_token")),
+  Row("quantize_inputs static", lambda: quantize_inputs("int8_static")),
   Row("quantize_activations", lambda: quantize_activations(0.05)),
   Row("leafwise", halve),
   Row("leafwise random", noise, random=True),
@@ -237,7 +238,7 @@ def statistics_of(inputs):
   r = x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
   found = {
     "hessian": x.T @ x / 100, "reference_hessian": x.T @ r / 100, "absmax": np.abs(x).max(0),
-    "mean_abs": np.abs(x).mean(0), "second_moment": (x * x).mean(0),
+    "mean_abs": np.abs(x).mean(0), "second_moment": (x * x).mean(0), "histogram": np.ones(960),
   }
   return {name: jnp.asarray(value) for name, value in found.items()}
 

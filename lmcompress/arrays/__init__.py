@@ -11,6 +11,7 @@ from lmcompress.arrays.input import (
   InputArray,
   Int8PerGroup,
   Int8PerToken,
+  Int8Static,
   with_act,
 )
 from lmcompress.arrays.lattice import LatticeArray, lattice
@@ -39,6 +40,7 @@ __all__ = [
   "InputArray",
   "Int8PerGroup",
   "Int8PerToken",
+  "Int8Static",
   "Integer",
   "LatticeArray",
   "LowRankArray",

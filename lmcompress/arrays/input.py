@@ -90,6 +90,25 @@ class Float8PerToken:
 
 
 @dataclasses.dataclass(frozen=True)
+class Int8Static:
+  """Rounds to int8 by one scale that calibration chose beforehand: `clip(round(x / step), -127, 127) * step`."""
+
+  step: float
+
+  nbits = 32
+  """Bits of the scale."""
+
+  @property
+  def name(self) -> str:
+    return "int8 static"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    rounded = jnp.clip(jnp.round(x / self.step), -127, 127) * self.step
+    return _straight_through(x, rounded)
+
+
+@dataclasses.dataclass(frozen=True)
 class FixedStep:
   """Rounds to the nearest multiple of `step`, whatever the size: `round(x / step) * step`."""
 
@@ -139,7 +158,7 @@ class InputArray(CompressedArray):
 
   @property
   def nbits(self) -> int:
-    return parts.nbits(self.weight)
+    return parts.nbits(self.weight) + getattr(self.act, "nbits", 0)
 
   @property
   def kind(self) -> str:

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmcompress.ops.observers import BINS, BINS_PER_OCTAVE
+from lmcompress.ops.observers import LOWEST as _LOWEST
+
 
 class Statistic(NamedTuple):
   """A reducer over `x: [tokens, in]`, padding already 0.
@@ -37,6 +40,13 @@ def _row(n: int) -> jax.Array:
   return jnp.zeros(n, jnp.float32)
 
 
+def _count(s: jax.Array, x: jax.Array, _: Any) -> jax.Array:
+  """Adds `|x|` to the bins; zeros, padding among them, are in none."""
+  size = jnp.abs(x).reshape(-1)
+  bins = jnp.clip(jnp.floor(jnp.log2(jnp.maximum(size, 1e-30)) * BINS_PER_OCTAVE) - _LOWEST, 0, BINS - 1)
+  return s.at[bins.astype(jnp.int32)].add(jnp.where(size > 0, 1.0, 0.0))
+
+
 STATISTICS = {
   "hessian": Statistic(_square, lambda s, x, _: s + _gram(x, x), lambda s, count: 2.0 * s / count),
   "reference_hessian": Statistic(
@@ -44,7 +54,11 @@ STATISTICS = {
   ),
   "second_moment": Statistic(_row, lambda s, x, _: s + jnp.sum(x * x, axis=0), lambda s, count: s / count),
   "absmax": Statistic(_row, lambda s, x, _: jnp.maximum(s, jnp.max(jnp.abs(x), axis=0)), lambda s, count: s),
+  "minimum": Statistic(_row, lambda s, x, _: jnp.minimum(s, jnp.min(x, axis=0)), lambda s, count: s),
+  "maximum": Statistic(_row, lambda s, x, _: jnp.maximum(s, jnp.max(x, axis=0)), lambda s, count: s),
+  "histogram": Statistic(lambda n: jnp.zeros(BINS, jnp.float32), _count, lambda s, count: s),
   "mean_abs": Statistic(_row, lambda s, x, _: s + jnp.sum(jnp.abs(x), axis=0), lambda s, count: s / count),
 }
 """`hessian` is `(2 / tokens) sum x x^T: [in, in]`, `reference_hessian` `(2 / tokens) sum x r^T` with r the input in the
-model before compression; `second_moment`, `absmax` and `mean_abs` are `[in]`."""
+model before compression; `second_moment`, `absmax`, `mean_abs`, `minimum` and `maximum` (0 included) are `[in]`;
+`histogram: [bins]` counts `|x|` of all inputs in `ops.observers`' bins."""

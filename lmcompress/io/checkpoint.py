@@ -30,6 +30,7 @@ from lmcompress.arrays import (
   InputArray,
   Int8PerGroup,
   Int8PerToken,
+  Int8Static,
   Integer,
   LatticeArray,
   LowRankArray,
@@ -66,7 +67,7 @@ _KINDS = {
     SplitArray,
   )
 }
-_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken)
+_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static)
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20

@@ -16,7 +16,9 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray, fetch
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
-STATISTICS = ("hessian", "reference_hessian", "second_moment", "absmax", "mean_abs")
+STATISTICS = (
+  "hessian", "reference_hessian", "second_moment", "absmax", "mean_abs", "minimum", "maximum", "histogram"
+)  # fmt: skip
 """Evidence that is kept per weight; a matrix function asks for it by a keyword-only argument of that name."""
 
 

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lmcompress.arrays import ACTS, FixedStep, InputArray, with_act
-from lmcompress.transforms.combine import leafwise, named_chain
+from lmcompress.arrays import ACTS, FixedStep, InputArray, Int8Static, with_act
+from lmcompress.ops.observers import OBSERVERS
+from lmcompress.transforms.combine import leafwise, named_chain, stagewise
 from lmcompress.transforms.rescale import rescale
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.types import Transform, WeightError
@@ -76,17 +78,36 @@ def _fresh_input(path: str, leaf: Any) -> None:
     raise WeightError(f"{path}: its input is already rounded ({leaf.act.name}); round inputs once")
 
 
-def quantize_inputs(activations: ActName = "int8_per_token") -> Transform:
+def quantize_inputs(
+  activations: Literal["int8_per_token", "int8_per_group", "fp8_per_token", "int8_static"] = "int8_per_token",
+  observer: Literal["absmax", "percentile", "mse"] = "mse",
+  percentile: float = 99.99,
+) -> Transform:
   """Rounds the input of each weight at run time; integer codes of both are multiplied as integers.
 
   Args:
     activations: `int8_per_token` has a scale for each token (arXiv:2206.01861); `int8_per_group` one for every 32
-      inputs of it, which outliers spoil less and which the CPU kernels multiply; `fp8_per_token` rounds to e4m3.
+      inputs of it, which outliers spoil less and which the CPU kernels multiply; `fp8_per_token` rounds to e4m3;
+      `int8_static` has one scale for all tokens, found on the calibration text (its product is a float one here).
+    observer: how a static scale is found: `absmax` covers every input, `percentile` that share of them, `mse` loses
+      least in the mean square.
+    percentile: of `percentile`, 50 to 100.
   """
-  if activations not in ACTS:
-    raise ValueError(f"quantize_inputs(activations={activations!r}): one of {', '.join(ACTS)}")
+  if activations not in (*ACTS, "int8_static"):
+    raise ValueError(f"quantize_inputs(activations={activations!r}): one of {', '.join(ACTS)}, int8_static")
+  if observer not in OBSERVERS or not 50 <= percentile <= 100:
+    raise ValueError(
+      f"quantize_inputs(observer={observer!r}, percentile={percentile}): one of {', '.join(OBSERVERS)}; from 50 to 100"
+    )
 
   def wrap(w: Any, *, axis: int) -> InputArray:
     return with_act(w, ACTS[activations], axis)
 
+  def fixed(weights: dict[str, Any], histogram: jax.Array) -> dict[str, Any]:
+    counts = np.asarray(histogram, np.float64)
+    limit = OBSERVERS[observer](counts, percentile) if observer == "percentile" else OBSERVERS[observer](counts)
+    return {path: with_act(w, Int8Static(limit / 127), -2) for path, w in weights.items()}
+
+  if activations == "int8_static":
+    return stagewise(fixed, name="quantize_inputs", needs=frozenset({"histogram"}), check=_fresh_input)
   return leafwise(wrap, name="quantize_inputs", check=_fresh_input)

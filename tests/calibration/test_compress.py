@@ -12,6 +12,7 @@ from lmcompress.arrays import MaskedArray, QuantizedArray
 from lmcompress.calibration import compress
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.io.checkpoint import tree_hash
+from lmcompress.ops.observers import edges
 from lmcompress.transforms import at, chain, freeze, leafwise, magnitude, named_chain, round_to_nearest
 from lmcompress.types import Evidence, WeightError
 
@@ -24,10 +25,12 @@ def calibration():
 def spy(seen, factor=0.5):
   """Keeps the statistics it is given, and changes the weight so that the next block sees it."""
 
-  def method(w, *, path, hessian, reference_hessian, second_moment, absmax, mean_abs):
+  def method(
+    w, *, path, hessian, reference_hessian, second_moment, absmax, mean_abs, minimum, maximum, histogram
+  ):
     seen[path] = {
       "hessian": hessian, "reference_hessian": reference_hessian, "second_moment": second_moment, "absmax": absmax,
-      "mean_abs": mean_abs,
+      "mean_abs": mean_abs, "minimum": minimum, "maximum": maximum, "histogram": histogram,
     }
     return w * factor
 
@@ -63,14 +66,16 @@ def test_statistics_are_those_of_the_tapped_inputs(tiny, calibration):
       want = {
         "hessian": 2 / len(x) * x.T @ x, "reference_hessian": 2 / len(x) * x.T @ r,
         "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
-        "mean_abs": np.abs(x).mean(0),
+        "mean_abs": np.abs(x).mean(0), "minimum": np.minimum(x.min(0), 0), "maximum": np.maximum(x.max(0), 0),
+        "histogram": np.histogram(np.abs(x), edges())[0],
       }
       for linear in stage.linears:
         got = seen[f"{block.path}/{linear}/kernel"]
         assert set(got) == set(want) == set(STATISTICS)
         for name, value in want.items():
           assert got[name].dtype == jnp.float32
-          np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max())
+          tolerance = 2 if name == "histogram" else 1e-5 * np.abs(value).max()  # a value at the edge of a bin
+          np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=tolerance)
 
 
 def test_a_block_sees_its_compressed_predecessors(tiny, calibration):

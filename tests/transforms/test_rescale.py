@@ -167,3 +167,26 @@ def test_a_structure_that_does_not_tell(tiny, calibration):
 def test_arguments_out_of_range(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+@pytest.mark.parametrize("observer", ["absmax", "percentile", "mse"])
+def test_static_scales_of_inputs(spiky, calibration, observer, tmp_path):
+  """One scale for all tokens, in the act and in the count of bits; kept by a checkpoint."""
+  from lmcompress.io.checkpoint import save
+  from lmcompress.io.load import load
+
+  model, params = spiky
+  done, _ = compress(model, params, quantize_inputs("int8_static", observer), calibration)
+  leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert isinstance(leaf, InputArray) and leaf.nbits == leaf.size * 32 + 32
+  assert leaf.act == done["layers"]["0"]["mlp"]["gate"]["kernel"].act
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 32)), jnp.float32)
+  want = np.clip(np.round(np.asarray(x) / leaf.act.step), -127, 127) * leaf.act.step
+  np.testing.assert_allclose(leaf.act(x), want, rtol=1e-6)
+  before, after = (np.asarray(model.apply(p, calibration), np.float64) for p in (params, done))
+  assert np.linalg.norm(after - before) < 0.2 * np.linalg.norm(before)
+  save(tmp_path / "m", model, done)
+  again = load(tmp_path / "m")[1]
+  np.testing.assert_allclose(model.apply(again, calibration), after, rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="observer='median'"):
+    quantize_inputs("int8_static", "median")
