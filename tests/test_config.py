@@ -70,7 +70,7 @@ def test_each_config_says_how_to_run_it(path):
   config = load_config(path)
   assert path.stem == config.name
   if config.variants:
-    script, = re.findall(rf"^# Run: python (experiments/\w+\.py) --config {re.escape(name)}$", header,
+    script, = re.findall(rf"^# Run: python (experiments/\w+\.py) --config {re.escape(name)}(?: --out .*)?$", header,
                          re.MULTILINE)
     assert (ROOT / script).is_file()
   else:

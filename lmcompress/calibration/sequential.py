@@ -15,6 +15,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray, fetch
 from lmcompress.calibration.statistics import STATISTICS
+from lmcompress.evaluate.memory import trim
 from lmcompress.ops.second_order import output_energy
 from lmcompress.types import (
   Block,
@@ -115,8 +116,10 @@ def block_by_block(
           params = tree.put(params, path, leaf)
           if "hessian" in wanted and link.scope != "block":
             work.output_error[path] = float(_output_error(leaves[path], leaf, statistics[path]["hessian"]))
-      seconds = (time.perf_counter() - begun) / len(statistics)
+      seconds = (time.perf_counter() - begun) / len(statistics)  # each weight's share
       work.seconds.update(dict.fromkeys(statistics, seconds))
+      del values, statistics, leaves, done
+      trim()
     if kept is not None and found is None:
       changed = {p: leaf for p in before if (leaf := tree.get(params, p)) is not before[p]}
       both = {"seconds": work.seconds, "output_error": work.output_error}

@@ -23,8 +23,13 @@ def reset_peak() -> None:
 
 
 def release() -> None:
-  """Gives back what was freed and the allocator still holds (glibc), so that it is in nobody's peak."""
+  """Collects garbage and gives back what was freed, so that it is in nobody's peak."""
   gc.collect()
+  trim()
+
+
+def trim() -> None:
+  """Gives back what was freed and the allocator still holds (glibc); compilers leave a lot."""
   with contextlib.suppress(OSError, AttributeError):
     ctypes.CDLL(None).malloc_trim(0)
 

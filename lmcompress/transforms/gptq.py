@@ -23,6 +23,7 @@ def gptq(
   clip: Literal["error", "none"] = "error",
   zero: Literal["integer", "real"] = "integer",
   convention: Literal["full", "narrow", "signed"] = "full",
+  sequential: Literal["stage", "block"] = "stage",
   damping: float = 0.01,
   sweeps: int = 1,
   error_propagation: float = 0.0,
@@ -43,6 +44,8 @@ def gptq(
       paper's code calls it act-order, with static groups); `none` goes from the first to the last.
     clip: `error` shrinks each group's range to the least error as this method weighs it.
     zero, convention, scale_dtype: as in `round_to_nearest`.
+    sequential: `stage` takes the statistics of each stage with the stages before it compressed (true-sequential),
+      `block` those of all stages of a block before any of it is.
     damping: added to the Hessian's diagonal, as a fraction of its mean.
     sweeps: of coordinate descent over all codes afterwards (QuantEase, arXiv:2309.01885); each lowers the error.
     error_propagation: 0 to 1, how far the weight is first moved to undo what the compression of earlier layers did to
@@ -64,6 +67,8 @@ def gptq(
       f"gptq(damping={damping}, error_propagation={error_propagation}, sweeps={sweeps}): damping lies between 0 and 1, "
       "error_propagation is 0 to 1, sweeps are not negative"
     )
+  if sequential not in ("stage", "block"):
+    raise ValueError(f"gptq(sequential={sequential!r}): stage or block")
   rounding = Rounding(bits, symmetric, grid, convention, zero, scale_dtype)
   options: dict[str, Any] = {
     "rounding": rounding, "group_size": size, "order": order, "clip": clip == "error", "sweeps": sweeps,
@@ -97,4 +102,5 @@ def gptq(
     return done
 
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
-  return stagewise(quantize, name="gptq", needs=needs, check=check)
+  solved = stagewise(quantize, name="gptq", needs=needs, check=check)
+  return solved._replace(scope="block") if sequential == "block" else solved
