@@ -165,7 +165,7 @@ def lattice(
   groups = jnp.pad(wide, [(0, 0)] * (w.ndim - 1) + [(0, spare)]).reshape(*wide.shape[:-1], -1, size)
   count = jnp.clip(inputs - jnp.arange(groups.shape[-2]) * size, 1, size)
   scale = jnp.sqrt(jnp.sum(groups * groups, axis=-1) / count) / spread
-  scale = jnp.where(scale > 0, scale, 1.0).astype(scale_dtype)
+  scale = jnp.maximum(scale, jnp.finfo(scale_dtype).tiny).astype(scale_dtype)  # no point is 0
   codes = encode((groups / scale[..., None].astype(jnp.float32)).reshape(*wide.shape[:-1], -1, VECTOR))
   codes = codes[..., : (inputs + pad) // VECTOR]
   back = functools.partial(jnp.moveaxis, source=-1, destination=where)

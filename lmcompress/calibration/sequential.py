@@ -271,7 +271,9 @@ def _update(wanted: tuple[str, ...], states: Any, x: jax.Array, reference: Any, 
 
   x, reference = rows(x), None if reference is None else rows(reference)
   states = tuple(STATISTICS[w].init(x.shape[1]) for w in wanted) if states is None else states
-  return tuple(STATISTICS[w].update(s, x, reference) for w, s in zip(wanted, states, strict=True))
+  sound = jnp.all(jnp.isfinite(x))  # XLA's maximum may drop a NaN, so it is said here
+  states = (STATISTICS[w].update(s, x, reference) for w, s in zip(wanted, states, strict=True))
+  return tuple(jnp.where(sound, s, jnp.nan) for s in states)
 
 
 @jax.jit

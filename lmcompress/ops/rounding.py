@@ -54,7 +54,7 @@ def affine_range(g: jax.Array, bits: int, axis: int, shrink: jax.Array | float =
   low = jnp.minimum(jnp.min(g, axis=axis), 0.0) * shrink
   high = jnp.maximum(jnp.max(g, axis=axis), 0.0) * shrink
   step = high / (2**bits - 1) - low / (2**bits - 1)
-  return jnp.where(step > 0, step, 1.0), low
+  return jnp.where(step > 0, step, jnp.finfo(jnp.float32).tiny), low  # so that finer steps of it hold 0 as well
 
 
 def symmetric_scale(g: jax.Array, grid: Grid, convention: str, axis: int, shrink: jax.Array | float = 1.0) -> jax.Array:

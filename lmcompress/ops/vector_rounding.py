@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays.lattice import VECTOR, LatticeArray, decode, encode
+from lmcompress.ops.rounding import store
 from lmcompress.ops.second_order import inverse_factor, without_drift
 
 _BLOCK = 64
 """Inputs between two updates of all that is left."""
 
 
+_FAR = 1e4
+"""In units of the scale: what lies beyond has the same nearest point, and its square is finite."""
+
+
 def _nearest(x: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Codes `[out]` and values `[8, out]` of `x: [8, out]`."""
-  codes = encode((x / scale).T)
+  codes = encode(jnp.clip(x / scale, -_FAR, _FAR).T)
   return codes, decode(codes).T * scale
 
 
@@ -155,14 +160,15 @@ def solve_lattice(
     w = w + propagation * (without_drift(w, reference, factor, turn, jnp.pad(dead, (0, spare)), inputs) - w)
   per = total if size == -1 else size
   groups = w.reshape(-1, per, outputs)
-  count = jnp.clip(inputs - jnp.arange(groups.shape[0]) * per, 1, per)[:, None]
+  alive = ~unread & ~jnp.pad(dead, (0, spare))
+  count = jnp.maximum(jnp.sum(alive.reshape(-1, per), axis=1), 1)[:, None]
   scale = jnp.sqrt(jnp.sum(groups * groups, axis=1) / count) / spread
-  scale = jnp.where(scale > 0, scale, 1.0).astype(scale_dtype).astype(jnp.float32)
+  scale = store(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), scale_dtype).astype(jnp.float32)  # no point is 0
   wide = lambda s: jnp.repeat(s, per // VECTOR, axis=0)  # noqa: E731
   codes = round_vectors(w[turn], factor.upper, wide(scale)[vectors])[jnp.argsort(vectors)]
   damped = hessian + jnp.where(jnp.isfinite(factor.damping), factor.damping, 0.0) * jnp.eye(total)
   for _ in range(sweeps):
-    scale = _fitted(w, damped, codes, per, scale).astype(scale_dtype).astype(jnp.float32)
+    scale = store(_fitted(w, damped, codes, per, scale), scale_dtype).astype(jnp.float32)
     codes = descend_vectors(w, damped, codes, wide(scale))
   pad = -inputs % VECTOR
   kept = 1 if size == -1 else -(-inputs // size)
