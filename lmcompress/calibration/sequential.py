@@ -15,6 +15,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray, fetch
 from lmcompress.calibration.statistics import STATISTICS
+from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.evaluate.memory import trim
 from lmcompress.ops.second_order import output_energy
 from lmcompress.types import (
@@ -83,7 +84,8 @@ def block_by_block(
   wanted = tuple(sorted(link.needs & set(STATISTICS)))
   batches = _batches(calibration)
   original, ends = params, _ends(model, params)
-  stream = [model.start(ends, batch) for batch in batches]
+  mesh = data_mesh(params)  # rows split over it; a statistic's sum over them is one all-reduce
+  stream = [over_data(mesh, model.start(ends, batch), len(batch["tokens"])) for batch in batches]
   del ends
   whole = "block" in link.needs
   compares = any(STATISTICS[name].reference for name in wanted)

@@ -84,3 +84,17 @@ def describe(model: Any, params: Params, mesh: Mesh) -> list[tuple[str, str, int
     nbytes = sum(math.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in zip(leaves, places, strict=True))
     rows.append((path, str(tuple(largest[1].spec)), nbytes))
   return rows
+
+
+def data_mesh(params: Params) -> Mesh | None:
+  """The mesh that the parameters lie on, if it splits data."""
+  sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.shape.get("data", 1) > 1 else None
+
+
+def over_data(mesh: Mesh | None, batch: Any, rows: int) -> Any:
+  """A batch with its arrays of so many rows split over the mesh's `data` axis, where that divides them."""
+  if mesh is None or rows % mesh.shape["data"]:
+    return batch
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  return jax.tree.map(lambda x: jax.device_put(x, split) if x.ndim and x.shape[0] == rows else x, batch)

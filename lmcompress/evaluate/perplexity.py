@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.types import Params
 
 
@@ -97,21 +97,14 @@ def _scores(logp: jax.Array, tokens: Any, masks: Any, reference: jax.Array | Non
   return [Score(*(float(x) for x in row)) for row in zip(*columns, strict=True)]
 
 
-def _data_mesh(params: Params) -> Any:
-  """The mesh that the parameters lie on, if it splits data."""
-  sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
-  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.shape.get("data", 1) > 1 else None
-
-
 def _batches(params: Params, rows: Sequence[int], tokens: np.ndarray, masks: np.ndarray, batch: int) -> Iterator[tuple]:
   """`(rows, tokens, masks)` a batch at a time, split over the mesh's `data` axis if there is one."""
-  mesh = _data_mesh(params)
+  mesh = data_mesh(params)
   size = batch if mesh is None else max(batch, mesh.shape["data"])
   for i in range(0, len(rows), size):
     some = list(rows[i : i + size])
     t, m = tokens[some], masks[some]
-    if mesh is not None and len(some) % mesh.shape["data"] == 0:
-      t, m = jax.device_put((t, m), NamedSharding(mesh, PartitionSpec("data")))
+    t, m = over_data(mesh, (t, m), len(some))
     yield some, t, m
 
 

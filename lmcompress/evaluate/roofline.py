@@ -72,7 +72,7 @@ def prefill_work(params: Params, *, batch: int, length: int, slot_bytes: float, 
 def slot_bytes(cache: Any) -> float:
   """Bytes of keys, values and their scales that one token takes over all layers."""
   batch, slots = cache.real.shape
-  return sum(x.size * x.dtype.itemsize for layer in cache.layers.values() for x in layer.buffers) / (batch * slots)
+  return sum(x.size * x.dtype.itemsize for layer in cache.layers.values() for x in layer.per_slot) / (batch * slots)
 
 
 def bound_s(work: Work, bandwidth: float, peak: float) -> float:

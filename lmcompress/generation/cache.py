@@ -38,6 +38,11 @@ class LayerCache:
     """The arrays that there are: keys, values, and their scales."""
     return (self.k, self.v) if self.k_scale is None else (self.k, self.v, self.k_scale, self.v_scale)  # type: ignore
 
+  @property
+  def per_slot(self) -> tuple[jax.Array, ...]:
+    """The arrays that grow with the slots: all of them."""
+    return self.buffers
+
   def with_buffers(self, buffers: tuple[jax.Array, ...]) -> LayerCache:
     """The cache of new `buffers`."""
     return LayerCache(*buffers)

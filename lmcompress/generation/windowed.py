@@ -52,6 +52,11 @@ class WindowedCache:
     """The arrays, in the order in which the kernel takes them."""
     return self.k, self.v, self.k_scale, self.v_scale, self.k_recent, self.v_recent
 
+  @property
+  def per_slot(self) -> tuple[jax.Array, ...]:
+    """The arrays that grow with the slots: all but the recent values."""
+    return self.buffers[:4]
+
   def with_buffers(self, buffers: tuple[jax.Array, ...]) -> WindowedCache:
     """The cache of new `buffers`."""
     return WindowedCache(*buffers)

@@ -265,3 +265,27 @@ def test_little_calibration_is_enough(tiny, tokens):
   compress(*tiny, spy(seen), tokens)
   h = np.asarray(seen["layers/0/attn/q/kernel"]["hessian"])
   assert np.isfinite(h).all() and np.linalg.matrix_rank(h, tol=1e-5) == 1
+
+
+def test_rows_are_split_over_a_mesh(tiny, monkeypatch):
+  """Each device runs its rows, and a Hessian is one all-reduce: the statistics of one device, to rounding."""
+  from lmcompress.calibration import sequential
+  from lmcompress.distributed import make_mesh, shard
+
+  model, params = tiny
+  tokens = np.random.default_rng(0).integers(0, 64, (8, 10)).astype(np.int32)
+  local, apart, specs = {}, {}, []
+  compress(model, params, spy(local), tokens)
+  run = sequential._tapped
+
+  def tapped_on(model, block, params, carry, taps):
+    specs.append(carry["h"].sharding.spec)
+    return run(model, block, params, carry, taps)
+
+  monkeypatch.setattr(sequential, "_tapped", tapped_on)
+  compress(model, shard(model, params, make_mesh(data=4, tensor=2)), spy(apart), tokens)
+  assert specs and all(spec[0] == "data" for spec in specs)
+  for path, want in local.items():
+    for name, value in want.items():
+      near = 2 if name == "histogram" else 1e-4 * float(np.abs(value).max())
+      np.testing.assert_allclose(apart[path][name], value, rtol=1e-4, atol=near)
