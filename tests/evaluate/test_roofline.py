@@ -46,7 +46,9 @@ def test_prefill_by_hand(tiny):
   assert work.kv_bytes == 2 * SLOT * (10 + 4 + 8 + 10)
 
 
-@pytest.mark.parametrize(("dtype", "head_bytes"), [("float32", 32), ("bfloat16", 16), ("int8", 8 + 4), ("int4", (4 + 1 + 4 + 8) / 2)])
+@pytest.mark.parametrize(
+  ("dtype", "head_bytes"), [("float32", 32), ("bfloat16", 16), ("int8", 8 + 4), ("int4", (4 + 1 + 4 + 8) / 2)]
+)
 def test_a_slot_of_the_cache(tiny, dtype, head_bytes):
   model, params = tiny
   assert roofline.slot_bytes(init_cache(model, params, 3, 7, dtype)) == 2 * 2 * 2 * head_bytes
