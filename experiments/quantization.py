@@ -75,8 +75,10 @@ def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
   }  # fmt: skip
 
 
-def study(path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path) -> dict[str, Any]:
-  """Runs what has left no file yet, and gathers the medians."""
+def study(
+  path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path, gather: bool = False
+) -> dict[str, Any]:
+  """Runs what has left no file yet (nothing with `gather`), and gathers the medians."""
   config = load_config(path, [])
   if config.calibration is None:
     raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
@@ -86,7 +88,7 @@ def study(path: Path, seeds: list[int], peer: str | None, only: list[str], folde
   for seed in seeds:
     for who, name in jobs:
       target = folder / f"{who}-{name}-{seed}.json"
-      if target.exists() or (who == "peer" and peer is None):
+      if gather or target.exists() or (who == "peer" and peer is None):
         continue
       print(f"{who} {name}, calibration {seed}", file=sys.stderr, flush=True)
       if who == "ours":
@@ -124,6 +126,7 @@ def main() -> int:
   parser.add_argument("--config", type=Path, required=True, help="a config with named `variants`")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration texts")
   parser.add_argument("--only", nargs="+", default=[], help="names of variants, or peer-gptq4 and so on")
+  parser.add_argument("--gather", action="store_true", help="run nothing: the medians of what there is")
   parser.add_argument("--peer", help="the Python of quantization-requirements.txt")
   parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json", help="result")
   parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -133,7 +136,8 @@ def main() -> int:
       print(json.dumps(ours(load_config(arguments.config, []), arguments.worker, arguments.seeds[0])))
       return 0
     result = study(
-      arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization"
+      arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization",
+      arguments.gather,
     )
   except LmcompressError as error:
     print(f"quantization: {error}", file=sys.stderr)
