@@ -19,7 +19,8 @@ import lmcompress
 from lmcompress import ops, tree
 from lmcompress import recipe as recipes
 from lmcompress.calibration import compress
-from lmcompress.calibration.sequential import Streamed
+from lmcompress.calibration.sequential import Streamed, expected_bytes
+from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, check, dump, parse
 from lmcompress.data.text import load_text, windows
 from lmcompress.errors import GateError
@@ -218,11 +219,21 @@ def _compress(
     stages.append(_Stage(name, tree_, 0.0, peak_bytes()))
     reset_peak()
 
+  recipe = recipes.build(config.recipe)
+  if calibration is not None:
+    links = recipe.links or (recipe,)
+    beside = [expected_bytes(params, *calibration.shape, link.needs) for link in links if link.needs & set(STATISTICS)]
+    if beside:
+      most = max(beside, key=lambda parts: sum(parts.values()))
+      watcher.note(
+        f"calibration takes about {sum(most.values()) / 2**20:.0f} MiB beside the model, whatever its depth: "
+        + ", ".join(f"{name} {nbytes / 2**20:.0f}" for name, nbytes in most.items())
+      )
   reset_peak()
   _, report = compress(
     model,
     params,
-    recipes.build(config.recipe),
+    recipe,
     calibration,
     jax.random.key(config.seed),
     progress=watcher.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -176,6 +177,29 @@ class Streamed(NamedTuple):
       alike = next(b for b in blocks if b[1:] == block[1:])
       carry = _run(self.model, alike, _block_alone(block, alike, params), carry)
     return self.model.finish(_ends(self.model, params), carry)
+
+
+def expected_bytes(params: Params, rows: int, length: int, needs: frozenset[str]) -> dict[str, int]:
+  """About what a link takes beside the tree: `streams`, `statistics`, `batch` and `solver`, in bytes.
+
+  Hidden streams of all rows (two where the model before compression is followed too), the statistics of the widest
+  stage, the activations of one batch, and float32 copies of the widest stage's weights. It does not grow with depth.
+  """
+  kernels = {path: leaf.shape for path, leaf in tree.weights(params).items() if path.endswith("kernel")}
+  if not kernels:
+    return {"streams": 0, "statistics": 0, "batch": 0, "solver": 0}
+  hidden = params["embed"]["table"].shape[-1]
+  widest = max(shape[-2] for shape in kernels.values())
+  largest = max(math.prod(shape[-2:]) for shape in kernels.values())
+  squares = len(needs & {"hessian", "reference_hessian"})
+  followed = 2 if needs & {"reference_hessian", "block"} else 1
+  batch = min(rows * length, max(TOKENS, length))
+  return {
+    "streams": 4 * rows * length * hidden * followed,
+    "statistics": 4 * widest * widest * squares,
+    "batch": 4 * batch * (4 * hidden + 3 * widest),
+    "solver": 4 * (6 * largest + 4 * widest * widest) if squares else 8 * largest,
+  }
 
 
 def _batches(calibration: Any) -> list[dict[str, np.ndarray]]:

@@ -289,3 +289,14 @@ def test_rows_are_split_over_a_mesh(tiny, monkeypatch):
     for name, value in want.items():
       near = 2 if name == "histogram" else 1e-4 * float(np.abs(value).max())
       np.testing.assert_allclose(apart[path][name], value, rtol=1e-4, atol=near)
+
+
+def test_what_calibration_will_take(tiny):
+  """By hand, for a Hessian of each of two streams; the same for twice the layers."""
+  from lmcompress.calibration.sequential import expected_bytes
+
+  _, params = tiny
+  parts = expected_bytes(params, 8, 10, frozenset({"hessian", "reference_hessian"}))
+  assert parts["streams"] == 2 * 8 * 10 * 32 * 4 and parts["statistics"] == 2 * 64 * 64 * 4
+  deeper = {**params, "layers": params["layers"] | {str(i): params["layers"]["0"] for i in (2, 3)}}
+  assert expected_bytes(deeper, 8, 10, frozenset({"hessian", "reference_hessian"})) == parts

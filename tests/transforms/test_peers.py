@@ -24,7 +24,7 @@ def peer():
 
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_rounding(peer, kind):
-  """Scales to a rounding of float32; values but for ties: a group's extreme lies half-way between the last two codes."""
+  """Scales to a rounding of float32; values but for ties: a group's extreme lies half-way between two codes."""
   w = jnp.asarray(peer["w"].T)
   leaf = quantize(w, bits=4, group_size=GROUP, symmetric=kind == "symmetric", scale_dtype="float32")
   np.testing.assert_allclose(leaf.scale.T, peer[f"{kind}_scale"], rtol=2e-6)
