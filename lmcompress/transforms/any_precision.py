@@ -13,7 +13,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray, NestedArray, nested
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import solve, warn_of_damping
-from lmcompress.transforms.combine import require_dense, stagewise
+from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
 from lmcompress.types import Params, Transform, WeightError
 
 
@@ -69,14 +69,11 @@ def any_precision(
     )  # fmt: skip
     warn_of_damping("any_precision", next(iter(weights)), used, first)
     done: dict[str, Any] = {}
-    start = 0
-    for path, w in weights.items():
-      cut = slice(start, start + w.shape[1])
-      mine = jax.tree.map(lambda x, cut=cut: x[:, cut], fit)
-      leaf = rounding.assemble(codes[:, cut], mine, group_size, -2, str(w.dtype))
-      for width, part in zip(extra, more, strict=True):
-        leaf = nested(leaf, part[:, cut], width)
-      done[path], start = leaf, cut.stop
+    for path, w, (mine, own, parts) in side_by_side(weights, (fit, codes, more)):
+      leaf: Any = rounding.assemble(own, mine, group_size, -2, str(w.dtype))
+      for width, part in zip(extra, parts, strict=True):
+        leaf = nested(leaf, part, width)
+      done[path] = leaf
     return done
 
   return stagewise(quantize, name="any_precision", needs=frozenset({"hessian"}), check=check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -287,6 +287,15 @@ def by_stage(
       given = {need: _evidence_for(need, path, evidence, name) for need in sorted(needs)}
       groups.setdefault(id((evidence.statistics or {})[path]), ({}, given))[0][path] = leaf
   return list(groups.values())
+
+
+def side_by_side(weights: Mapping[str, Any], solved: Any) -> Iterator[tuple[str, Any, Any]]:
+  """Takes apart what was solved for weights put side by side: `(path, weight, its columns of every array)`."""
+  start = 0
+  for path, w in weights.items():
+    end = start + w.shape[1]
+    yield path, w, jax.tree.map(lambda x, start=start, end=end: x[:, start:end], solved)
+    start = end
 
 
 def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lmcompress.arrays import MaskedArray
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import solve, warn_of_damping
-from lmcompress.transforms.combine import require_dense, stagewise
+from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
 from lmcompress.types import Transform, WeightError
 
 
@@ -92,13 +92,11 @@ def gptq(
     keep = jnp.concatenate(kept, axis=1) if masked else None
     codes, fit, used, first, _ = solve(jnp.concatenate(dense, axis=1), hessian, reference_hessian, keep, **options)
     warn_of_damping("gptq", next(iter(weights)), used, first)
-    done, start = {}, 0
-    for (path, leaf), w in zip(weights.items(), dense, strict=True):
-      cut = slice(start, start + w.shape[1])
-      mine = jax.tree.map(lambda x, cut=cut: x[:, cut], fit)
-      q = rounding.assemble(codes[:, cut], mine, size, -2, str(w.dtype))
+    done: dict[str, Any] = {}
+    for path, leaf, (mine, own) in side_by_side(weights, (fit, codes)):
+      w = leaf.values if isinstance(leaf, MaskedArray) else leaf
+      q = rounding.assemble(own, mine, size, -2, str(w.dtype))
       done[path] = MaskedArray(q, leaf.mask) if isinstance(leaf, MaskedArray) and q.minimum is not None else q
-      start = cut.stop
     return done
 
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))

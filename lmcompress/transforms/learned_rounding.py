@@ -14,7 +14,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray
 from lmcompress.ops.rounding import Fit, Rounding
 from lmcompress.ops.second_order import solve, warn_of_damping
-from lmcompress.transforms.combine import by_stage, path_key, require_dense
+from lmcompress.transforms.combine import by_stage, path_key, require_dense, side_by_side
 from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 _NEAR = 0.45
@@ -102,13 +102,10 @@ def _begin(
     damping=damping, propagation=propagation, feedback=start == "gptq",
   )  # fmt: skip
   warn_of_damping("learned_rounding", next(iter(weights)), used, first)
-  began, at = {}, 0
-  for path, w in weights.items():
-    cut = slice(at, at + w.shape[1])
-    mine = jax.tree.map(lambda x, cut=cut: x[:, cut], fit)
-    began[path] = _real_codes(w.astype(jnp.float32), codes[:, cut], mine, rounding, group_size), mine
-    at = cut.stop
-  return began
+  return {
+    path: (_real_codes(w.astype(jnp.float32), own, mine, rounding, group_size), mine)
+    for path, w, (own, mine) in side_by_side(weights, (codes, fit))
+  }
 
 
 def _wide(fit: Fit, inputs: int, group_size: int) -> Fit:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lmcompress.arrays import LatticeArray, MaskedArray
+from lmcompress.arrays import MaskedArray
 from lmcompress.arrays.lattice import VECTOR
 from lmcompress.ops.second_order import warn_of_damping
 from lmcompress.ops.vector_rounding import solve_lattice
-from lmcompress.transforms.combine import require_dense, stagewise
+from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
 from lmcompress.types import Transform, WeightError
 
 _SPREAD = 1.03
@@ -65,14 +65,11 @@ def quip_sharp(
       jnp.concatenate(list(weights.values()), axis=1), hessian, reference_hessian, **options
     )
     warn_of_damping("quip_sharp", next(iter(weights)), used, first)
-    done: dict[str, LatticeArray] = {}
-    start = 0
-    for path, w in weights.items():
-      cut = slice(start, start + w.shape[1])
-      codes, scale = together.codes[:, cut], together.scale[:, cut]
-      done[path] = dataclasses.replace(together, codes=codes, scale=scale, dtype=str(w.dtype))
-      start = cut.stop
-    return done
+    apart = side_by_side(weights, (together.codes, together.scale))
+    return {
+      path: dataclasses.replace(together, codes=codes, scale=scale, dtype=str(w.dtype))
+      for path, w, (codes, scale) in apart
+    }
 
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
   return stagewise(quantize, name="quip_sharp", needs=needs, check=check)
