@@ -222,7 +222,8 @@ def _compress(
   recipe = recipes.build(config.recipe)
   if calibration is not None:
     links = recipe.links or (recipe,)
-    beside = [expected_bytes(params, *calibration.shape, link.needs) for link in links if link.needs & set(STATISTICS)]
+    rows, length = calibration.shape
+    beside = [expected_bytes(params, rows, length, link.needs) for link in links if link.needs & set(STATISTICS)]
     if beside:
       most = max(beside, key=lambda parts: sum(parts.values()))
       watcher.note(

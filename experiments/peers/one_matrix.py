@@ -5,6 +5,8 @@ Run by the Python of `quantization-requirements.txt`:
   PEER/bin/python experiments/peers/one_matrix.py tests/transforms/llmcompressor.npz
 """
 
+# pyright: reportMissingImports=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import sys

@@ -64,8 +64,8 @@ class SplitArray(CompressedArray):
     return put(parts.materialize(self.base), parts.materialize(self.outliers), self.channels)
 
   def columns(self, start: Any, size: int) -> jax.Array:
-    some = (parts.columns(part, start, size, self.axis) for part in (self.base, self.outliers))
-    return self._put(*some, self.channels)
+    base, outliers = (parts.columns(part, start, size, self.axis) for part in (self.base, self.outliers))
+    return self._put(base, outliers, self.channels)
 
   def rows(self, ids: jax.Array) -> jax.Array:
     return parts.rows(self.base, ids).at[..., self.channels].set(parts.rows(self.outliers, ids))

@@ -89,7 +89,8 @@ def describe(model: Any, params: Params, mesh: Mesh) -> list[tuple[str, str, int
 def data_mesh(params: Params) -> Mesh | None:
   """The mesh that the parameters lie on, if it splits data."""
   sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
-  return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.shape.get("data", 1) > 1 else None
+  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+  return mesh if isinstance(mesh, Mesh) and mesh.shape.get("data", 1) > 1 else None
 
 
 def over_data(mesh: Mesh | None, batch: Any, rows: int) -> Any:

@@ -178,7 +178,11 @@ def empty_windowed(batch: int, kv: int, slots: int, head: int) -> WindowedCache:
   """
   if head % 2:
     raise ValueError(f"init_cache(dtype=int4): a head of {head} is odd; two codes share a byte")
-  codes = [jnp.zeros((batch, kv, slots, head // 2), jnp.uint8) for _ in range(2)]
-  recent = [jnp.zeros((batch, kv, RING, head), jnp.bfloat16) for _ in range(2)]
-  scales = jnp.zeros((batch, kv, slots // GROUP, 2, head), jnp.bfloat16), jnp.zeros((batch, kv, slots, 2), jnp.float32)
-  return WindowedCache(*codes, *scales, *recent)
+  return WindowedCache(
+    k=jnp.zeros((batch, kv, slots, head // 2), jnp.uint8),
+    v=jnp.zeros((batch, kv, slots, head // 2), jnp.uint8),
+    k_scale=jnp.zeros((batch, kv, slots // GROUP, 2, head), jnp.bfloat16),
+    v_scale=jnp.zeros((batch, kv, slots, 2), jnp.float32),
+    k_recent=jnp.zeros((batch, kv, RING, head), jnp.bfloat16),
+    v_recent=jnp.zeros((batch, kv, RING, head), jnp.bfloat16),
+  )

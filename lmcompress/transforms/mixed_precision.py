@@ -19,7 +19,7 @@ from lmcompress.transforms.awq import round_clipped
 from lmcompress.transforms.combine import by_stage, chain, partition, require_dense
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.round_to_nearest import quantize_matrix, round_to_nearest
-from lmcompress.types import Evidence, Params, State, Transform
+from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 _STATES = 1 << 22
 """Most sizes that the allocation tells apart."""
@@ -91,6 +91,8 @@ def mixed_precision(
 
   def by_kl(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = _chosen(params, evidence.selected)
+    if evidence.tokens is None:
+      raise WeightError("mixed_precision(sensitivity='kl') runs the model: pass calibration=tokens [n, length]")
     rows = max(1, -(-tokens // evidence.tokens.shape[1]))
     some = evidence.tokens[:rows, : max(2, tokens // rows)]
     options = {"group_size": group_size, "symmetric": symmetric, "clip": "mse"}
