@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 _EIGHT = "--xla_force_host_platform_device_count=8"
 _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
@@ -18,6 +19,17 @@ import pytest  # noqa: E402
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs of eight devices in flight at once may starve
 
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes  # noqa: E402
+
+_MAPPINGS = 40_000
+"""Memory mappings above which compiled programs are dropped; Linux allows 65,530 and each program takes a few."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Before the mappings run out, in which case XLA crashes, forgets what earlier files compiled."""
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
