@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -121,7 +122,7 @@ def run(
       raise ConfigError(f"text {name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}")
 
   rows: list[dict[str, Any]] = []
-  store = Store(folder / BLOCKS, {"config": config.hash, "versions": versions()}, mapped=config.stream)
+  store = Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
   if config.recipe:
     rows = _compress(config, model, params, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +203,18 @@ def _through_gates(config: Config, result: dict[str, Any]) -> dict[str, Any]:
   )
 
 
+def _decides(config: Config, calibration: Any) -> dict[str, Any]:
+  """What decides the bits of a compression: finished blocks are used again only where all of it is the same."""
+  path = Path(hub.resolve_model(config.model))
+  files = sorted(path.iterdir()) if path.is_dir() else [path]
+  return {
+    "config": config.hash,
+    "versions": versions(),
+    "model": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+    "calibration": None if calibration is None else hashlib.sha256(np.asarray(calibration).tobytes()).hexdigest(),
+  }
+
+
 def _mesh(config: Config) -> Any:
   if config.mesh is None:
     return None
@@ -227,8 +240,9 @@ def _compress(
     if beside:
       most = max(beside, key=lambda parts: sum(parts.values()))
       watcher.note(
-        f"calibration takes about {sum(most.values()) / 2**20:.0f} MiB beside the model, whatever its depth: "
+        f"calibration holds about {sum(most.values()) / 2**20:.0f} MiB of arrays beside the model, whatever its depth ("
         + ", ".join(f"{name} {nbytes / 2**20:.0f}" for name, nbytes in most.items())
+        + "), and its compiled programs a few hundred more"
       )
   reset_peak()
   _, report = compress(

@@ -411,3 +411,16 @@ def test_a_mesh_larger_than_the_machine_is_refused(place, tmp_path):
     with pytest.raises(lmc.ConfigError, match="mesh data="):
       experiment.run(load_config(place / "tiny.yaml", [f"mesh={mesh}"]), tmp_path, COMMAND)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_blocks_of_another_model_or_text_are_not_used(place, config, tmp_path):
+  """What decides a compression names the model's files and the calibration tokens, not their paths alone."""
+  tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+  first = experiment._decides(config, tokens)
+  assert first == experiment._decides(config, tokens.copy())
+  assert first != experiment._decides(config, tokens[::-1])
+  weights = place / "base" / "weights.safetensors"
+  before = weights.stat()
+  os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+  assert first != experiment._decides(config, tokens)
+  os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -180,7 +180,7 @@ class Streamed(NamedTuple):
 
 
 def expected_bytes(params: Params, rows: int, length: int, needs: frozenset[str]) -> dict[str, int]:
-  """About what a link takes beside the tree: `streams`, `statistics`, `batch` and `solver`, in bytes.
+  """About what the arrays of a link take beside the tree: `streams`, `statistics`, `batch` and `solver`, in bytes.
 
   Hidden streams of all rows (two where the model before compression is followed too), the statistics of the widest
   stage, the activations of one batch, and float32 copies of the widest stage's weights. It does not grow with depth.

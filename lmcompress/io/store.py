@@ -17,6 +17,8 @@ from lmcompress.arrays.stored import StoredArray
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.types import CompressedArray, FormatError
 
+_MARK = "about.json"
+
 
 class Store:
   """A folder with a file for each finished part of each link.
@@ -30,19 +32,25 @@ class Store:
     """Opens or begins a store.
 
     Args:
-      about: what decides the bits of a result, such as the recipe and the versions; a store made under another is
-        emptied first.
+      about: what decides the bits of a result, such as the recipe, the model's files and the versions; a store made
+        under another is emptied first.
+
+    Raises:
+      FileExistsError: the folder holds something that is no store; nothing of it is touched.
     """
     self.folder, self.mapped = Path(folder), mapped
     self._about = json.dumps(about, sort_keys=True, default=str)
-    mark = self.folder / "about.json"
-    if self.folder.exists() and (not mark.is_file() or mark.read_text("utf-8") != self._about):
-      shutil.rmtree(self.folder)
+    mark = self.folder / _MARK
+    if mark.is_file():
+      if mark.read_text("utf-8") != self._about:
+        shutil.rmtree(self.folder)
+    elif self.folder.exists() and any(self.folder.iterdir()):
+      raise FileExistsError(f"{self.folder} holds something that is no store; choose another folder")
 
   def put(self, link: int, part: str, leaves: Mapping[str, Any], work: Mapping[str, Any]) -> dict[str, Any]:
     """Keeps the finished leaves of a part, with what the report says of them; returns what stands in the tree now."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    mark = self.folder / "about.json"
+    mark = self.folder / _MARK
     if not mark.is_file():
       mark.write_text(self._about, "utf-8")
     described, arrays = checkpoint.describe(dict(leaves), paths=True)

@@ -104,6 +104,14 @@ def test_another_recipe_empties_a_store(params, tmp_path):
   assert not (tmp_path / "s").exists()
 
 
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path):
+  (tmp_path / "thesis").mkdir()
+  (tmp_path / "thesis" / "chapter.txt").write_text("one")
+  with pytest.raises(FileExistsError, match="holds something that is no store"):
+    Store(tmp_path / "thesis", {})
+  assert (tmp_path / "thesis" / "chapter.txt").read_text() == "one"
+
+
 # ------------------------------------------------------------------------- a model that stays in its files
 
 
