@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays.stored import StoredArray
 from lmcompress.types import CompressedArray, Params
 
 
@@ -24,10 +25,11 @@ def sizes(params: Params) -> dict[str, float]:
 
 
 def bytes_in_memory(params: Params) -> int:
-  """Bytes of the arrays that the tree holds, each buffer once."""
+  """Bytes of the arrays that the tree holds in memory, each buffer once; what lies in files is not among them."""
   import jax
 
-  seen = {id(x): x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(params)}
+  held = [x for x in jax.tree.leaves(params) if not isinstance(x, StoredArray)]
+  seen = {id(x): x.size * np.dtype(x.dtype).itemsize for x in held}
   return sum(seen.values())
 
 

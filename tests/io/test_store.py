@@ -14,6 +14,7 @@ from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed
+from lmcompress.evaluate.size import sizes
 from lmcompress.io import safetensors
 from lmcompress.io.checkpoint import save, tree_hash
 from lmcompress.io.store import Store
@@ -149,6 +150,7 @@ def test_in_files_as_in_memory(folder, tmp_path, name):
   model, whole, _ = lmc.load(folder)
   _, lazy, _ = lmc.load(folder, lazy=True)
   assert all(isinstance(leaf, StoredArray) for leaf in tree.weights(lazy).values())
+  assert sizes(lazy)["bytes_in_memory"] == 5 * 64 * 4 and sizes(lazy)["nbits"] == sizes(whole)["nbits"]  # the norms
   a, report = compress(model, whole, RECIPES[name](), CALIBRATION)
   b, other = compress(model, lazy, RECIPES[name](), CALIBRATION, store=Store(tmp_path / "s", {}, mapped=True))
   if name != "planned":  # its first link is measured in memory, and blocks of it go to files when they are done
