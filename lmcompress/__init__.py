@@ -16,22 +16,36 @@ _HOMES = {
   "summary": "lmcompress.summary",
   **dict.fromkeys(("backends", "prepare", "use_backend"), "lmcompress.ops"),
   **dict.fromkeys(
-    ("at", "chain", "leafwise", "named_chain", "partition", "scheduled"), "lmcompress.transforms.combine"
-  ),
-  **dict.fromkeys(("any_precision", "at_precision"), "lmcompress.transforms.any_precision"),
-  **dict.fromkeys(("awq", "awq_scale"), "lmcompress.transforms.awq"),
-  "freeze": "lmcompress.transforms.freeze",
-  "gptq": "lmcompress.transforms.gptq",
-  "hqq": "lmcompress.transforms.hqq",
-  "learned_rounding": "lmcompress.transforms.learned_rounding",
-  "llm_int8": "lmcompress.transforms.llm_int8",
-  "magnitude": "lmcompress.transforms.magnitude",
-  "mixed_precision": "lmcompress.transforms.mixed_precision",
-  "quip_sharp": "lmcompress.transforms.quip_sharp",
-  "rotate": "lmcompress.transforms.rotate",
-  "round_to_nearest": "lmcompress.transforms.round_to_nearest",
-  **dict.fromkeys(
-    ("quantize_activations", "quantize_inputs", "smooth", "smooth_quant"), "lmcompress.transforms.smooth_quant"
+    (
+      "alps",
+      "any_precision",
+      "at",
+      "at_precision",
+      "awq",
+      "awq_scale",
+      "chain",
+      "freeze",
+      "gptq",
+      "hqq",
+      "leafwise",
+      "learned_rounding",
+      "llm_int8",
+      "magnitude",
+      "mixed_precision",
+      "named_chain",
+      "partition",
+      "quantize_activations",
+      "quantize_inputs",
+      "quip_sharp",
+      "rotate",
+      "round_to_nearest",
+      "scheduled",
+      "smooth",
+      "smooth_quant",
+      "sparse_gpt",
+      "wanda",
+    ),
+    "lmcompress.transforms",
   ),
   **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
 }
@@ -45,20 +59,35 @@ if TYPE_CHECKING:
   from lmcompress.io.load import load
   from lmcompress.ops import backends, prepare, use_backend
   from lmcompress.summary import summary
-  from lmcompress.transforms.any_precision import any_precision, at_precision
-  from lmcompress.transforms.awq import awq, awq_scale
-  from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
-  from lmcompress.transforms.freeze import freeze
-  from lmcompress.transforms.gptq import gptq
-  from lmcompress.transforms.hqq import hqq
-  from lmcompress.transforms.learned_rounding import learned_rounding
-  from lmcompress.transforms.llm_int8 import llm_int8
-  from lmcompress.transforms.magnitude import magnitude
-  from lmcompress.transforms.mixed_precision import mixed_precision
-  from lmcompress.transforms.quip_sharp import quip_sharp
-  from lmcompress.transforms.rotate import rotate
-  from lmcompress.transforms.round_to_nearest import round_to_nearest
-  from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
+  from lmcompress.transforms import (
+    alps,
+    any_precision,
+    at,
+    at_precision,
+    awq,
+    awq_scale,
+    chain,
+    freeze,
+    gptq,
+    hqq,
+    leafwise,
+    learned_rounding,
+    llm_int8,
+    magnitude,
+    mixed_precision,
+    named_chain,
+    partition,
+    quantize_activations,
+    quantize_inputs,
+    quip_sharp,
+    rotate,
+    round_to_nearest,
+    scheduled,
+    smooth,
+    smooth_quant,
+    sparse_gpt,
+    wanda,
+  )
 
 __all__ = [
   "ConfigError",
@@ -66,6 +95,7 @@ __all__ = [
   "LmcompressError",
   "SourceError",
   "WeightError",
+  "alps",
   "any_precision",
   "at",
   "at_precision",
@@ -97,8 +127,10 @@ __all__ = [
   "scheduled",
   "smooth",
   "smooth_quant",
+  "sparse_gpt",
   "summary",
   "use_backend",
+  "wanda",
 ]
 
 

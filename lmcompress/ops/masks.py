@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays.nm_sparse import n_of_m
 
-__all__ = ["kth_smallest", "n_of_m", "smallest"]
+__all__ = ["Target", "kth_smallest", "n_of_m", "parse_pattern", "smallest", "target"]
+
+
+class Target(NamedTuple):
+  """How much is removed: a fraction, or all but n of each m consecutive inputs.
+
+  Attributes:
+    sparsity: fraction removed, 0 to 1; None for a pattern.
+    n, m: kept of how many; 0 for a fraction.
+  """
+
+  sparsity: float | None
+  n: int = 0
+  m: int = 0
+
+  def keep(self, score: jax.Array, axis: int, per_row: bool = False) -> jax.Array:
+    """True for what stays of a non-negative `score: [in, out]`, the lowest removed; exactly as many as asked.
+
+    Args:
+      axis: the contraction axis.
+      per_row: the fraction is met by the inputs of each output, rather than by all entries.
+    """
+    if self.m:
+      return n_of_m(score, self.n, self.m, axis)
+    assert self.sparsity is not None
+    extent = score.shape[axis] if per_row else score.size
+    return ~smallest(score, round(extent * self.sparsity), axis if per_row else None)
+
+  def misfit(self, inputs: int) -> str | None:
+    """Why so many inputs cannot be pruned to the pattern; None where they can."""
+    return f"{inputs} inputs are not a multiple of {self.m}" if self.m and inputs % self.m else None
+
+
+def target(name: str, sparsity: float | None, pattern: str | None) -> Target:
+  """What `name(sparsity=..., pattern=...)` asks for.
+
+  Raises:
+    ValueError: both or neither are given, the fraction is not one, or the pattern is no pattern.
+  """
+  if (sparsity is None) == (pattern is None):
+    raise ValueError(f"{name}(sparsity={sparsity}, pattern={pattern!r}): give exactly one of the two")
+  if pattern is not None:
+    return Target(None, *parse_pattern(name, pattern))
+  if not 0 <= sparsity <= 1:  # type: ignore[operator]
+    raise ValueError(f"{name}(sparsity={sparsity}): a fraction from 0 to 1")
+  return Target(sparsity)
+
+
+def parse_pattern(name: str, pattern: str) -> tuple[int, int]:
+  """n and m of `"n:m"`."""
+  found = re.fullmatch(r"(\d+):(\d+)", pattern)
+  n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+  if not 0 < n < m:
+    raise ValueError(f"{name}(pattern={pattern!r}): write n:m with 0 < n < m, e.g. '2:4'")
+  return n, m
 
 
 def _ordered(score: jax.Array) -> jax.Array:

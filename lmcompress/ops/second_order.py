@@ -1,4 +1,4 @@
-"""Rounding by second-order error feedback: the error of each input is absorbed by the inputs not yet rounded."""
+"""Second-order error feedback: what rounding or removing an input costs is absorbed by the inputs not yet done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.ops.masks import Target, n_of_m, smallest
 from lmcompress.ops.rounding import Fit, Rounding, best_shrink
 
 _BLOCK = 128
@@ -18,12 +19,13 @@ _BLOCK = 128
 _TRIES = 8
 
 
-def warn_of_damping(name: str, path: str, used: Any, first: Any) -> None:
+def warn_of_damping(name: str, path: str, solved: Solved) -> None:
   """Says so where a Hessian took more damping than asked for, or could not be factored at all."""
-  if not float(used) <= 1.01 * float(first):
-    found = "none works, this is plain rounding" if np.isinf(used) else f"{float(used):.3g} works"
+  used, first = float(solved.damping), float(solved.first)
+  if not used <= 1.01 * first:
+    found = "none works, this is done without feedback" if np.isinf(used) else f"{used:.3g} works"
     warnings.warn(
-      f"{name} at {path}: the Hessian cannot be factored with damping {float(first):.3g}; {found}; "
+      f"{name} at {path}: the Hessian cannot be factored with damping {first:.3g}; {found}; "
       "more calibration tokens than inputs would help",
       RuntimeWarning,
       stacklevel=3,
@@ -40,6 +42,43 @@ class Factor(NamedTuple):
 
   upper: jax.Array
   damping: jax.Array
+
+
+class Removal(NamedTuple):
+  """What is removed on the way: of each block of inputs, the least `w_i**2 / upper_ii**2`.
+
+  Attributes:
+    target: how much.
+    outputs: of each of the weights that stand side by side; each meets the target by itself.
+  """
+
+  target: Target
+  outputs: tuple[int, ...]
+
+  def keep(self, part: jax.Array, diagonal: jax.Array, counts: jax.Array) -> jax.Array:
+    """True for what stays of a block.
+
+    Args:
+      part: `[group, out]`; diagonal: `[group]`, 0 for an input that is to stay.
+      counts: `[weights]`, how many entries of each to remove; a pattern does not read it.
+    """
+    filled = diagonal[:, None] > 0
+    score = jnp.where(filled, jnp.square(part / jnp.where(filled, diagonal[:, None], 1.0)), jnp.inf)
+    if self.target.m:
+      return n_of_m(score, self.target.n, self.target.m, -2)
+    ends = np.cumsum(self.outputs)[:-1].tolist()
+    parts = jnp.split(score, ends, axis=1)
+    return ~jnp.concatenate([smallest(s, counts[i]) for i, s in enumerate(parts)], axis=1)
+
+  def counts(self, real: jax.Array) -> jax.Array:
+    """`[blocks, weights]`: removals for each block of `real: [blocks, group]`, in proportion and exact in all."""
+    inputs, so_far = jnp.sum(real, dtype=jnp.int32), jnp.cumsum(jnp.sum(real, axis=1, dtype=jnp.int32))
+    found = []
+    for outputs in self.outputs:
+      total = jnp.round((self.target.sparsity or 0.0) * outputs * inputs).astype(jnp.int32)
+      whole, rest = total // inputs, total % inputs  # so that no product leaves 32 bits
+      found.append(jnp.diff(whole * so_far + rest * so_far // inputs, prepend=0))
+    return jnp.stack(found, axis=1)
 
 
 def output_energy(error: jax.Array, hessian: jax.Array) -> jax.Array:
@@ -89,69 +128,135 @@ def round_in_turn(
   w: jax.Array,
   upper: jax.Array,
   keep: jax.Array | None,
-  rounding: Rounding,
+  rounding: Rounding | None,
   group: int,
   clip: bool,
   fit: Fit | None = None,
   group_of: jax.Array | None = None,
   parents: jax.Array | None = None,
   extra: int = 0,
-) -> tuple[jax.Array, Fit]:
+  removal: Removal | None = None,
+  real: jax.Array | None = None,
+) -> tuple[jax.Array, Fit | None, jax.Array | None]:
   """Rounds inputs one after another, each error spread over those that follow (Frantar et al. 2022, algorithm 1).
+
+  With a `removal`, what is to be 0 is chosen on the way, from weights that carry the errors so far (Frantar and
+  Alistarh 2023, SparseGPT, arXiv:2301.00774, algorithm 1).
 
   Args:
     w: `[in, out]` float32 in the order in which inputs are rounded.
     upper: `[in, in]`, `inverse_factor`'s, in that order.
     keep: bool `[in, out]`, False for what stays 0; or None.
+    rounding: None leaves values that are not removed as they are.
     group: inputs that are rounded between two updates of all that is left, a divisor of `in`.
     clip: shrinks each group's range to the least error weighed by `1 / upper_ii**2`, what the loop minimizes.
     fit: parameters fixed beforehand, `[groups, out]`, with `group_of: [in]`; else each `group` is fitted when its turn
       comes, to weights that carry the errors so far.
     parents: uint8 `[in, out]`: codes whose `extra` further bits alone are chosen.
+    removal: what to remove; the groups of its pattern lie within groups of inputs.
+    real: bool `[in]`, False for inputs that only fill up the last group.
 
   Returns:
-    Codes uint8 `[in, out]` and the parameters `[groups, out]`, both in the order of `w`.
+    Codes uint8 `[in, out]` (without a rounding, values float32), the parameters `[groups, out]`, and what stays
+    (None without a mask), all in the order of `w`.
   """
   inputs, outputs = w.shape
   n = inputs // group
   at = jnp.arange(group)
+  filled = jnp.ones(inputs, bool) if real is None else real
+  counts = None if removal is None else removal.counts(filled.reshape(n, group))
 
-  def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+  def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
     i1 = b * group
     part = jax.lax.dynamic_slice(w, (i1, 0), (group, outputs))
     row = jax.lax.dynamic_slice(upper, (i1, 0), (group, inputs))
     own = jax.lax.dynamic_slice(row, (0, i1), (group, group))
-    kept = None if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
+    stays = None if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
     diagonal = jnp.diag(own)
-    least = None if parents is None else jax.lax.dynamic_slice(parents, (i1, 0), (group, outputs)) << extra
-    if fit is None:
-      real = part if kept is None else jnp.where(kept, part, 0.0)
-      importance = (1.0 / (diagonal * diagonal))[:, None]
-      here = rounding.fit(real, 0, best_shrink(rounding, real, 0, importance) if clip else 1.0)
-      fits = jax.tree.map(lambda x: jnp.broadcast_to(x, (group, outputs)), here._replace(stored=here.scale))
-    else:
-      assert group_of is not None
-      here, fits = None, _rows(fit, jax.lax.dynamic_slice(group_of, (i1,), (group,)))
+    staying = jnp.where(jax.lax.dynamic_slice(filled, (i1,), (group,)), diagonal, 0.0)
 
-    def one(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-      part, errors, codes = state
-      value, mine = part[i], _one(fits, i)
+    def choose(part: jax.Array, diagonal: jax.Array, stays: jax.Array | None) -> jax.Array | None:
+      if removal is None or counts is None:
+        return stays
+      chosen = removal.keep(part if stays is None else jnp.where(stays, part, 0.0), diagonal, counts[b])
+      return chosen if stays is None else chosen & stays
+
+    kept = choose(part, staying, stays)
+    least = None if parents is None else jax.lax.dynamic_slice(parents, (i1, 0), (group, outputs)) << extra
+    here, fits = None, None
+    if rounding is not None and fit is None:
+      mine = part if kept is None else jnp.where(kept, part, 0.0)
+      importance = (1.0 / (diagonal * diagonal))[:, None]
+      here = rounding.fit(mine, 0, best_shrink(rounding, mine, 0, importance) if clip else 1.0)
+      fits = jax.tree.map(lambda x: jnp.broadcast_to(x, (group, outputs)), here._replace(stored=here.scale))
+    elif fit is not None:
+      assert group_of is not None
+      fits = _rows(fit, jax.lax.dynamic_slice(group_of, (i1,), (group,)))
+    several = removal.target.m if removal is not None else 0
+
+    def one(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      part, errors, written, kept = state
+      if several:  # a pattern chooses among inputs that carry all errors so far
+
+        def again(kept: jax.Array) -> jax.Array:
+          few, old = (jax.lax.dynamic_slice(x, (i, 0), (several, outputs)) for x in (part, kept))
+          mine = jax.lax.dynamic_slice(staying, (i,), (several,))
+          old = None if stays is None else jax.lax.dynamic_slice(stays, (i, 0), (several, outputs))
+          return jax.lax.dynamic_update_slice(kept, choose(few, mine, old), (i, 0))  # type: ignore[arg-type]
+
+        kept = jax.lax.cond(i % several == 0, again, lambda kept: kept, kept)
+      value = part[i]
       target = value if kept is None else jnp.where(kept[i], value, 0.0)
-      code = rounding.encode(target[None], mine, 0)[0]
-      code = code if least is None else jnp.clip(code, least[i], least[i] | (2**extra - 1))
-      rounded = rounding.decode(code[None], mine, 0)[0]
-      rounded = rounded if kept is None else jnp.where(kept[i], rounded, 0.0)
+      rounded = code = target
+      if rounding is not None and fits is not None:
+        mine = _one(fits, i)
+        code = rounding.encode(target[None], mine, 0)[0]
+        code = code if least is None else jnp.clip(code, least[i], least[i] | (2**extra - 1))
+        rounded = rounding.decode(code[None], mine, 0)[0]
+        rounded = rounded if kept is None else jnp.where(kept[i], rounded, 0.0)
       error = (value - rounded) / diagonal[i]
       part = part - jnp.where(at > i, own[i], 0.0)[:, None] * error[None]
-      return part, errors.at[i].set(error), codes.at[i].set(code)
+      return part, errors.at[i].set(error), written.at[i].set(code), kept
 
-    start = part, jnp.zeros_like(part), jnp.zeros(part.shape, jnp.uint8)
-    _, errors, codes = jax.lax.fori_loop(0, group, one, start)
+    empty = jnp.zeros(part.shape, jnp.float32 if rounding is None else jnp.uint8)
+    _, errors, written, kept = jax.lax.fori_loop(0, group, one, (part, jnp.zeros_like(part), empty, kept))
     later = jnp.where(jnp.arange(inputs) >= i1 + group, row, 0.0)
-    return w - jnp.matmul(later.T, errors), (codes, here)
+    return w - jnp.matmul(later.T, errors), (written, here, kept)
 
-  _, (codes, fits) = jax.lax.scan(block, w, jnp.arange(n))
-  return codes.reshape(inputs, outputs), fits if fit is None else fit
+  _, (written, fits, kept) = jax.lax.scan(block, w, jnp.arange(n))
+  kept = None if kept is None else kept.reshape(inputs, outputs)
+  return written.reshape(inputs, outputs), fits if fit is None else fit, kept
+
+
+def refit(
+  target: jax.Array, hessian: jax.Array, values: jax.Array, keep: jax.Array, steps: int
+) -> jax.Array:
+  """Values on a fixed support nearer to the least `||X (target - values)||`, by preconditioned conjugate gradients.
+
+  Each output by itself (Meng et al. 2024, ALPS, arXiv:2406.07831, section 3.3). The error never rises.
+
+  Args:
+    target, values: `[in, out]`; hessian: `[in, in]`, positive definite; keep: bool `[in, out]`, the support.
+    steps: of conjugate gradients.
+  """
+  diagonal = jnp.diag(hessian)[:, None]
+
+  def residual(v: jax.Array) -> jax.Array:
+    return jnp.where(keep, jnp.matmul(hessian, v), 0.0)
+
+  def step(_: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    x, r, p, rz = state
+    hp = residual(p)
+    length = rz / jnp.maximum(jnp.sum(p * hp, axis=0), jnp.finfo(jnp.float32).tiny)
+    x, r = x + length * p, r - length * hp
+    z = r / diagonal
+    new = jnp.sum(r * z, axis=0)
+    return x, r, z + new / jnp.maximum(rz, jnp.finfo(jnp.float32).tiny) * p, new
+
+  start = jnp.where(keep, values, 0.0)
+  r = residual(target - start)
+  z = r / diagonal
+  return jax.lax.fori_loop(0, steps, step, (start, r, z, jnp.sum(r * z, axis=0)))[0]
 
 
 def descend(
@@ -205,8 +310,15 @@ def descend(
   return codes.reshape(inputs, outputs)
 
 
-def _turns(diagonal: jax.Array, group: int, order: str) -> jax.Array:
-  """The order in which inputs are rounded, most active first; `group` keeps groups together."""
+def _turns(diagonal: jax.Array, group: int, order: str, together: int = 1) -> jax.Array:
+  """The order in which inputs are rounded, most active first; `group` keeps groups together.
+
+  Args:
+    together: consecutive inputs that stay so, a divisor of the group.
+  """
+  if together > 1:
+    tuples = _turns(jnp.sum(diagonal.reshape(-1, together), axis=1), group // together, order)
+    return (tuples[:, None] * together + jnp.arange(together)).reshape(-1)
   if order == "none":
     return jnp.arange(diagonal.shape[0])
   if order == "activation":
@@ -231,8 +343,28 @@ def without_drift(
   return jnp.where(alive[:, None] & jnp.isfinite(factor.damping), best, w)
 
 
+class Solved(NamedTuple):
+  """What `solve` found.
+
+  Attributes:
+    written: codes uint8 `[in, out]`; float32 values without a rounding.
+    fit: parameters `[groups, out]`; None without a rounding.
+    keep: bool `[in, out]`, what stays; None where nothing is masked.
+    damping, first: the damping used, and the first one tried.
+    extra: the extra bits of each code, in turn.
+  """
+
+  written: jax.Array
+  fit: Fit | None
+  keep: jax.Array | None
+  damping: jax.Array
+  first: jax.Array
+  extra: list[jax.Array]
+
+
 @functools.partial(
-  jax.jit, static_argnames=("rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback")
+  jax.jit,
+  static_argnames=("rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback", "removal"),
 )
 def solve(
   w: jax.Array,
@@ -240,7 +372,7 @@ def solve(
   reference_hessian: jax.Array | None,
   keep: jax.Array | None,
   *,
-  rounding: Rounding,
+  rounding: Rounding | None,
   group_size: int,
   order: str,
   clip: bool,
@@ -249,16 +381,19 @@ def solve(
   propagation: Any = 0.0,
   extra: tuple[int, ...] = (),
   feedback: bool = True,
-) -> tuple[jax.Array, Fit, jax.Array, jax.Array, list[jax.Array]]:
-  """GPTQ of one matrix, or of several side by side that read the same input; the arguments are `gptq`'s.
+  removal: Removal | None = None,
+) -> Solved:
+  """GPTQ or SparseGPT of one matrix, or of several side by side that read the same input.
 
   Args:
     w: `[in, out]`; hessian, reference_hessian: `[in, in]`; keep: bool `[in, out]` or None.
+    rounding: None keeps values as they are, for a removal alone.
+    group_size: inputs that share a scale, -1 for a row; without a rounding, inputs between two updates of the rest.
+    sweeps: of coordinate descent over codes afterwards; without a rounding, steps of `refit`.
+    propagation: how far `w` is first moved to undo what was done to its input, 0 to 1.
     extra: bits to add to each code afterwards, once or more often, for a grid with real minimums.
     feedback: whether errors are absorbed before the extra bits too; else each weight goes to its nearest code.
-
-  Returns:
-    Codes `[in, out]`, parameters `[groups, out]`, the damping used, the first one tried, and the extra bits in turn.
+    removal: what to remove on the way.
   """
   inputs, outputs = w.shape
   w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -267,6 +402,8 @@ def solve(
   w = jnp.where(dead[:, None], 0.0, w)  # an input that is always 0
   per_row = group_size == -1 or group_size >= inputs
   group = _BLOCK if per_row else group_size
+  together = max(1, removal.target.m) if removal is not None else 1
+  group -= group % together
   spare = -inputs % group
   if spare:  # the last group is filled with inputs that nothing reads
     w = jnp.pad(w, ((0, spare), (0, 0)))
@@ -278,7 +415,7 @@ def solve(
       reference_hessian = jnp.pad(reference_hessian, ((0, spare), (0, spare)))
   total = inputs + spare
   diagonal, groups = jnp.diag(hessian), total // group
-  turn = _turns(diagonal, group, "activation" if per_row and order == "group" else order)
+  turn = _turns(diagonal, group, "activation" if per_row and order == "group" else order, together)
   factor = inverse_factor(hessian[turn][:, turn], damping)
   if reference_hessian is not None:
     silent = jnp.pad(dead, (0, spare))
@@ -286,37 +423,56 @@ def solve(
 
   group_of = jnp.arange(total) // group
   fit = None
-  if per_row:
+  if rounding is not None and per_row:
     real = w if keep is None else jnp.where(keep, w, 0.0)
     shrink = best_shrink(rounding, real, 0, diagonal[:, None]) if clip else 1.0
     fit = jax.tree.map(lambda x: x[None], rounding.fit(real, 0, shrink))
     group_of = jnp.zeros(total, jnp.int32)
-  elif order == "activation":
+  elif rounding is not None and order == "activation":
     real = (w if keep is None else jnp.where(keep, w, 0.0)).reshape(groups, group, outputs)
     shrink = best_shrink(rounding, real, 1, diagonal.reshape(groups, group, 1)) if clip else 1.0
     fit = rounding.fit(real, 1, shrink)
   upper = factor.upper if feedback else jnp.diag(jnp.diag(factor.upper))
-  codes, fit = round_in_turn(
-    w[turn], upper, None if keep is None else keep[turn], rounding, group, clip, fit, group_of[turn]
+  written, fit, kept = round_in_turn(
+    w[turn],
+    upper,
+    None if keep is None else keep[turn],
+    rounding,
+    group,
+    clip,
+    fit,
+    group_of[turn],
+    removal=removal,
+    real=turn < inputs,
   )
   back = jnp.argsort(turn)
-  codes = codes[back]
+  written, keep = written[back], None if kept is None else kept[back]
+  if rounding is None:
+    if sweeps and keep is not None:
+      damped = hessian + jnp.where(jnp.isfinite(factor.damping), factor.damping, 0.0) * jnp.eye(total)
+      written = refit(w, damped, written, keep, sweeps)
+    return Solved(written[:inputs], None, _first(keep, inputs), factor.damping, damping * jnp.mean(diagonal), [])
+  assert fit is not None
   if not per_row and order != "activation":
     fit = jax.tree.map(lambda x: x[jnp.argsort(turn[::group] // group)], fit)
   wide = fit
   if per_row:
     wide = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, outputs)), fit._replace(stored=fit.scale))
   for _ in range(sweeps):
-    codes = descend(w, hessian + factor.damping * jnp.eye(total), codes, keep, rounding, wide, group)
-  first = damping * jnp.mean(diagonal)
-  more, finer, whole = [], fit, codes
+    written = descend(w, hessian + factor.damping * jnp.eye(total), written, keep, rounding, wide, group)
+  more, finer, whole = [], fit, written
   for bits in extra:
     rounding = dataclasses.replace(rounding, bits=rounding.bits + bits)
     step = finer.scale / 2**bits
     finer = Fit(step, step, None, finer.minimum - (finer.scale - step) / 2)
-    whole, _ = round_in_turn(
+    whole, _, _ = round_in_turn(
       w[turn], factor.upper, None, rounding, group, False, finer, group_of[turn], whole[turn], bits
     )
     whole = whole[back]
     more.append(whole[:inputs] & (2**bits - 1))
-  return codes[:inputs], fit, factor.damping, first, more
+  first = damping * jnp.mean(diagonal)
+  return Solved(written[:inputs], fit, _first(keep, inputs), factor.damping, first, more)
+
+
+def _first(keep: jax.Array | None, inputs: int) -> jax.Array | None:
+  return None if keep is None else keep[:inputs]

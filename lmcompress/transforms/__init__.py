@@ -1,5 +1,6 @@
 """A method per file, and the combinators that compose them."""
 
+from lmcompress.transforms.alps import alps
 from lmcompress.transforms.any_precision import any_precision, at_precision
 from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
@@ -14,6 +15,8 @@ from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
+from lmcompress.transforms.sparse_gpt import sparse_gpt
+from lmcompress.transforms.wanda import wanda
 
 METHODS = {
   f.__name__: f
@@ -34,6 +37,9 @@ METHODS = {
     quantize_inputs,
     quantize_activations,
     magnitude,
+    wanda,
+    sparse_gpt,
+    alps,
     freeze,
   )
 }
@@ -41,6 +47,7 @@ METHODS = {
 
 __all__ = [
   "METHODS",
+  "alps",
   "any_precision",
   "at",
   "at_precision",
@@ -65,4 +72,6 @@ __all__ = [
   "scheduled",
   "smooth",
   "smooth_quant",
+  "sparse_gpt",
+  "wanda",
 ]

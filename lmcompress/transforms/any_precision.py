@@ -62,14 +62,14 @@ def any_precision(
       raise WeightError(f"any_precision(group_size={group_size}) at {path}: a row has {leaf.shape[-2]} inputs")
 
   def quantize(weights: dict[str, Any], hessian: jax.Array) -> dict[str, Any]:
-    codes, fit, used, first, more = solve(
+    solved = solve(
       jnp.concatenate(list(weights.values()), axis=1), hessian, None, None, rounding=rounding, group_size=group_size,
       order="group", clip=clip == "error", sweeps=0, damping=damping, extra=extra,
       feedback=seed == "gptq",
     )  # fmt: skip
-    warn_of_damping("any_precision", next(iter(weights)), used, first)
+    warn_of_damping("any_precision", next(iter(weights)), solved)
     done: dict[str, Any] = {}
-    for path, w, (mine, own, parts) in side_by_side(weights, (fit, codes, more)):
+    for path, w, (mine, own, parts) in side_by_side(weights, (solved.fit, solved.written, solved.extra)):
       leaf: Any = rounding.assemble(own, mine, group_size, -2, str(w.dtype))
       for width, part in zip(extra, parts, strict=True):
         leaf = nested(leaf, part, width)

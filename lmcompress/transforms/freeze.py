@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,33 +12,60 @@ import jax.numpy as jnp
 
 from lmcompress import tree
 from lmcompress.arrays import InputArray, LowRankArray, MaskedArray
-from lmcompress.types import CompressedArray, Evidence, Params, State, Transform
+from lmcompress.arrays.sparse_form import as_bitmap, as_n_of_m, smallest_sparse
+from lmcompress.ops import masks
+from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 
-def freeze() -> Transform:
+def freeze(sparse: str = "none") -> Transform:
   """Makes the tree ready to deploy; acts on every weight unless `at` restricts it.
 
   A mask over a compressed weight that is exactly 0 wherever the mask removes is dropped: the codes say it
   already. A mask over dense values is applied to them. Where codes cannot express 0 (a real minimum), the mask
-  stays. Within an `InputArray` and in the factors of a `LowRankArray` the same holds.
+  stays. Within an `InputArray` and in the factors of a `LowRankArray` the same holds. Nothing is rounded.
+
+  Args:
+    sparse: how zeros are stored: `none` as any value; `"n:m"`, such as `2:4`, as an `NMSparseArray`; `bitmap` as a
+      `BitmapArray`; `auto` in the form that takes the fewest bits, the weight as it is among them.
+
+  Raises:
+    ValueError: no such form.
+    WeightError (when applied): a weight does not fit the form that was asked for.
   """
+  n, m = (0, 0) if sparse in ("none", "auto", "bitmap") else masks.parse_pattern("freeze", sparse)
+
+  def stored(w: Any, axis: int) -> Any:
+    if sparse == "none":
+      return w
+    if sparse == "auto":
+      return smallest_sparse(w, axis)
+    return as_n_of_m(w, n, m, axis) if m else as_bitmap(w, axis)
+
+  def visit(path: str, w: Any) -> Any:
+    try:
+      return _freeze(w, functools.partial(stored, axis=tree.contraction_axis(path)))
+    except ValueError as error:
+      raise WeightError(f"freeze(sparse={sparse!r}) at {path}: {error}") from None
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    return tree.map_weights(lambda _, w: _freeze(w), params, evidence.selected), state
+    chosen = evidence.selected
+    if chosen is None and sparse not in ("none", "auto"):
+      chosen = tree.default_selection(params)
+    return tree.map_weights(visit, params, chosen), state
 
   return Transform(lambda params, selected=None: (), apply, name="freeze")
 
 
-def _freeze(w: Any) -> Any:
+def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:
   if isinstance(w, InputArray):
-    return dataclasses.replace(w, weight=_freeze(w.weight))
+    return dataclasses.replace(w, weight=_freeze(w.weight, stored))
   if isinstance(w, LowRankArray):
-    return dataclasses.replace(w, left=_freeze(w.left), right=_freeze(w.right))
+    return dataclasses.replace(w, left=_freeze(w.left, lambda x: x), right=_freeze(w.right, lambda x: x))
   if not isinstance(w, MaskedArray):
-    return w
+    return stored(w)
   if not isinstance(w.values, CompressedArray):
-    return _apply_mask(w)
-  return w.values if bool(_expressed(w)) else w
+    return stored(_apply_mask(w))
+  return stored(w.values) if bool(_expressed(w)) else w
 
 
 @functools.partial(jax.jit)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, masked
+from lmcompress.ops.masks import Target
 from lmcompress.ops.rounding import Rounding
-from lmcompress.ops.second_order import solve, warn_of_damping
+from lmcompress.ops.second_order import Removal, solve, warn_of_damping
 from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
 from lmcompress.types import Transform, WeightError
 
@@ -75,30 +77,51 @@ def gptq(
     "damping": damping, "propagation": error_propagation,
   }  # fmt: skip
 
-  def check(path: str, leaf: Any) -> None:
-    require_dense("gptq", path, leaf)
-    if size > leaf.shape[-2]:
-      raise WeightError(
-        f"gptq(group_size={size}) at {path}: a row has {leaf.shape[-2]} inputs; use at most that, or -1 for one group"
-      )
-
-  def quantize(weights: dict[str, Any], hessian: jax.Array, reference_hessian: Any = None) -> dict[str, Any]:
-    masked = any(isinstance(leaf, MaskedArray) for leaf in weights.values())
-    dense = [leaf.values if isinstance(leaf, MaskedArray) else leaf for leaf in weights.values()]
-    kept = [
-      leaf.mask.unpack() != 0 if isinstance(leaf, MaskedArray) else jnp.ones(leaf.shape, bool)
-      for leaf in weights.values()
-    ]
-    keep = jnp.concatenate(kept, axis=1) if masked else None
-    codes, fit, used, first, _ = solve(jnp.concatenate(dense, axis=1), hessian, reference_hessian, keep, **options)
-    warn_of_damping("gptq", next(iter(weights)), used, first)
-    done: dict[str, Any] = {}
-    for path, leaf, (mine, own) in side_by_side(weights, (fit, codes)):
-      w = leaf.values if isinstance(leaf, MaskedArray) else leaf
-      q = rounding.assemble(own, mine, size, -2, str(w.dtype))
-      done[path] = MaskedArray(q, leaf.mask) if isinstance(leaf, MaskedArray) and q.minimum is not None else q
-    return done
-
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
-  solved = stagewise(quantize, name="gptq", needs=needs, check=check)
+  solved = by_error_feedback("gptq", options, needs)
   return solved._replace(scope="block") if sequential == "block" else solved
+
+
+def by_error_feedback(
+  name: str, options: Mapping[str, Any], needs: frozenset[str], target: Target | None = None
+) -> Transform:
+  """`ops.second_order.solve`, lifted: linears that read one input side by side, what masks remove staying 0.
+
+  Args:
+    options: `solve`'s; its rounding is None where nothing is quantized.
+    needs: `hessian`, and perhaps `reference_hessian`.
+    target: what to remove on the way.
+  """
+  size, rounding = options["group_size"], options["rounding"]
+
+  def check(path: str, leaf: Any) -> None:
+    require_dense(name, path, leaf)
+    inputs = leaf.shape[-2]
+    if rounding is not None and size > inputs:
+      raise WeightError(
+        f"{name}(group_size={size}) at {path}: a row has {inputs} inputs; use at most that, or -1 for one group"
+      )
+    if target is not None and (misfit := target.misfit(inputs)):
+      raise WeightError(f"{name} at {path}: {misfit}, as the pattern needs")
+
+  def apply(weights: dict[str, Any], hessian: jax.Array, reference_hessian: Any = None) -> dict[str, Any]:
+    parts = [(leaf.values, leaf.mask.unpack() != 0) if isinstance(leaf, MaskedArray) else (leaf, None)
+             for leaf in weights.values()]  # fmt: skip
+    keep = None
+    if any(kept is not None for _, kept in parts):
+      keep = jnp.concatenate([jnp.ones(w.shape, bool) if kept is None else kept for w, kept in parts], axis=1)
+    removal = None if target is None else Removal(target, tuple(w.shape[1] for w, _ in parts))
+    w = jnp.concatenate([w for w, _ in parts], axis=1)
+    solved = solve(w, hessian, reference_hessian, keep, removal=removal, **options)
+    warn_of_damping(name, next(iter(weights)), solved)
+    found = side_by_side(weights, (solved.fit, solved.written, solved.keep))
+    return {path: store(leaf, *mine) for path, leaf, mine in found}
+
+  def store(leaf: Any, fit: Any, written: jax.Array, keep: jax.Array | None) -> Any:
+    dtype = leaf.dtype
+    done = written.astype(dtype) if rounding is None else rounding.assemble(written, fit, size, -2, str(dtype))
+    pruned = isinstance(leaf, MaskedArray) or target is not None
+    exact = rounding is not None and done.minimum is None  # the codes say 0 themselves
+    return masked(done, keep, -2) if pruned and not exact and keep is not None else done
+
+  return stagewise(apply, name=name, needs=needs, check=check)

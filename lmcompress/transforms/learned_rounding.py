@@ -96,15 +96,15 @@ def _begin(
   propagation: float, start: str,
 ) -> dict[str, tuple[jax.Array, Fit]]:  # fmt: skip
   """Real-valued codes whose rounding is the start, and the parameters, of linears that read one input."""
-  codes, fit, used, first, _ = solve(
+  solved = solve(
     jnp.concatenate(list(weights.values()), axis=1), given["hessian"], given.get("reference_hessian"), None,
     rounding=rounding, group_size=group_size, order="group", clip=True, sweeps=1 if start == "gptq" else 0,
     damping=damping, propagation=propagation, feedback=start == "gptq",
   )  # fmt: skip
-  warn_of_damping("learned_rounding", next(iter(weights)), used, first)
+  warn_of_damping("learned_rounding", next(iter(weights)), solved)
   return {
     path: (_real_codes(w.astype(jnp.float32), own, mine, rounding, group_size), mine)
-    for path, w, (own, mine) in side_by_side(weights, (codes, fit))
+    for path, w, (own, mine) in side_by_side(weights, (solved.written, solved.fit))
   }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -57,7 +56,7 @@ def magnitude(
     raise ValueError(f"magnitude(threshold={threshold}): a threshold is not negative")
   if scope != "weight" and sparsity is None:
     raise ValueError(f"magnitude(scope={scope!r}) says over what a sparsity is met; give sparsity, not {given[0]}")
-  n, m = _parse(pattern) if pattern is not None else (0, 0)
+  n, m = masks.parse_pattern("magnitude", pattern) if pattern is not None else (0, 0)
 
   if callable(sparsity):
     if scope == "global":
@@ -73,7 +72,7 @@ def magnitude(
       raise WeightError(f"magnitude(pattern={pattern!r}) at {path}: {inputs} inputs are not a multiple of {m}")
 
   def prune(w: Any, *, axis: int) -> MaskedArray:
-    values = _values(w)
+    values = kept_values(w)
     if pattern:
       keep = n_of_m(values, n=n, m=m, axis=axis)
     elif threshold is not None:
@@ -97,15 +96,7 @@ def n_of_m(values: jax.Array, *, n: int, m: int, axis: int) -> jax.Array:
   return masks.n_of_m(jnp.abs(values), n, m, axis)
 
 
-def _parse(pattern: str) -> tuple[int, int]:
-  found = re.fullmatch(r"(\d+):(\d+)", pattern)
-  n, m = (int(found[1]), int(found[2])) if found else (0, 0)
-  if not 0 < n < m:
-    raise ValueError(f"magnitude(pattern={pattern!r}): write n:m with 0 < n < m, e.g. '2:4'")
-  return n, m
-
-
-def _values(w: Any) -> jax.Array:
+def kept_values(w: Any) -> jax.Array:
   """The dense values to rank; what a mask already removed ranks as zero, so it goes first."""
   return jnp.where(w.mask.unpack() != 0, w.values, 0) if isinstance(w, MaskedArray) else w
 
@@ -138,7 +129,7 @@ def _global(sparsity: float) -> Transform:
     found = {path: leaf for path, leaf in tree.weights(params).items() if path in chosen}
     for path, leaf in found.items():
       require_dense("magnitude", path, leaf)
-    scores = [jnp.abs(_values(leaf)) for leaf in found.values()]
+    scores = [jnp.abs(kept_values(leaf)) for leaf in found.values()]
     removed = round(sum(s.size for s in scores) * sparsity)
     cut = masks.kth_smallest(scores, removed)
     bits = [masks._ordered(s) for s in scores]
@@ -152,7 +143,7 @@ def _global(sparsity: float) -> Transform:
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     def prune(path: str, w: Any) -> MaskedArray:
-      values = _values(w)
+      values = kept_values(w)
       return masked(values, keep_largest(values, state[path]), tree.contraction_axis(path))
 
     return tree.map_weights(prune, params, state), state

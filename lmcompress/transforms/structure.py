@@ -1,0 +1,170 @@
+"""Logical axes: where an axis of a model occurs, how long it is, and a tree with some of its entries removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress import tree
+from lmcompress.arrays import MaskedArray, masked
+from lmcompress.transforms.combine import require_dense
+from lmcompress.types import CompressedArray, Params, WeightError
+
+
+class Place(NamedTuple):
+  """One dimension of one leaf that an axis is (a part of).
+
+  Attributes:
+    path: the leaf.
+    dim: the dimension, negative.
+    names: the axes that are flattened into it, outermost first.
+  """
+
+  path: str
+  dim: int
+  names: tuple[str, ...]
+
+  @property
+  def reads(self) -> bool:
+    """Whether a product sums over it: the entries of a kernel's input, of a table's features."""
+    return tree.is_weight(self.path) and self.dim == tree.contraction_axis(self.path)
+
+
+def places(model: Any, params: Params, axis: str, under: str = "") -> list[Place]:
+  """Where an axis occurs among the leaves at or below `under`."""
+  return [p for p in _all_places(model, params, under) if axis in p.names]
+
+
+def _all_places(model: Any, params: Params, under: str) -> list[Place]:
+  found = []
+  for path, leaf in tree.flatten(params).items():
+    if under and not path.startswith(f"{under}/"):
+      continue
+    for i, names in enumerate(tree.axes_of(model.axes, path)):
+      found.append(Place(path, i - leaf.ndim, _names(names)))
+  return found
+
+
+def global_axes(model: Any, params: Params) -> frozenset[str]:
+  """Axes with the same entries everywhere: those that occur outside of blocks too."""
+  blocks = model.blocks(params)
+  inside = {pattern for pattern in model.axes for block in blocks if _under(pattern, block.path)}
+  outside = [names for pattern, names in model.axes.items() if pattern not in inside]
+  return frozenset(name for names in outside for part in names for name in _names(part))
+
+
+def local_axes(model: Any, params: Params, under: str) -> dict[str, Place]:
+  """Axes whose entries are a block's own and may be removed, each with the first place where it occurs."""
+  fixed = global_axes(model, params) | set(dict(getattr(model, "extents", lambda params: {})(params)))
+  found: dict[str, Place] = {}
+  for place in _all_places(model, params, under):
+    for name in place.names:
+      if name not in fixed:
+        found.setdefault(name, place)
+  return found
+
+
+def _under(pattern: str, block: str) -> bool:
+  """Whether a pattern of a leaf's path names leaves of a block."""
+  parts, depth = pattern.split("/"), block.count("/") + 1
+  return len(parts) > depth and tree.matches("/".join(parts[:depth]), block)
+
+
+def _names(part: Any) -> tuple[str, ...]:
+  return part if isinstance(part, tuple) else (part,)
+
+
+def extents(model: Any, params: Params, under: str = "") -> dict[str, int]:
+  """How many entries each axis has, by what the model says and what shapes leave over.
+
+  Raises:
+    WeightError: shapes disagree.
+  """
+  known = dict(getattr(model, "extents", lambda params: {})(params))
+  open_ = [(p, tree.get(params, p.path).shape[p.dim]) for p in _all_places(model, params, under)]
+  while open_:
+    left = []
+    for place, size in open_:
+      unknown = [name for name in place.names if name not in known]
+      rest = math.prod(known[name] for name in place.names if name in known)
+      if len(unknown) == 1 and size % rest == 0:
+        known[unknown[0]] = size // rest
+      elif not unknown and rest != size:
+        raise WeightError(f"{place.path}: axes {place.names} have {rest} entries in all, the shape has {size}")
+      elif unknown:
+        left.append((place, size))
+    if len(left) == len(open_):
+      break
+    open_ = left
+  return known
+
+
+def remaining(model: Any, params: Params, axis: str, keep: np.ndarray, under: str = "") -> Params:
+  """A tree whose `axis` has the entries `keep` alone, wherever it occurs at or below `under`.
+
+  Args:
+    keep: ascending indices `[kept]`; for an axis that lies within another in a flattened dimension, also
+      `[*outer, kept]`, some of each entry of the outer ones.
+
+  Raises:
+    WeightError: a leaf is compressed.
+  """
+  sizes = extents(model, params, under)
+  for place in places(model, params, axis, under):
+    leaf = tree.get(params, place.path)
+    at = place.names.index(axis)
+    shape = [sizes[name] for name in place.names]
+    chosen = np.asarray(keep)
+    outer = list(range(at - chosen.ndim + 1, at))
+    chosen = chosen.reshape([shape[i] if i in outer else 1 for i in range(at)] + [-1] + [1] * (len(shape) - at - 1))
+    chosen = np.broadcast_to(chosen, [chosen.shape[at] if i == at else n for i, n in enumerate(shape)])
+    positions = np.take_along_axis(np.arange(math.prod(shape)).reshape(shape), chosen, axis=at).reshape(-1)
+    params = tree.put(params, place.path, _take(place, leaf, positions))
+  return params
+
+
+def _take(place: Place, leaf: Any, positions: np.ndarray) -> Any:
+  if isinstance(leaf, MaskedArray) and not isinstance(leaf.values, CompressedArray):
+    values, mask = (jnp.take(x, positions, axis=place.dim) for x in (leaf.values, leaf.mask.unpack()))
+    return masked(values, mask, leaf.axis)
+  if isinstance(leaf, CompressedArray):
+    raise WeightError(f"{place.path}: it is stored as {leaf.kind}; remove entries of an axis before that")
+  return jnp.take(leaf, positions, axis=place.dim)
+
+
+def slices(model: Any, leaf: Any, place: Place, axis: str, sizes: Mapping[str, int]) -> jax.Array:
+  """A dense leaf as `[entries of axis, entries of all else]`."""
+  w = leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+  where = w.ndim + place.dim
+  shape = [sizes[name] for name in place.names]
+  split = w.reshape(*w.shape[:where], *shape, *w.shape[where + 1 :])
+  return jnp.moveaxis(split, where + place.names.index(axis), 0).reshape(sizes[axis], -1)
+
+
+def require_removable(name: str, params: Params, found: list[Place]) -> None:
+  """Raises unless all leaves are dense, perhaps masked, and finite."""
+  for path in dict.fromkeys(place.path for place in found):
+    require_dense(name, path, tree.get(params, path))
+
+
+def whole(params: Params, paths: list[str]) -> bool:
+  """Whether the tree has all of these leaves, as a subtree may not."""
+  return all(tree.get(params, path) is not None for path in paths)
+
+
+def as_dense(leaf: Any) -> jax.Array:
+  """The values of a dense leaf, masks applied."""
+  return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+
+
+def with_values(leaf: Any, values: jax.Array) -> Any:
+  """The leaf with other values of the same shape, in its dtype; a mask stays."""
+  if isinstance(leaf, MaskedArray):
+    return dataclasses.replace(leaf, values=values.astype(leaf.dtype))
+  return values.astype(leaf.dtype)
