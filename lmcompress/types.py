@@ -101,7 +101,8 @@ class Evidence:
     key: a PRNG key; fold in a path for a key of one weight.
     step: the training step, a scalar.
     statistics: per weight path, a dict of statistic name to array, e.g. `hessian: [in, in]`.
-    grads: a tree like the parameters.
+    grads: a tree like the parameters, dense: the gradient of the mean loss.
+    fisher: a tree like the parameters, dense: the mean over rows of the squared gradient of a row's loss.
     structure: what the model publishes (axes, blocks and their stages).
     tokens: calibration tokens `[n, length]`, for a method that runs the model itself.
     block: a `BlockEvidence`.
@@ -112,6 +113,7 @@ class Evidence:
   step: jax.Array | int | None = None
   statistics: Mapping[str, Mapping[str, jax.Array]] | None = None
   grads: Params | None = None
+  fisher: Params | None = None
   structure: Any = dataclasses.field(default=None, metadata={"static": True})
   tokens: jax.Array | None = None
   block: Any = dataclasses.field(default=None, metadata={"static": True})

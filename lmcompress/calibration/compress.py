@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch
-from lmcompress.calibration.sequential import Work, block_by_block
+from lmcompress.calibration.gradients import GRADIENTS, gradients, sequences
+from lmcompress.calibration.sequential import Work, batches_of, block_by_block
 from lmcompress.evaluate.size import kind
 from lmcompress.transforms.combine import STATISTICS, chain
 from lmcompress.types import CompressedArray, Evidence, Params, Transform, WeightError
@@ -92,7 +93,7 @@ def compress(
   for i, link in enumerate(links):  # a link that plans adds what it decided on after itself
     if link.phase == "step":
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
-    if unmet := link.needs - {"key", "structure", "tokens", "block", *STATISTICS}:
+    if unmet := link.needs - {"key", "structure", "tokens", "block", *GRADIENTS, *STATISTICS}:
       raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
     begun = time.perf_counter()
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
@@ -103,11 +104,15 @@ def compress(
     state = link.init(params, None)
     before = params
     kept = None if store is None or link.plan is not None else _Kept(store, i)
-    if link.needs & {"tokens", "block", *STATISTICS} and calibration is None:
+    if link.needs & {"tokens", "block", *GRADIENTS, *STATISTICS} and calibration is None:
       raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
     if "tokens" in link.needs:
       given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration
       evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given))
+    if asked := link.needs & set(GRADIENTS):
+      told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")
+      found = gradients(model, params, *sequences(batches_of(calibration)), asked, told)
+      evidence = dataclasses.replace(evidence, **found)
     if link.needs & set(STATISTICS):
       params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)
     elif link.scope == "weight":

@@ -83,7 +83,7 @@ def block_by_block(
     WeightError: the tokens are not `[n, length]` integers, or a statistic asked for is not finite or did not come back.
   """
   wanted = tuple(sorted(link.needs & set(STATISTICS)))
-  batches = _batches(calibration)
+  batches = batches_of(calibration)
   original, ends = params, _ends(model, params)
   mesh = data_mesh(params)  # rows split over it; a statistic's sum over them is one all-reduce
   stream = [over_data(mesh, model.start(ends, batch), len(batch["tokens"])) for batch in batches]
@@ -202,7 +202,7 @@ def expected_bytes(params: Params, rows: int, length: int, needs: frozenset[str]
   }
 
 
-def _batches(calibration: Any) -> list[dict[str, np.ndarray]]:
+def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
   """Rows of calibration, some at a time."""
   given = calibration if isinstance(calibration, Mapping) else {"tokens": calibration}
   tokens = np.asarray(given["tokens"])

@@ -240,7 +240,7 @@ class Llama:
 
   def blocks(self, params: Params) -> tuple[Block, ...]:
     """The layers that the tree has, in order; keys are never renumbered."""
-    return tuple(Block(f"layers/{i}", "decoder", STAGES) for i in sorted(params["layers"], key=int))
+    return tuple(Block(f"layers/{i}", "decoder", STAGES) for i in sorted(params.get("layers", {}), key=int))
 
   def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]:
     """One layer; `taps` names stages whose inputs are returned."""

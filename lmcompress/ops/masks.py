@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmcompress.arrays.nm_sparse import n_of_m
 
-__all__ = ["Target", "kth_smallest", "n_of_m", "parse_pattern", "smallest", "target"]
+__all__ = ["Target", "kth_smallest", "n_of_m", "parse_pattern", "smallest", "split_removals", "target"]
 
 
 class Target(NamedTuple):
@@ -121,3 +121,16 @@ def smallest(score: jax.Array, k: Any, axis: int | None = None) -> jax.Array:
     return below | (tied & (jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape) <= spare))
   spare = k - jnp.sum(below, axis=axis, keepdims=True, dtype=jnp.int32)
   return below | (tied & (jnp.cumsum(tied, axis=axis, dtype=jnp.int32) <= spare))
+
+
+def split_removals(scores: list[jax.Array], removed: int) -> list[int]:
+  """How many of each array's entries are among the `removed` smallest of all; of equals, earlier arrays' go first."""
+  cut = kth_smallest(scores, removed)
+  bits = [_ordered(s) for s in scores]
+  spare = removed - sum(int(jnp.sum(b < cut)) for b in bits)
+  found = []
+  for b in bits:
+    ties = min(spare, int(jnp.sum(b == cut)))
+    found.append(int(jnp.sum(b < cut)) + ties)
+    spare -= ties
+  return found

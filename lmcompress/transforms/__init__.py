@@ -6,11 +6,15 @@ from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
+from lmcompress.transforms.gradient import gradient
 from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
+from lmcompress.transforms.prune_layers import prune_layers
+from lmcompress.transforms.prune_neurons import prune_heads, prune_neurons
+from lmcompress.transforms.prune_width import prune_width
 from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
@@ -40,6 +44,11 @@ METHODS = {
     wanda,
     sparse_gpt,
     alps,
+    gradient,
+    prune_neurons,
+    prune_heads,
+    prune_width,
+    prune_layers,
     freeze,
   )
 }
@@ -56,6 +65,7 @@ __all__ = [
   "chain",
   "freeze",
   "gptq",
+  "gradient",
   "hqq",
   "leafwise",
   "learned_rounding",
@@ -64,6 +74,10 @@ __all__ = [
   "mixed_precision",
   "named_chain",
   "partition",
+  "prune_heads",
+  "prune_layers",
+  "prune_neurons",
+  "prune_width",
   "quantize_activations",
   "quantize_inputs",
   "quip_sharp",

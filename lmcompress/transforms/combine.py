@@ -237,7 +237,7 @@ def leafwise(
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
 
     def visit(path: str, leaf: Any) -> Any:
-      given = {need: _evidence_for(need, path, evidence, name or fn.__name__) for need in asked}
+      given = {need: evidence_for(need, path, evidence, name or fn.__name__) for need in asked}
       return fn(leaf, **given)
 
     return tree.map_weights(visit, params, chosen), state
@@ -284,7 +284,7 @@ def by_stage(
   groups: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
   for path, leaf in tree.weights(params).items():
     if path in chosen:
-      given = {need: _evidence_for(need, path, evidence, name) for need in sorted(needs)}
+      given = {need: evidence_for(need, path, evidence, name) for need in sorted(needs)}
       groups.setdefault(id((evidence.statistics or {})[path]), ({}, given))[0][path] = leaf
   return list(groups.values())
 
@@ -298,7 +298,8 @@ def side_by_side(weights: Mapping[str, Any], solved: Any) -> Iterator[tuple[str,
     start = end
 
 
-def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
+def evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
+  """What a method asks for of one weight, by name; raises where it was not collected."""
   if need == "axis":
     return tree.contraction_axis(path)
   if need == "path":
@@ -307,10 +308,10 @@ def _evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
     return path_key(evidence.key, path)
   if need == "step" and evidence.step is not None:
     return evidence.step
-  if need == "grads" and evidence.grads is not None:
-    found = tree.get(evidence.grads, path)
+  if need in ("grads", "fisher") and (given := getattr(evidence, need)) is not None:
+    found = tree.get(given, path)
     if found is None:
-      raise WeightError(f"{name} at {path} needs 'grads', and the gradients have no such weight")
+      raise WeightError(f"{name} at {path} needs {need!r}, and the gradients have no such weight")
     return found
   found = (evidence.statistics or {}).get(path, {}).get(need)
   if found is None:

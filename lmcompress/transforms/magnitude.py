@@ -131,15 +131,7 @@ def _global(sparsity: float) -> Transform:
       require_dense("magnitude", path, leaf)
     scores = [jnp.abs(kept_values(leaf)) for leaf in found.values()]
     removed = round(sum(s.size for s in scores) * sparsity)
-    cut = masks.kth_smallest(scores, removed)
-    bits = [masks._ordered(s) for s in scores]
-    spare = removed - sum(int(jnp.sum(b < cut)) for b in bits)  # ties at the cut, given to earlier weights first
-    plan = {}
-    for path, b in zip(found, bits, strict=True):
-      ties = min(spare, int(jnp.sum(b == cut)))
-      plan[path] = int(jnp.sum(b < cut)) + ties
-      spare -= ties
-    return plan
+    return dict(zip(found, masks.split_removals(scores, removed), strict=True))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     def prune(path: str, w: Any) -> MaskedArray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmcompress import tree
 from lmcompress.arrays import fetch
+from lmcompress.ops.divergence import divergence
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.awq import round_clipped
@@ -156,15 +157,9 @@ def divergences(
       carry = model.start(changed, {"tokens": tokens, "attention_mask": None}) if table else carries[n]
       for block in blocks[n:]:
         carry = model.run(block, changed, carry)[0]
-      losses.append(float(_divergence(want, model.finish(changed, carry))))
+      losses.append(float(divergence(want, model.finish(changed, carry))))
     found[tuple(paths)] = (size, losses)
   return found
-
-
-@jax.jit
-def _divergence(want: jax.Array, logits: jax.Array) -> jax.Array:
-  """The mean KL over tokens, nats."""
-  return jnp.mean(jnp.sum(jnp.exp(want) * (want - jax.nn.log_softmax(logits, axis=-1)), axis=-1))
 
 
 def _stored_bits(bits: int, group_size: int, symmetric: bool) -> float:

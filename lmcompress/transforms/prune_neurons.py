@@ -20,7 +20,6 @@ from lmcompress.transforms.structure import (
   places,
   remaining,
   require_removable,
-  slices,
   with_values,
 )
 from lmcompress.types import Block, Evidence, Params, State, Transform, WeightError
@@ -44,9 +43,10 @@ def prune_neurons(
 ) -> Transform:
   """Removes hidden neurons of the feed-forward parts: columns of what writes them and rows of what reads them.
 
-  The model gets smaller arrays, and runs as any other. Scores of a neuron: `activation` is the energy of what it adds to
-  the output on calibration tokens, `E[h**2] ||w||**2`; `magnitude` the squares of its weights; `taylor` what the loss
-  changes to first order when it goes, `(sum g w)**2`; `gradient` `sum |g w|` (Molchanov et al. 2019, arXiv:1906.10771).
+  The model gets smaller arrays, and runs as any other. Scores of a neuron: `activation` is the energy of what it adds
+  to the output on calibration tokens, `E[h**2] ||w||**2`; `magnitude` the squares of its weights; `taylor` what the
+  loss changes to first order when it goes, `(sum g w)**2`; `gradient` `sum |g w|` (Molchanov et al. 2019,
+  arXiv:1906.10771).
 
   Args:
     fraction: of the neurons of each block (or of all, with `scope="global"`), rounded. Or:
@@ -266,13 +266,13 @@ def _without(
   model = evidence.structure
   if compensate:
     sizes = extents(model, params, block.path)
-    mark = np.zeros(keep.shape[:-1] + (sizes[axis],), bool)
+    mark = np.zeros((*keep.shape[:-1], sizes[axis]), bool)
     np.put_along_axis(mark, keep, True, axis=-1)
     for place in (p for p in where if p.reads):
       at = place.names.index(axis)
       inner = math.prod(sizes[n] for n in place.names[at + 1 :])
       outer = math.prod(sizes[n] for n in place.names[:at])
-      stays = np.repeat(np.broadcast_to(mark, (outer, sizes[axis])) if mark.ndim == 1 else mark, inner, axis=-1)
+      stays = np.repeat(np.broadcast_to(mark.reshape(-1, sizes[axis]), (outer, sizes[axis])), inner, axis=-1)
       leaf, hessian = tree.get(params, place.path), (evidence.statistics or {})[place.path]["hessian"]
       moved = compensated(as_dense(leaf), hessian, jnp.asarray(stays.reshape(-1)))
       params = tree.put(params, place.path, with_values(leaf, moved))
@@ -285,7 +285,6 @@ def compensated(w: jax.Array, hessian: jax.Array, stays: jax.Array, damping: flo
 
   Solves `H_SS D = H_SR W_R` for the inputs S that stay, without moving any shape.
   """
-  n = w.shape[0]
   both = stays[:, None] & stays
   d = damping * jnp.mean(jnp.diag(hessian))
   system = jnp.where(both, hessian, 0.0) + jnp.diag(jnp.where(stays, jnp.maximum(d, 1e-30), 1.0))
@@ -293,5 +292,4 @@ def compensated(w: jax.Array, hessian: jax.Array, stays: jax.Array, damping: flo
   right = jnp.where(stays[:, None], jnp.matmul(hessian, lost), 0.0)
   change = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), right)
   change = jnp.where(jnp.all(jnp.isfinite(change)), change, 0.0)
-  assert change.shape[0] == n
   return jnp.where(stays[:, None], w + change, 0.0)

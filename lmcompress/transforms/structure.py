@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +50,7 @@ def _all_places(model: Any, params: Params, under: str) -> list[Place]:
   return found
 
 
-def global_axes(model: Any, params: Params) -> frozenset[str]:
+def _global_axes(model: Any, params: Params) -> frozenset[str]:
   """Axes with the same entries everywhere: those that occur outside of blocks too."""
   blocks = model.blocks(params)
   inside = {pattern for pattern in model.axes for block in blocks if _under(pattern, block.path)}
@@ -61,7 +60,7 @@ def global_axes(model: Any, params: Params) -> frozenset[str]:
 
 def local_axes(model: Any, params: Params, under: str) -> dict[str, Place]:
   """Axes whose entries are a block's own and may be removed, each with the first place where it occurs."""
-  fixed = global_axes(model, params) | set(dict(getattr(model, "extents", lambda params: {})(params)))
+  fixed = _global_axes(model, params) | set(dict(getattr(model, "extents", lambda params: {})(params)))
   found: dict[str, Place] = {}
   for place in _all_places(model, params, under):
     for name in place.names:
@@ -138,24 +137,10 @@ def _take(place: Place, leaf: Any, positions: np.ndarray) -> Any:
   return jnp.take(leaf, positions, axis=place.dim)
 
 
-def slices(model: Any, leaf: Any, place: Place, axis: str, sizes: Mapping[str, int]) -> jax.Array:
-  """A dense leaf as `[entries of axis, entries of all else]`."""
-  w = leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
-  where = w.ndim + place.dim
-  shape = [sizes[name] for name in place.names]
-  split = w.reshape(*w.shape[:where], *shape, *w.shape[where + 1 :])
-  return jnp.moveaxis(split, where + place.names.index(axis), 0).reshape(sizes[axis], -1)
-
-
 def require_removable(name: str, params: Params, found: list[Place]) -> None:
   """Raises unless all leaves are dense, perhaps masked, and finite."""
   for path in dict.fromkeys(place.path for place in found):
     require_dense(name, path, tree.get(params, path))
-
-
-def whole(params: Params, paths: list[str]) -> bool:
-  """Whether the tree has all of these leaves, as a subtree may not."""
-  return all(tree.get(params, path) is not None for path in paths)
 
 
 def as_dense(leaf: Any) -> jax.Array:

@@ -1,0 +1,102 @@
+"""Gradients of the next-token loss on calibration tokens: their mean, and their mean square over rows (Fisher)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress import tree
+from lmcompress.arrays import InputArray, fetch
+from lmcompress.types import CompressedArray, Params, WeightError
+
+GRADIENTS = ("grads", "fisher")
+"""Evidence that takes a backward pass over the whole model."""
+
+
+def gradients(
+  model: Any,
+  params: Params,
+  tokens: np.ndarray,
+  mask: np.ndarray,
+  wanted: frozenset[str],
+  progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Params]:
+  """What of `grads` and `fisher` is wanted, as trees of dense float32 arrays by path.
+
+  `grads` is the gradient of the mean loss over rows, `fisher` the mean over rows of the square of each row's gradient
+  (the empirical Fisher's diagonal, one row of tokens an example). Row by row, blocks recomputed on the way back, so
+  that memory is the parameters, one gradient, the sums, and one block's activations. Compressed weights count as the
+  dense values that they hold.
+
+  Args:
+    tokens, mask: `[n, length]`; a row has at least two real tokens.
+
+  Raises:
+    WeightError: the loss is not finite.
+  """
+  leaves = {path: _dense(leaf) for path, leaf in tree.flatten(params).items()}
+  floats = {path: leaf for path, leaf in leaves.items() if tree.is_weight(path)}
+  rest = {path: leaf for path, leaf in leaves.items() if path not in floats}
+  sums: dict[str, dict[str, jax.Array]] = {
+    name: {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in floats.items()} for name in sorted(wanted)
+  }
+  for i, (row, real) in enumerate(zip(tokens, mask, strict=True)):
+    loss, sums = _add(model, floats, rest, sums, row[None], np.asarray(real)[None])
+    if not bool(jnp.isfinite(loss)):
+      raise WeightError(f"the loss on row {i} of the calibration tokens is {float(loss)}; its gradient says nothing")
+    if progress is not None:
+      progress(i + 1, len(tokens))
+  n = len(tokens)
+  return {name: tree.unflatten({p: g / n for p, g in found.items()}) for name, found in sums.items()}
+
+
+def _dense(leaf: Any) -> Any:
+  leaf = fetch(leaf)
+  if isinstance(leaf, InputArray):
+    leaf = leaf.weight
+  return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("sums",))
+def _add(
+  model: Any,
+  floats: Mapping[str, jax.Array],
+  rest: Mapping[str, jax.Array],
+  sums: dict[str, dict[str, jax.Array]],
+  tokens: jax.Array,
+  mask: jax.Array,
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+  def lost(w: Mapping[str, jax.Array]) -> jax.Array:
+    return next_token_loss(model, tree.unflatten({**rest, **w}), tokens, mask)
+
+  loss, found = jax.value_and_grad(lost)(floats)
+  new = {
+    name: {path: s + (found[path] if name == "grads" else jnp.square(found[path])) for path, s in old.items()}
+    for name, old in sums.items()
+  }
+  return loss, new
+
+
+def next_token_loss(model: Any, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean negative log-likelihood of the next token, nats, over real tokens; blocks are recomputed on the way back."""
+  carry = model.start(params, {"tokens": tokens, "attention_mask": mask})
+  for block in model.blocks(params):
+    carry = jax.checkpoint(lambda p, c, block=block: model.run(block, p, c)[0])(params, carry)
+  logits = model.finish(params, carry)
+  said = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+  counted = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+  each = jnp.take_along_axis(said, tokens[:, 1:, None], axis=-1)[..., 0]
+  return -jnp.sum(jnp.where(counted, each, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def sequences(rows: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and masks of batches, put together again."""
+  return (
+    np.concatenate([row["tokens"] for row in rows]),
+    np.concatenate([row["attention_mask"] for row in rows]),
+  )
