@@ -103,6 +103,7 @@ class Evidence:
     statistics: per weight path, a dict of statistic name to array, e.g. `hessian: [in, in]`.
     grads: a tree like the parameters, dense: the gradient of the mean loss.
     fisher: a tree like the parameters, dense: the mean over rows of the squared gradient of a row's loss.
+    reference: weights by path as they were when they were last dense, a tree.
     structure: what the model publishes (axes, blocks and their stages).
     tokens: calibration tokens `[n, length]`, for a method that runs the model itself.
     block: a `BlockEvidence`.
@@ -114,6 +115,7 @@ class Evidence:
   statistics: Mapping[str, Mapping[str, jax.Array]] | None = None
   grads: Params | None = None
   fisher: Params | None = None
+  reference: Params | None = None
   structure: Any = dataclasses.field(default=None, metadata={"static": True})
   tokens: jax.Array | None = None
   block: Any = dataclasses.field(default=None, metadata={"static": True})

@@ -1,10 +1,12 @@
 // The Python module: handlers as capsules, and which instruction set was chosen.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include <cstdlib>
 #include <string>
 
 #include "kernels.h"
+#include "kmeans.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
@@ -40,8 +42,24 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_argmax);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_read);
 }  // namespace lmc
 
+using Matrix = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Output = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
 NB_MODULE(_native, m) {
   m.def("isa", [] { return lmc::kernels().name; }, "The instruction set whose kernels run.");
+  m.def(
+      "optimal_clusters",
+      [](Matrix x, Matrix weights, Output centroids, int threads) {
+        const int rows = static_cast<int>(x.shape(0)), n = static_cast<int>(x.shape(1));
+        const bool fits = weights.shape(0) == x.shape(0) && weights.shape(1) == x.shape(1) &&
+                          centroids.shape(0) == x.shape(0) && n > 0 && centroids.shape(1) > 0;
+        if (!fits) throw nb::value_error("x and weights are [rows, n], centroids [rows, k]");
+        nb::gil_scoped_release release;
+        lmc::optimal_clusters(x.data(), weights.data(), rows, n, static_cast<int>(centroids.shape(1)),
+                              centroids.data(), threads < 1 ? 1 : threads);
+      },
+      nb::arg("x"), nb::arg("weights"), nb::arg("centroids"), nb::arg("threads"),
+      "Fills centroids [rows, k] with the optimal ones of each row of x [rows, n], all float64.");
   m.def(
       "handlers",
       [] {

@@ -19,10 +19,12 @@ from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
 from lmcompress.arrays.nested import NestedArray, nested
 from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
+from lmcompress.arrays.outliers import OutlierArray, outliers
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
 from lmcompress.arrays.split import SplitArray, split
 from lmcompress.arrays.stored import StoredArray, fetch
+from lmcompress.arrays.sum import SumArray, added
 
 __all__ = [
   "ACTS",
@@ -47,11 +49,14 @@ __all__ = [
   "MaskedArray",
   "NMSparseArray",
   "NestedArray",
+  "OutlierArray",
   "Packed",
   "QuantizedArray",
   "SplitArray",
   "StoredArray",
+  "SumArray",
   "Table",
+  "added",
   "bitmap",
   "clustered",
   "fetch",
@@ -62,6 +67,7 @@ __all__ = [
   "nested",
   "nm_mask",
   "nm_sparse",
+  "outliers",
   "pack",
   "split",
   "with_act",

@@ -23,7 +23,8 @@ class ClusteredArray(CompressedArray):
 
   Attributes:
     codes: packed codes of the logical shape `[..., in, out]` (or `[..., vocab, features]` for axis -1).
-    codebook: `[..., entries]`, any float dtype, one for each matrix; at most `2**bits` entries.
+    codebook: `[..., entries]`, any float dtype, one for each matrix; or `[..., books, entries]`, one for each of as
+      many runs of consecutive outputs; at most `2**bits` entries.
     dtype: name of the dtype of the dense value.
   """
 
@@ -46,32 +47,57 @@ class ClusteredArray(CompressedArray):
 
   @property
   def kind(self) -> str:
-    return f"clustered {self.codebook.shape[-1]}"
+    books = "" if self.books == 1 else " row" if self.books == self.outputs else f" x{self.books}"
+    return f"clustered {self.codebook.shape[-1]}{books}"
+
+  @property
+  def outputs(self) -> int:
+    return self.shape[-3 - self.axis]
+
+  @property
+  def books(self) -> int:
+    """Codebooks of a matrix."""
+    return self.codebook.shape[-2] if self.codebook.ndim == len(self.shape) else 1
 
   @classmethod
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("codebook",)
 
   def materialize(self) -> jax.Array:
-    return self._decode(self.codes, self.shape[:-2]).astype(self.dtype)
+    return self._decode(self.codes, self.shape[:-2], jnp.arange(self.outputs)).astype(self.dtype)
 
   def columns(self, start: Any, size: int) -> jax.Array:
-    return self._decode(self.codes.columns(start, size), self.shape[:-2])
+    return self._decode(self.codes.columns(start, size), self.shape[:-2], start + jnp.arange(size))
 
   def rows(self, ids: jax.Array) -> jax.Array:
-    return self._decode(self.codes.rows(ids), ())
+    return self._decode(self.codes.rows(ids), (), ids)
 
   def sharding_like(self, spec: PartitionSpec) -> ClusteredArray:
     lead = parts.spec_of_rank(spec, len(self.shape))[:-2]
     return dataclasses.replace(
       self,
       codes=self.codes.sharding_like(spec),
-      codebook=PartitionSpec(*lead, None),  # type: ignore
+      codebook=PartitionSpec(*lead, *self._books_spec(spec), None),  # type: ignore
     )
 
-  def _decode(self, codes: Packed, lead: tuple[int, ...]) -> jax.Array:
-    """float32, a codebook for each of `lead`; a code beyond the codebook reads as NaN."""
+  def _books_spec(self, spec: PartitionSpec) -> tuple[Any, ...]:
+    """One for each output is split as they are; fewer stay whole."""
+    if self.codebook.ndim != len(self.shape):
+      return ()
+    return (parts.spec_of_rank(spec, len(self.shape))[-3 - self.axis] if self.books == self.outputs else None,)
+
+  def _decode(self, codes: Packed, lead: tuple[int, ...], outputs: jax.Array) -> jax.Array:
+    """float32, a codebook for each of `lead`; a code beyond the codebook reads as NaN.
+
+    Args:
+      outputs: which the codes are of, where runs of them have their own codebook.
+    """
     indices = codes.unpack().astype(jnp.int32)
+    if self.codebook.ndim == len(self.shape):
+      books = jnp.take(self.codebook.astype(jnp.float32), outputs * self.books // self.outputs, axis=-2)
+      by_output = jnp.swapaxes(indices, -1, -2) if self.axis == -2 else indices
+      values = jnp.take_along_axis(books, by_output, axis=-1)
+      return jnp.swapaxes(values, -1, -2) if self.axis == -2 else values
     flat = indices.reshape(*lead, -1)
     return jnp.take_along_axis(self.codebook.astype(jnp.float32), flat, axis=-1).reshape(indices.shape)
 
@@ -81,7 +107,7 @@ def clustered(codes: jax.Array, codebook: jax.Array, bits: int, axis: int, dtype
 
   Args:
     codes: `[..., in, out]` for axis -2, `[..., vocab, features]` for axis -1; integers below the entries.
-    codebook: `[..., entries]` floats.
+    codebook: `[..., entries]` floats, or `[..., books, entries]` with books a divisor of the outputs.
     bits: width of a code, 1 to 8.
     axis: the contraction axis.
     dtype: of the dense value; the codebook's if None.
@@ -94,8 +120,12 @@ def clustered(codes: jax.Array, codebook: jax.Array, bits: int, axis: int, dtype
     raise ValueError(f"{what}: bits are 1 to 8, axis is -2 (kernel) or -1 (table)")
   if not jnp.issubdtype(codes.dtype, jnp.integer) or not jnp.issubdtype(codebook.dtype, jnp.floating):
     raise ValueError(f"{what}: integer codes and a float codebook are needed, found {codes.dtype}, {codebook.dtype}")
-  if codes.ndim < 2 or tuple(codebook.shape[:-1]) != tuple(codes.shape[:-2]) or codebook.ndim != codes.ndim - 1:
+  several = codebook.ndim == codes.ndim
+  lead = codebook.shape[:-2] if several else codebook.shape[:-1]
+  if codes.ndim < 2 or tuple(lead) != tuple(codes.shape[:-2]) or codebook.ndim not in (codes.ndim - 1, codes.ndim):
     raise ValueError(f"{what}: a codebook {codebook.shape} does not fit codes {codes.shape}; one row for each matrix")
+  if several and (not codebook.shape[-2] or codes.shape[-3 - axis] % codebook.shape[-2]):
+    raise ValueError(f"{what}: {codebook.shape[-2]} codebooks do not divide {codes.shape[-3 - axis]} outputs")
   entries = codebook.shape[-1]
   if not 1 <= entries <= 2**bits:
     raise ValueError(f"{what}: {entries} entries in the codebook; {bits} bits reach 1 to {2**bits}")

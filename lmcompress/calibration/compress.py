@@ -89,11 +89,12 @@ def compress(
   """
   recipe = recipe if isinstance(recipe, Transform) else chain(*recipe)
   report, original = Report(), params
+  dense: dict[str, Any] = {}
   links = list(recipe.links or (recipe,))
   for i, link in enumerate(links):  # a link that plans adds what it decided on after itself
     if link.phase == "step":
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
-    if unmet := link.needs - {"key", "structure", "tokens", "block", *GRADIENTS, *STATISTICS}:
+    if unmet := link.needs - {"key", "structure", "tokens", "block", "reference", *GRADIENTS, *STATISTICS}:
       raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
     begun = time.perf_counter()
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
@@ -103,6 +104,9 @@ def compress(
       raise WeightError(f"{link.name} needs the whole model in memory; leave it out, or load the model whole")
     state = link.init(params, None)
     before = params
+    if any("reference" in later.needs for later in links):
+      dense |= {path: leaf for path, leaf in tree.weights(params).items() if not isinstance(leaf, CompressedArray)}
+      evidence = dataclasses.replace(evidence, reference=tree.unflatten(dense))
     kept = None if store is None or link.plan is not None else _Kept(store, i)
     if link.needs & {"tokens", "block", *GRADIENTS, *STATISTICS} and calibration is None:
       raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")

@@ -37,10 +37,12 @@ from lmcompress.arrays import (
   MaskedArray,
   NestedArray,
   NMSparseArray,
+  OutlierArray,
   Packed,
   QuantizedArray,
   SplitArray,
   StoredArray,
+  SumArray,
   Table,
 )
 from lmcompress.data.tokenizer import Tokenizer
@@ -65,6 +67,8 @@ _KINDS = {
     Packed,
     QuantizedArray,
     SplitArray,
+    SumArray,
+    OutlierArray,
   )
 }
 _ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static)

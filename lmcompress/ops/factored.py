@@ -1,4 +1,4 @@
-"""Products in two steps: through the rank of a low-rank weight, after what is done to an input, and in two parts."""
+"""Products in steps: through the rank of a low-rank weight, after what is done to an input, and part by part."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray
 from lmcompress.arrays.low_rank import LowRankArray
+from lmcompress.arrays.outliers import OutlierArray
 from lmcompress.arrays.split import SplitArray
-from lmcompress.ops.linear import TILE, Rules, attend, embed, linear, register
+from lmcompress.arrays.sum import SumArray
+from lmcompress.ops.linear import TILE, Rules, attend, embed, gathered_embed, linear, register
 from lmcompress.types import CompressedArray
 
 
@@ -88,6 +90,37 @@ def split_embed(ids: jax.Array, w: SplitArray) -> jax.Array:
   return embed(ids, w.base).at[..., w.channels].set(embed(ids, w.outliers).astype(w.dtype))
 
 
+def sum_linear(x: jax.Array, w: SumArray) -> jax.Array:
+  """Two products of one input, added up in float32."""
+  x32 = x.astype(jnp.float32)
+  return (linear(x32, w.base) + linear(x32, w.delta)).astype(x.dtype)
+
+
+def sum_attend(x: jax.Array, w: SumArray) -> jax.Array:
+  """Two products of one input, added up in float32."""
+  x32 = x.astype(jnp.float32)
+  return (attend(x32, w.base) + attend(x32, w.delta)).astype(x.dtype)
+
+
+def sum_embed(ids: jax.Array, w: SumArray) -> jax.Array:
+  """Rows of both parts, added up."""
+  return (embed(ids, w.base).astype(jnp.float32) + embed(ids, w.delta).astype(jnp.float32)).astype(w.dtype)
+
+
+def _few(x: jax.Array, w: OutlierArray) -> jax.Array:
+  """`y[o] == sum_k x[indices[k, o]] values[k, o]`, one k at a time, so that nothing is as large as a weight."""
+  rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  indices, values = (jnp.moveaxis(part, w.axis, 0) for part in (w.indices.astype(jnp.int32), w.values))
+
+  def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    return total + rows[:, one[0]] * one[1].astype(jnp.float32), None
+
+  zeros = jnp.zeros((rows.shape[0], indices.shape[1]), jnp.float32)
+  return jax.lax.scan(add, zeros, (indices, values))[0].reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+register(SumArray, Rules(sum_linear, sum_embed, sum_attend))
+register(OutlierArray, Rules(_few, gathered_embed, _few))
 register(SplitArray, Rules(split_linear, split_embed, split_attend))
 register(LowRankArray, Rules(low_rank_linear, low_rank_embed, low_rank_attend))
 register(InputArray, Rules(input_linear, input_embed, input_attend))

@@ -11,7 +11,9 @@ from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.nested import NestedArray
+from lmcompress.arrays.outliers import OutlierArray
 from lmcompress.arrays.split import SplitArray
+from lmcompress.arrays.sum import SumArray
 from lmcompress.arrays.tiled import TiledArray
 from lmcompress.ops import backend
 from lmcompress.types import CompressedArray, Params, WeightError
@@ -84,6 +86,11 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   if isinstance(leaf, SplitArray):
     base = _prepared(path, leaf.base, axis, activations)
     return dataclasses.replace(leaf, base=base, outliers=_prepared(path, leaf.outliers, axis, "float32"))
+  if isinstance(leaf, SumArray):
+    base, delta = (_prepared(path, part, axis, activations) for part in (leaf.base, leaf.delta))
+    return dataclasses.replace(leaf, base=base, delta=delta)
+  if isinstance(leaf, OutlierArray):
+    return leaf  # its products gather what they need
   if isinstance(leaf, NestedArray):
     leaf = leaf.quantized()
   if not isinstance(leaf, CompressedArray) and str(leaf.dtype) != "bfloat16":

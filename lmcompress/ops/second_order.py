@@ -343,6 +343,16 @@ def without_drift(
   return jnp.where(alive[:, None] & jnp.isfinite(factor.damping), best, w)
 
 
+@functools.partial(jax.jit, static_argnames=("damping",))
+def drift_corrected(
+  w: jax.Array, hessian: jax.Array, reference_hessian: jax.Array, *, damping: float, share: Any
+) -> jax.Array:
+  """`w: [in, out]` moved by a share of the way to `without_drift`'s, inputs in their own order; float32."""
+  w, turn, dead = w.astype(jnp.float32), jnp.arange(w.shape[0]), jnp.diag(hessian) == 0
+  factor = inverse_factor(hessian + jnp.diag(jnp.where(dead, 1.0, 0.0)), damping)
+  return w + share * (without_drift(w, reference_hessian, factor, turn, dead, w.shape[0]) - w)
+
+
 class Solved(NamedTuple):
   """What `solve` found.
 

@@ -8,6 +8,7 @@ from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.gradient import gradient
 from lmcompress.transforms.hqq import hqq
+from lmcompress.transforms.kmeans import kmeans
 from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
 from lmcompress.transforms.magnitude import magnitude
@@ -20,6 +21,7 @@ from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 from lmcompress.transforms.sparse_gpt import sparse_gpt
+from lmcompress.transforms.truncated_svd import low_rank_residual, truncated_svd
 from lmcompress.transforms.wanda import wanda
 
 METHODS = {
@@ -49,6 +51,9 @@ METHODS = {
     prune_heads,
     prune_width,
     prune_layers,
+    kmeans,
+    truncated_svd,
+    low_rank_residual,
     freeze,
   )
 }
@@ -67,9 +72,11 @@ __all__ = [
   "gptq",
   "gradient",
   "hqq",
+  "kmeans",
   "leafwise",
   "learned_rounding",
   "llm_int8",
+  "low_rank_residual",
   "magnitude",
   "mixed_precision",
   "named_chain",
@@ -87,5 +94,6 @@ __all__ = [
   "smooth",
   "smooth_quant",
   "sparse_gpt",
+  "truncated_svd",
   "wanda",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lmcompress.arrays import MaskedArray, masked
 from lmcompress.ops.masks import Target, target
-from lmcompress.ops.second_order import inverse_factor, refit, without_drift
+from lmcompress.ops.second_order import drift_corrected, refit
 from lmcompress.transforms.combine import stagewise
 from lmcompress.transforms.wanda import check_target
 from lmcompress.types import Transform
@@ -58,7 +58,7 @@ def alps(
       w, kept = (leaf.values, leaf.mask.unpack() != 0) if isinstance(leaf, MaskedArray) else (leaf, None)
       wanted = w.astype(jnp.float32)
       if reference_hessian is not None:
-        wanted = _without_drift(wanted, hessian, reference_hessian, damping, error_propagation)
+        wanted = drift_corrected(wanted, hessian, reference_hessian, damping=damping, share=error_propagation)
       values, keep = solve_support(wanted, system, kept, goal=goal, iterations=iterations, refit_steps=refit_steps)
       done[path] = masked(values.astype(w.dtype), keep, -2)
     return done
@@ -136,12 +136,3 @@ def solve_support(
   d, keep = state[1], state[4]
   values = refit(target, system.hessian, d, keep, refit_steps)
   return jnp.where(keep, values / system.scale[:, None], 0.0), keep
-
-
-@functools.partial(jax.jit, static_argnames=("damping",))
-def _without_drift(
-  w: jax.Array, hessian: jax.Array, reference_hessian: jax.Array, damping: float, share: Any
-) -> jax.Array:
-  turn, dead = jnp.arange(w.shape[0]), jnp.diag(hessian) == 0
-  factor = inverse_factor(hessian + jnp.diag(jnp.where(dead, 1.0, 0.0)), damping)
-  return w + share * (without_drift(w, reference_hessian, factor, turn, dead, w.shape[0]) - w)

@@ -308,10 +308,10 @@ def evidence_for(need: str, path: str, evidence: Evidence, name: str) -> Any:
     return path_key(evidence.key, path)
   if need == "step" and evidence.step is not None:
     return evidence.step
-  if need in ("grads", "fisher") and (given := getattr(evidence, need)) is not None:
+  if need in ("grads", "fisher", "reference") and (given := getattr(evidence, need)) is not None:
     found = tree.get(given, path)
     if found is None:
-      raise WeightError(f"{name} at {path} needs {need!r}, and the gradients have no such weight")
+      raise WeightError(f"{name} at {path} needs {need!r}, and what was given has no such weight")
     return found
   found = (evidence.statistics or {}).get(path, {}).get(need)
   if found is None:

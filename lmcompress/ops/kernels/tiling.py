@@ -239,8 +239,10 @@ def _outer(scale: QuantizedArray, axis: int, groups: int, outputs: int, count: i
 
 def _clustered(leaf: ClusteredArray, axis: int, inputs: int, outputs: int) -> dict[str, Any]:
   bits = leaf.codes.bits
+  if leaf.books > 1:
+    raise Unsupported(f"{leaf.books} codebooks")
   data, padded, pad = _codes(leaf.codes, bits, -1, inputs, outputs)
-  codebook = np.asarray(leaf.codebook, np.float32)
+  codebook = np.asarray(leaf.codebook, np.float32).reshape(*leaf.shape[:-2], -1)
   if not np.isfinite(codebook).all():
     raise ValueError("a codebook entry is NaN or infinite; the kernels take finite ones")
   return {"codes": data, "table": _table(codebook, bits), "form": Form("table", bits, -1, padded), "pad": pad}
