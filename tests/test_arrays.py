@@ -27,9 +27,12 @@ from lmcompress.arrays import (
   MaskedArray,
   NestedArray,
   NMSparseArray,
+  OutlierArray,
   Packed,
   QuantizedArray,
   SplitArray,
+  SumArray,
+  added,
   bitmap,
   clustered,
   lattice,
@@ -38,6 +41,7 @@ from lmcompress.arrays import (
   nested,
   nm_mask,
   nm_sparse,
+  outliers,
   split,
   with_act,
 )
@@ -176,6 +180,33 @@ def factored(rank, **options):
   return of
 
 
+def by_run(books):
+  """Each weight to the closest of a run of outputs' own values."""
+
+  def of(w, axis):
+    rows = np.asarray(w if axis == -1 else w.T)
+    per = rows.shape[0] // books
+    codebook = np.linspace(-1.5, 1.5, 16, dtype=np.float32) * (1 + np.arange(books, dtype=np.float32)[:, None] / books)
+    codes = np.abs(rows[..., None] - np.repeat(codebook, per, axis=0)[:, None]).argmin(-1)
+    return clustered(jnp.asarray(codes if axis == -1 else codes.T), jnp.asarray(codebook), 4, axis, w.dtype)
+
+  return of
+
+
+def few(count):
+  return lambda w, axis: outliers(w, jnp.abs(w), count, axis)
+
+
+def largest_of_output(count):
+  """The largest magnitudes of each output, in NumPy."""
+  return lambda w, axis: np.argsort(np.argsort(-np.abs(w), axis=axis, kind="stable"), axis=axis) < count
+
+
+def low_rank_more(w, axis):
+  base = quantize_matrix(w, axis=axis, bits=3, group_size=32)
+  return added(base, factored(4)(w - base.materialize(), axis), axis)
+
+
 def act_before(make):
   return lambda w, axis: with_act(make(w, axis), Int8PerToken(), axis)
 
@@ -216,6 +247,11 @@ ROWS = [
       trains=("values",), alike=True, keeps=third),
   Row("clustered 16", nearest(16, 4), 4 + 16 * 32 / 2560, trains=("codebook",), error=0.15),
   Row("clustered 5", nearest(5, 3, "bfloat16"), inputs=50, trains=("codebook",), alike=True, error=0.5),
+  Row("clustered 16 x4", by_run(4), 4 + 4 * 16 * 32 / 2560, trains=("codebook",), error=0.25),
+  Row("clustered 16 row", by_run(40), inputs=50, trains=("codebook",), alike=True, error=0.3),
+  Row("outliers", few(3), 3 * 32 / 64, trains=("values",), keeps=largest_of_output(3), error=0.005),
+  Row("int3 g32 + low rank 4", low_rank_more, 3.5 + 32 * 4 * 104 / 2560, trains=("base", "delta"), error=0.3,
+      rounding=1e-5),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
   Row("nested 3/4/8", finer(3, 1, 4), 8 + 2 * 16 / 32, trains=("base",), error=0.3),
@@ -469,10 +505,28 @@ def by_channels(leaf):
   return dense
 
 
+def by_book(leaf):
+  codes, books = by_invariant(leaf.codes).astype(int), by_invariant(leaf.codebook)
+  if books.ndim == 1:
+    return books[codes]
+  codes = codes if leaf.axis == -1 else codes.T
+  own = np.arange(len(codes)) * len(books) // len(codes)
+  dense = np.stack([books[b][row] for b, row in zip(own, codes, strict=True)])
+  return dense if leaf.axis == -1 else dense.T
+
+
+def by_index(leaf):
+  dense, values, indices = np.zeros(leaf.shape), np.asarray(leaf.values, np.float64), np.asarray(leaf.indices, int)
+  np.put_along_axis(dense, indices, values, leaf.axis)
+  return dense
+
+
 INVARIANTS = {
   QuantizedArray: by_scale,
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
-  ClusteredArray: lambda leaf: by_invariant(leaf.codebook)[by_invariant(leaf.codes).astype(int)],
+  ClusteredArray: by_book,
+  OutlierArray: by_index,
+  SumArray: lambda leaf: by_invariant(leaf.base) + by_invariant(leaf.delta),
   LatticeArray: by_lattice,
   NestedArray: by_bits,
   SplitArray: by_channels,
@@ -619,6 +673,8 @@ def test_sharded(row, axis):
 
 def codes_of(leaf):
   """The largest array that holds the outputs."""
+  if isinstance(leaf, SumArray):
+    leaf = leaf.base
   if isinstance(leaf, LowRankArray):
     leaf = leaf.right if leaf.axis == -2 else leaf.left
   return max(jax.tree.leaves(leaf), key=lambda x: x.nbytes)

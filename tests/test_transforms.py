@@ -21,8 +21,10 @@ from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.models import Llama, LlamaConfig
 from lmcompress.ops import rounding
+from lmcompress.ops.masks import Target
 from lmcompress.transforms import (
   METHODS,
+  alps,
   any_precision,
   at,
   awq,
@@ -30,10 +32,13 @@ from lmcompress.transforms import (
   chain,
   freeze,
   gptq,
+  gradient,
   hqq,
+  kmeans,
   leafwise,
   learned_rounding,
   llm_int8,
+  low_rank_residual,
   magnitude,
   mixed_precision,
   named_chain,
@@ -46,10 +51,14 @@ from lmcompress.transforms import (
   scheduled,
   smooth,
   smooth_quant,
+  sparse_gpt,
+  truncated_svd,
+  wanda,
 )
 from lmcompress.transforms.magnitude import keep_largest, n_of_m
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.transforms.schedules import cubic, every
+from lmcompress.transforms.wanda import keep_active
 from lmcompress.types import BlockEvidence, Evidence, Transform
 
 freezing = importlib.import_module("lmcompress.transforms.freeze")  # the package's `freeze` is the function
@@ -135,6 +144,7 @@ def halve():
   return leafwise(half, name="halve")
 
 
+ACTIVITY = jnp.linspace(0.5, 2.0, 64)
 ramp = cubic(0.8, start=0, end=10)
 
 ROWS = [
@@ -186,6 +196,23 @@ ROWS = [
   Row("quantize_inputs", lambda: quantize_inputs("fp8_per_token")),
   Row("quantize_inputs static", lambda: quantize_inputs("int8_static")),
   Row("quantize_activations", lambda: quantize_activations(0.05)),
+  Row("wanda", lambda: wanda(0.5), functools.partial(keep_active, second_moment=ACTIVITY, goal=Target(0.5)),
+      functools.partial(keep_active.__wrapped__, second_moment=ACTIVITY, goal=Target(0.5))),
+  Row("wanda 2:4", lambda: wanda(pattern="2:4")),
+  Row("sparse_gpt", lambda: sparse_gpt(0.5), sums=True),
+  Row("sparse_gpt 2:4 int4", lambda: sparse_gpt(
+    pattern="2:4", quantize={"bits": 4, "group_size": 16}, error_propagation=0.5), sums=True),
+  Row("alps", lambda: alps(0.7, iterations=12), sums=True),
+  Row("gradient", lambda: gradient(0.5, score="snip")),
+  Row("gradient global", lambda: gradient(0.5, score="taylor", scope="global")),
+  Row("kmeans", lambda: kmeans(16, "row", sensitivity="activation"), sums=True),
+  Row("kmeans tensor", lambda: kmeans(8, method="lloyd", sensitivity="fisher", outlier_fraction=0.05), sums=True),
+  Row("truncated_svd", lambda: truncated_svd(0.8), sums=True),
+  Row("truncated_svd global", lambda: truncated_svd(0.8, whitening="activation", scope="global"), sums=True,
+      meshes=False),
+  Row("low_rank_residual", lambda: low_rank_residual(4), before=lambda: round_to_nearest(3, 16), sums=True),
+  Row("freeze sparse", lambda: freeze("2:4"), before=lambda: magnitude(pattern="2:4")),
+  Row("freeze smallest", lambda: freeze("auto"), before=lambda: magnitude(0.9)),
   Row("leafwise", halve),
   Row("leafwise random", noise, random=True),
 ]
@@ -258,6 +285,16 @@ def block_of(params):
   return BlockEvidence("layers", every_kernel, [x], [every_kernel(inside, x)], [jnp.ones((2, 3), bool)])
 
 
+def dense_like(params, need):
+  """Gradients, their squares or a weight before compression: any values of the same shapes."""
+
+  def values(path, leaf):
+    x = np.random.default_rng(len(path)).normal(size=leaf.shape).astype(np.float32)
+    return jnp.asarray(x * x if need == "fisher" else x)
+
+  return tree.map_weights(values, params)
+
+
 def run(row, params, seed=0):
   if row.before is not None:
     params = apply(row.before(), params)
@@ -267,7 +304,10 @@ def run(row, params, seed=0):
 def apply(transform, params, seed=0, step=None):
   inside = {path: leaf.shape[-2] for path, leaf in tree.weights(params).items() if path.startswith("layers/")}
   statistics = {path: statistics_of(inputs) for path, inputs in inside.items()}
-  evidence = Evidence(key=jax.random.key(seed), step=step, statistics=statistics, structure=STRUCTURE)
+  evidence = Evidence(
+    key=jax.random.key(seed), step=step, statistics=statistics, structure=STRUCTURE,
+    **{need: dense_like(params, need) for need in transform.needs & {"grads", "fisher", "reference"}},
+  )  # fmt: skip
   if "block" in transform.needs:
     evidence = dataclasses.replace(evidence, block=block_of(params))
   done, state = transform.apply(params, transform.init(params), evidence)
@@ -280,13 +320,17 @@ def results(params):
   return functools.cache(lambda row: run(row, params))
 
 
+SHAPES = {"prune_neurons", "prune_heads", "prune_width", "prune_layers"}
+"""Methods that change shapes; tests/transforms/test_structured.py checks the same promises on whole models."""
+
+
 def same_tree(a, b):
   assert checkpoint.tree_hash(a) == checkpoint.tree_hash(b)
 
 
 def test_every_method_has_a_row():
   names = {row.make().name for row in ROWS}
-  assert set(METHODS) <= names
+  assert set(METHODS) <= names | SHAPES
 
 
 @each_row

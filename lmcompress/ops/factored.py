@@ -116,7 +116,8 @@ def _few(x: jax.Array, w: OutlierArray) -> jax.Array:
     return total + rows[:, one[0]] * one[1].astype(jnp.float32), None
 
   zeros = jnp.zeros((rows.shape[0], indices.shape[1]), jnp.float32)
-  return jax.lax.scan(add, zeros, (indices, values))[0].reshape(*x.shape[:-1], -1).astype(x.dtype)
+  total, _ = jax.lax.scan(add, zeros, (indices, values))
+  return total.reshape(*x.shape[:-1], zeros.shape[1]).astype(x.dtype)
 
 
 register(SumArray, Rules(sum_linear, sum_embed, sum_attend))

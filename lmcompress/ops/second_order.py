@@ -128,104 +128,125 @@ def round_in_turn(
   w: jax.Array,
   upper: jax.Array,
   keep: jax.Array | None,
-  rounding: Rounding | None,
+  rounding: Rounding,
   group: int,
   clip: bool,
   fit: Fit | None = None,
   group_of: jax.Array | None = None,
   parents: jax.Array | None = None,
   extra: int = 0,
-  removal: Removal | None = None,
-  real: jax.Array | None = None,
-) -> tuple[jax.Array, Fit | None, jax.Array | None]:
+) -> tuple[jax.Array, Fit]:
   """Rounds inputs one after another, each error spread over those that follow (Frantar et al. 2022, algorithm 1).
-
-  With a `removal`, what is to be 0 is chosen on the way, from weights that carry the errors so far (Frantar and
-  Alistarh 2023, SparseGPT, arXiv:2301.00774, algorithm 1).
 
   Args:
     w: `[in, out]` float32 in the order in which inputs are rounded.
     upper: `[in, in]`, `inverse_factor`'s, in that order.
     keep: bool `[in, out]`, False for what stays 0; or None.
-    rounding: None leaves values that are not removed as they are.
     group: inputs that are rounded between two updates of all that is left, a divisor of `in`.
     clip: shrinks each group's range to the least error weighed by `1 / upper_ii**2`, what the loop minimizes.
     fit: parameters fixed beforehand, `[groups, out]`, with `group_of: [in]`; else each `group` is fitted when its turn
       comes, to weights that carry the errors so far.
     parents: uint8 `[in, out]`: codes whose `extra` further bits alone are chosen.
-    removal: what to remove; the groups of its pattern lie within groups of inputs.
-    real: bool `[in]`, False for inputs that only fill up the last group.
 
   Returns:
-    Codes uint8 `[in, out]` (without a rounding, values float32), the parameters `[groups, out]`, and what stays
-    (None without a mask), all in the order of `w`.
+    Codes uint8 `[in, out]` and the parameters `[groups, out]`, both in the order of `w`.
   """
   inputs, outputs = w.shape
   n = inputs // group
   at = jnp.arange(group)
-  filled = jnp.ones(inputs, bool) if real is None else real
-  counts = None if removal is None else removal.counts(filled.reshape(n, group))
 
-  def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any, Any]]:
+  def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     i1 = b * group
     part = jax.lax.dynamic_slice(w, (i1, 0), (group, outputs))
     row = jax.lax.dynamic_slice(upper, (i1, 0), (group, inputs))
     own = jax.lax.dynamic_slice(row, (0, i1), (group, group))
-    stays = None if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
+    kept = None if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
     diagonal = jnp.diag(own)
-    staying = jnp.where(jax.lax.dynamic_slice(filled, (i1,), (group,)), diagonal, 0.0)
-
-    def choose(part: jax.Array, diagonal: jax.Array, stays: jax.Array | None) -> jax.Array | None:
-      if removal is None or counts is None:
-        return stays
-      chosen = removal.keep(part if stays is None else jnp.where(stays, part, 0.0), diagonal, counts[b])
-      return chosen if stays is None else chosen & stays
-
-    kept = choose(part, staying, stays)
     least = None if parents is None else jax.lax.dynamic_slice(parents, (i1, 0), (group, outputs)) << extra
-    here, fits = None, None
-    if rounding is not None and fit is None:
-      mine = part if kept is None else jnp.where(kept, part, 0.0)
+    if fit is None:
+      real = part if kept is None else jnp.where(kept, part, 0.0)
       importance = (1.0 / (diagonal * diagonal))[:, None]
-      here = rounding.fit(mine, 0, best_shrink(rounding, mine, 0, importance) if clip else 1.0)
+      here = rounding.fit(real, 0, best_shrink(rounding, real, 0, importance) if clip else 1.0)
       fits = jax.tree.map(lambda x: jnp.broadcast_to(x, (group, outputs)), here._replace(stored=here.scale))
-    elif fit is not None:
+    else:
       assert group_of is not None
-      fits = _rows(fit, jax.lax.dynamic_slice(group_of, (i1,), (group,)))
-    several = removal.target.m if removal is not None else 0
+      here, fits = None, _rows(fit, jax.lax.dynamic_slice(group_of, (i1,), (group,)))
 
-    def one(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      part, errors, written, kept = state
-      if several:  # a pattern chooses among inputs that carry all errors so far
-
-        def again(kept: jax.Array) -> jax.Array:
-          few, old = (jax.lax.dynamic_slice(x, (i, 0), (several, outputs)) for x in (part, kept))
-          mine = jax.lax.dynamic_slice(staying, (i,), (several,))
-          old = None if stays is None else jax.lax.dynamic_slice(stays, (i, 0), (several, outputs))
-          return jax.lax.dynamic_update_slice(kept, choose(few, mine, old), (i, 0))  # type: ignore[arg-type]
-
-        kept = jax.lax.cond(i % several == 0, again, lambda kept: kept, kept)
-      value = part[i]
+    def one(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+      part, errors, codes = state
+      value, mine = part[i], _one(fits, i)
       target = value if kept is None else jnp.where(kept[i], value, 0.0)
-      rounded = code = target
-      if rounding is not None and fits is not None:
-        mine = _one(fits, i)
-        code = rounding.encode(target[None], mine, 0)[0]
-        code = code if least is None else jnp.clip(code, least[i], least[i] | (2**extra - 1))
-        rounded = rounding.decode(code[None], mine, 0)[0]
-        rounded = rounded if kept is None else jnp.where(kept[i], rounded, 0.0)
+      code = rounding.encode(target[None], mine, 0)[0]
+      code = code if least is None else jnp.clip(code, least[i], least[i] | (2**extra - 1))
+      rounded = rounding.decode(code[None], mine, 0)[0]
+      rounded = rounded if kept is None else jnp.where(kept[i], rounded, 0.0)
       error = (value - rounded) / diagonal[i]
       part = part - jnp.where(at > i, own[i], 0.0)[:, None] * error[None]
-      return part, errors.at[i].set(error), written.at[i].set(code), kept
+      return part, errors.at[i].set(error), codes.at[i].set(code)
 
-    empty = jnp.zeros(part.shape, jnp.float32 if rounding is None else jnp.uint8)
-    _, errors, written, kept = jax.lax.fori_loop(0, group, one, (part, jnp.zeros_like(part), empty, kept))
+    start = part, jnp.zeros_like(part), jnp.zeros(part.shape, jnp.uint8)
+    _, errors, codes = jax.lax.fori_loop(0, group, one, start)
     later = jnp.where(jnp.arange(inputs) >= i1 + group, row, 0.0)
-    return w - jnp.matmul(later.T, errors), (written, here, kept)
+    return w - jnp.matmul(later.T, errors), (codes, here)
 
-  _, (written, fits, kept) = jax.lax.scan(block, w, jnp.arange(n))
-  kept = None if kept is None else kept.reshape(inputs, outputs)
-  return written.reshape(inputs, outputs), fits if fit is None else fit, kept
+  _, (codes, fits) = jax.lax.scan(block, w, jnp.arange(n))
+  return codes.reshape(inputs, outputs), fits if fit is None else fit
+
+
+def remove_in_turn(
+  w: jax.Array, upper: jax.Array, keep: jax.Array | None, removal: Removal, group: int, real: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Removes weights input by input, each error spread over those that follow (Frantar and Alistarh 2023, algorithm 1).
+
+  What goes is chosen block by block, and for a pattern among each m inputs at their turn, from weights that carry the
+  errors so far (SparseGPT, arXiv:2301.00774).
+
+  Args:
+    w: `[in, out]` float32 in the order of turns; upper: `[in, in]`, `inverse_factor`'s, in that order.
+    keep: bool `[in, out]`, False for what is 0 already; or None.
+    group: inputs of a block, a divisor of `in`, and a multiple of a pattern's m.
+    real: bool `[in]`, False for inputs that only fill up the last block; they stay.
+
+  Returns:
+    Values and what stays, `[in, out]`.
+  """
+  inputs, outputs = w.shape
+  n, at = inputs // group, jnp.arange(group)
+  counts = removal.counts(real.reshape(n, group))
+  m = removal.target.m
+
+  def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    i1 = b * group
+    part = jax.lax.dynamic_slice(w, (i1, 0), (group, outputs))
+    row = jax.lax.dynamic_slice(upper, (i1, 0), (group, inputs))
+    own = jax.lax.dynamic_slice(row, (0, i1), (group, group))
+    old = jnp.ones(part.shape, bool) if keep is None else jax.lax.dynamic_slice(keep, (i1, 0), (group, outputs))
+    diagonal = jnp.diag(own)
+    staying = jnp.where(jax.lax.dynamic_slice(real, (i1,), (group,)), diagonal, 0.0)
+
+    def choose(part: jax.Array, diagonal: jax.Array, old: jax.Array) -> jax.Array:
+      return removal.keep(jnp.where(old, part, 0.0), diagonal, counts[b]) & old
+
+    def one(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      part, errors, kept = state
+      if m:
+
+        def again(kept: jax.Array) -> jax.Array:
+          few, before = (jax.lax.dynamic_slice(x, (i, 0), (m, outputs)) for x in (part, old))
+          mine = choose(few, jax.lax.dynamic_slice(staying, (i,), (m,)), before)
+          return jax.lax.dynamic_update_slice(kept, mine, (i, 0))
+
+        kept = jax.lax.cond(i % m == 0, again, lambda kept: kept, kept)
+      error = jnp.where(kept[i], 0.0, part[i]) / diagonal[i]
+      return part - jnp.where(at > i, own[i], 0.0)[:, None] * error[None], errors.at[i].set(error), kept
+
+    start = part, jnp.zeros_like(part), old if m else choose(part, staying, old)
+    part, errors, kept = jax.lax.fori_loop(0, group, one, start)
+    later = jnp.where(jnp.arange(inputs) >= i1 + group, row, 0.0)
+    return w - jnp.matmul(later.T, errors), (jnp.where(kept, part, 0.0), kept)
+
+  _, (values, kept) = jax.lax.scan(block, w, jnp.arange(n))
+  return values.reshape(inputs, outputs), kept.reshape(inputs, outputs)
 
 
 def refit(
@@ -374,7 +395,9 @@ class Solved(NamedTuple):
 
 @functools.partial(
   jax.jit,
-  static_argnames=("rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback", "removal"),
+  static_argnames=(
+    "rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback", "removal", "refit_steps",
+  ),
 )
 def solve(
   w: jax.Array,
@@ -392,6 +415,7 @@ def solve(
   extra: tuple[int, ...] = (),
   feedback: bool = True,
   removal: Removal | None = None,
+  refit_steps: int = 0,
 ) -> Solved:
   """GPTQ or SparseGPT of one matrix, or of several side by side that read the same input.
 
@@ -399,11 +423,12 @@ def solve(
     w: `[in, out]`; hessian, reference_hessian: `[in, in]`; keep: bool `[in, out]` or None.
     rounding: None keeps values as they are, for a removal alone.
     group_size: inputs that share a scale, -1 for a row; without a rounding, inputs between two updates of the rest.
-    sweeps: of coordinate descent over codes afterwards; without a rounding, steps of `refit`.
+    sweeps: of coordinate descent over codes afterwards.
     propagation: how far `w` is first moved to undo what was done to its input, 0 to 1.
     extra: bits to add to each code afterwards, once or more often, for a grid with real minimums.
     feedback: whether errors are absorbed before the extra bits too; else each weight goes to its nearest code.
-    removal: what to remove on the way.
+    removal: what to remove before anything is rounded.
+    refit_steps: of `refit` after a removal.
   """
   inputs, outputs = w.shape
   w, hessian = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -431,56 +456,48 @@ def solve(
     silent = jnp.pad(dead, (0, spare))
     w = w + propagation * (without_drift(w, reference_hessian, factor, turn, silent, inputs) - w)
 
+  back, target = jnp.argsort(turn), w
+  damped = hessian + jnp.where(jnp.isfinite(factor.damping), factor.damping, 0.0) * jnp.eye(total)
+  if removal is not None:
+    w, keep = remove_in_turn(w[turn], factor.upper, None if keep is None else keep[turn], removal, group, turn < inputs)
+    w, keep = w[back], keep[back]
+    w = refit(target, damped, w, keep, refit_steps) if refit_steps else w
+  first = damping * jnp.mean(diagonal)
+  if rounding is None:
+    return Solved(w[:inputs], None, _first(keep, inputs), factor.damping, first, [])
   group_of = jnp.arange(total) // group
   fit = None
-  if rounding is not None and per_row:
+  if per_row:
     real = w if keep is None else jnp.where(keep, w, 0.0)
     shrink = best_shrink(rounding, real, 0, diagonal[:, None]) if clip else 1.0
     fit = jax.tree.map(lambda x: x[None], rounding.fit(real, 0, shrink))
     group_of = jnp.zeros(total, jnp.int32)
-  elif rounding is not None and order == "activation":
+  elif order == "activation":
     real = (w if keep is None else jnp.where(keep, w, 0.0)).reshape(groups, group, outputs)
     shrink = best_shrink(rounding, real, 1, diagonal.reshape(groups, group, 1)) if clip else 1.0
     fit = rounding.fit(real, 1, shrink)
   upper = factor.upper if feedback else jnp.diag(jnp.diag(factor.upper))
-  written, fit, kept = round_in_turn(
-    w[turn],
-    upper,
-    None if keep is None else keep[turn],
-    rounding,
-    group,
-    clip,
-    fit,
-    group_of[turn],
-    removal=removal,
-    real=turn < inputs,
+  written, fit = round_in_turn(
+    w[turn], upper, None if keep is None else keep[turn], rounding, group, clip, fit, group_of[turn]
   )
-  back = jnp.argsort(turn)
-  written, keep = written[back], None if kept is None else kept[back]
-  if rounding is None:
-    if sweeps and keep is not None:
-      damped = hessian + jnp.where(jnp.isfinite(factor.damping), factor.damping, 0.0) * jnp.eye(total)
-      written = refit(w, damped, written, keep, sweeps)
-    return Solved(written[:inputs], None, _first(keep, inputs), factor.damping, damping * jnp.mean(diagonal), [])
-  assert fit is not None
+  written = written[back]
   if not per_row and order != "activation":
     fit = jax.tree.map(lambda x: x[jnp.argsort(turn[::group] // group)], fit)
   wide = fit
   if per_row:
     wide = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, outputs)), fit._replace(stored=fit.scale))
   for _ in range(sweeps):
-    written = descend(w, hessian + factor.damping * jnp.eye(total), written, keep, rounding, wide, group)
+    written = descend(target, hessian + factor.damping * jnp.eye(total), written, keep, rounding, wide, group)
   more, finer, whole = [], fit, written
   for bits in extra:
     rounding = dataclasses.replace(rounding, bits=rounding.bits + bits)
     step = finer.scale / 2**bits
     finer = Fit(step, step, None, finer.minimum - (finer.scale - step) / 2)
-    whole, _, _ = round_in_turn(
+    whole, _ = round_in_turn(
       w[turn], factor.upper, None, rounding, group, False, finer, group_of[turn], whole[turn], bits
     )
     whole = whole[back]
     more.append(whole[:inputs] & (2**bits - 1))
-  first = damping * jnp.mean(diagonal)
   return Solved(written[:inputs], fit, _first(keep, inputs), factor.damping, first, more)
 
 

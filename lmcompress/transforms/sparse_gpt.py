@@ -39,7 +39,7 @@ def sparse_gpt(
     order: `group` takes the most active blocks first, and within them the most active inputs (of a pattern, groups of
       m); `none` goes from the first to the last, as the paper does.
     refit: steps of conjugate gradients afterwards, in which the weights that stay find their best values together.
-    sweeps: with `quantize`, instead: of coordinate descent over all codes.
+    sweeps: with `quantize`, of coordinate descent over all codes, to what the weight gave before.
     damping: added to the Hessian's diagonal, as a fraction of its mean.
     error_propagation: 0 to 1, how far the weight is first moved to undo what the compression of earlier layers did to
       its input (QEP, arXiv:2504.09629).
@@ -73,7 +73,7 @@ def sparse_gpt(
     )
   options = {
     "rounding": rounding, "group_size": size, "order": order, "clip": clip, "damping": damping,
-    "sweeps": refit if rounding is None else sweeps, "propagation": error_propagation,
+    "sweeps": 0 if rounding is None else sweeps, "propagation": error_propagation, "refit_steps": refit,
   }  # fmt: skip
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
   return by_error_feedback("sparse_gpt", options, needs, goal)
