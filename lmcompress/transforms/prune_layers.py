@@ -18,7 +18,7 @@ def prune_layers(
   score: Literal["influence", "kl"] = "influence",
   iterative: bool = False,
   ends: bool = False,
-  tokens: int = 4096,
+  tokens: int = 2048,
 ) -> Transform:
   """Removes layers; the others keep their names, and the model goes over those that are there.
 
