@@ -149,6 +149,7 @@ def default_selection(params: Params) -> frozenset[str]:
 
 def axes_of(axes: Mapping[str, tuple[Any, ...]], path: str) -> tuple[Any, ...]:
   """The logical axes of the leaf at `path`, by the first pattern that matches it; empty where none does."""
+  path = path.removeprefix("shared/")  # a value that several leaves refer to lies at the first one's path
   return next((names for pattern, names in axes.items() if matches(pattern, path)), ())
 
 

@@ -22,6 +22,7 @@ from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
 from lmcompress.arrays.outliers import OutlierArray, outliers
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
+from lmcompress.arrays.shared import SharedRef, refer, resolve
 from lmcompress.arrays.split import SplitArray, split
 from lmcompress.arrays.stored import StoredArray, fetch
 from lmcompress.arrays.sum import SumArray, added
@@ -52,6 +53,7 @@ __all__ = [
   "OutlierArray",
   "Packed",
   "QuantizedArray",
+  "SharedRef",
   "SplitArray",
   "StoredArray",
   "SumArray",
@@ -69,6 +71,8 @@ __all__ = [
   "nm_sparse",
   "outliers",
   "pack",
+  "refer",
+  "resolve",
   "split",
   "with_act",
 ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import StoredArray, fetch
+from lmcompress.arrays import StoredArray, fetch, resolve
 from lmcompress.calibration.gradients import GRADIENTS, gradients, sequences
 from lmcompress.calibration.sequential import Work, batches_of, block_by_block
 from lmcompress.evaluate.size import kind
@@ -177,7 +177,8 @@ def _rows(name: str, original: Params, before: Params, after: Params, work: Work
     if old.get(path) is leaf:
       continue
     same = path in first and first[path].shape == leaf.shape
-    error, zeros = _error(fetch(leaf), fetch(first[path]) if same else fetch(leaf))
+    now = fetch(resolve(after, leaf))
+    error, zeros = _error(now, fetch(first[path]) if same else now)
     rows.append(
       {
         "link": name,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, fetch
+from lmcompress.arrays import InputArray, fetch, resolve
 from lmcompress.types import CompressedArray, Params, WeightError
 
 GRADIENTS = ("grads", "fisher")
@@ -39,7 +39,7 @@ def gradients(
   Raises:
     WeightError: the loss is not finite.
   """
-  leaves = {path: _dense(leaf) for path, leaf in tree.flatten(params).items()}
+  leaves = {path: _dense(resolve(params, leaf)) for path, leaf in tree.flatten(params).items()}
   floats = {path: leaf for path, leaf in leaves.items() if tree.is_weight(path)}
   rest = {path: leaf for path, leaf in leaves.items() if path not in floats}
   sums: dict[str, dict[str, jax.Array]] = {

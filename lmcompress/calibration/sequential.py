@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, fetch
+from lmcompress.arrays import InputArray, fetch, resolve
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.evaluate.memory import trim
@@ -230,7 +230,7 @@ def _block_alone(block: Block, alike: Block, params: Params) -> Params:
 
   return tree.unflatten(
     {
-      alike.path + path.removeprefix(block.path): dense(leaf)
+      alike.path + path.removeprefix(block.path): dense(resolve(params, leaf))
       for path, leaf in tree.flatten(params).items()
       if path.startswith(f"{block.path}/")
     }

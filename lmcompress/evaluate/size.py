@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays.shared import SharedRef
 from lmcompress.arrays.stored import StoredArray
 from lmcompress.types import CompressedArray, Params
 
@@ -17,7 +18,7 @@ def sizes(params: Params) -> dict[str, float]:
   weights = {path: leaf for path, leaf in leaves.items() if tree.is_weight(path)}
   count = sum(leaf.size for leaf in weights.values())
   return {
-    "parameters": sum(leaf.size for leaf in leaves.values()),
+    "parameters": sum(leaf.size for leaf in leaves.values() if not isinstance(leaf, SharedRef)),
     "nbits": sum(tree.leaf_nbits(leaf) for leaf in leaves.values()),
     "bits_per_weight": sum(tree.leaf_nbits(leaf) for leaf in weights.values()) / max(1, count),
     "bytes_in_memory": bytes_in_memory(params),

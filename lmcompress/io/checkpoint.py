@@ -40,11 +40,14 @@ from lmcompress.arrays import (
   OutlierArray,
   Packed,
   QuantizedArray,
+  SharedRef,
   SplitArray,
   StoredArray,
   SumArray,
   Table,
+  resolve,
 )
+from lmcompress.arrays.shared import SHARED
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import names, safetensors
 from lmcompress.models import ARCHITECTURES, Rope
@@ -66,9 +69,11 @@ _KINDS = {
     NestedArray,
     Packed,
     QuantizedArray,
-    SplitArray,
+    SharedRef,
+  SplitArray,
     SumArray,
     OutlierArray,
+    SharedRef,
   )
 }
 _ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static)
@@ -92,6 +97,8 @@ def describe(params: Params, paths: bool = False) -> tuple[dict[str, Any], dict[
   def visit(name: str, node: Any) -> Any:
     if node is None or isinstance(node, (bool, int, float, str)):
       return node
+    if isinstance(node, tuple):
+      return list(node)
     if isinstance(node, StoredArray) and not node.dense:
       node = node.read()
     kind = type(node).__name__
@@ -122,6 +129,8 @@ def rebuild(description: Any, read: Callable[[str], Any], path: str, where: Path
   if not isinstance(description, dict):
     if description is None or isinstance(description, (bool, int, float, str)):
       return description
+    if isinstance(description, list) and all(type(n) is int and n >= 0 for n in description):
+      return tuple(description)
     raise FormatError(f"{where}: {path} is described by {type(description).__name__}")
   if "array" in description:
     name = description["array"]
@@ -173,6 +182,18 @@ def _check_settings(node: Any, path: str, where: Path) -> None:
       _check_settings(value, f"{path}.{field.name}", where)
   if isinstance(node, NMSparseArray) and node.n >= node.m:
     raise FormatError(f"{where}: {path} keeps {node.n} of {node.m}")
+
+
+def _check_references(leaf: Any, values: Params, path: str, where: Path) -> None:
+  """Refuses a reference to what is not there, is not what it says, or is itself one."""
+  for node in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, SharedRef)):
+    if not isinstance(node, SharedRef):
+      continue
+    value = tree.get(values, node.path) if node.path.startswith(f"{SHARED}/") else None
+    if not isinstance(value, (jax.Array, np.ndarray, CompressedArray)) or isinstance(value, SharedRef):
+      raise FormatError(f"{where}: {path} refers to {node.path[:80]!r}, which holds no value")
+    if tuple(value.shape) != node.extents or str(np.dtype(value.dtype)) != node.dtype:
+      raise FormatError(f"{where}: {path} refers to {node.path} as {node.dtype}{list(node.extents)}; it is another")
 
 
 def _fits(leaf: CompressedArray) -> bool:
@@ -363,12 +384,15 @@ def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params
 
   leaves: Params = {}
   fitting: set[Any] = set()
-  for path, description in body["leaves"].items():
-    leaf = rebuild(description, read, path, folder / MANIFEST)
+  whole = {path: rebuild(d, read, path, folder / MANIFEST) for path, d in body["leaves"].items()}
+  values = tree.unflatten(whole)
+  for path, leaf in whole.items():
     if isinstance(leaf, CompressedArray):
       _check_settings(leaf, path, folder / MANIFEST)
-      form = (jax.tree.structure(leaf), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(leaf)))
-      if form not in fitting and not _fits(leaf):
+      _check_references(leaf, values, path, folder / MANIFEST)
+      real = resolve(values, leaf)
+      form = (jax.tree.structure(real), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(real)))
+      if form not in fitting and isinstance(real, CompressedArray) and not _fits(real):
         raise FormatError(f"{folder / MANIFEST}: the parts of {path} do not fit one another")
       fitting.add(form)
     if list(leaf.shape) != body["shapes"].get(path):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import ops
+from lmcompress.arrays import resolve
 from lmcompress.models.layers import Linear, RMSNorm, linears
 from lmcompress.models.rope import Rope
 from lmcompress.types import Block, Params, Stage, Tokens
@@ -228,7 +229,7 @@ class Llama:
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask) != 0
     if cache is not None:
       cache = cache.reserve(mask)
-    h = ops.embed(tokens, params["embed"]["table"])
+    h = ops.embed(tokens, resolve(params, params["embed"]["table"]))
     return {"h": h, "view": self._view(mask, cache), "cache": cache}
 
   def _view(self, mask: jax.Array, cache: Any) -> ops.View:
@@ -247,7 +248,7 @@ class Llama:
     cache = carry["cache"]
     h, layer_cache, tapped = _run_layer(
       self.config,
-      params["layers"][block.path.rpartition("/")[2]],
+      resolve(params, params["layers"][block.path.rpartition("/")[2]]),
       carry["h"],
       carry["view"],
       None if cache is None else cache.layer(block.path),
@@ -259,7 +260,7 @@ class Llama:
 
   def finish(self, params: Params, carry: Any, last: bool = False) -> Any:
     """Logits (of the last token alone with `last`), and the advanced cache if there is one."""
-    ends = {name: params[name] for name in ("embed", "head", "final_norm") if name in params}
+    ends = {name: resolve(params, params[name]) for name in ("embed", "head", "final_norm") if name in params}
     logits = _finish(self.config, ends, carry["h"][:, -1:] if last else carry["h"])
     cache = carry["cache"]
     return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lmcompress import tree
+from lmcompress.arrays.clustered import ClusteredArray
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.nested import NestedArray
 from lmcompress.arrays.outliers import OutlierArray
+from lmcompress.arrays.shared import SharedRef, resolve
 from lmcompress.arrays.split import SplitArray
 from lmcompress.arrays.sum import SumArray
 from lmcompress.arrays.tiled import TiledArray
@@ -54,7 +56,7 @@ def prepare(
     raise ValueError(f"prepare(activations={activations!r}): one of {', '.join(ACTIVATIONS)}")
   if not backend.runs_native():
     return params
-  leaves = tree.flatten(params)
+  leaves = {path: _codebooks(params, leaf) for path, leaf in tree.flatten(params).items()}
   if consume:
     params.clear()
   done: dict[str, Any] = {}
@@ -67,6 +69,15 @@ def prepare(
     if progress is not None:
       progress("prepare", n, total)
   return tree.unflatten(done)
+
+
+def _codebooks(params: Params, leaf: Any) -> Any:
+  """A leaf whose tiles are to hold a codebook that lies elsewhere; a reference to a whole weight stays one."""
+  if isinstance(leaf, ClusteredArray):
+    return resolve(params, leaf)
+  if isinstance(leaf, SumArray):
+    return dataclasses.replace(leaf, base=_codebooks(params, leaf.base))
+  return leaf
 
 
 def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
@@ -89,8 +100,8 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   if isinstance(leaf, SumArray):
     base, delta = (_prepared(path, part, axis, activations) for part in (leaf.base, leaf.delta))
     return dataclasses.replace(leaf, base=base, delta=delta)
-  if isinstance(leaf, OutlierArray):
-    return leaf  # its products gather what they need
+  if isinstance(leaf, (OutlierArray, SharedRef)):
+    return leaf  # its products gather what they need; what it refers to is prepared at its own place
   if isinstance(leaf, NestedArray):
     leaf = leaf.quantized()
   if not isinstance(leaf, CompressedArray) and str(leaf.dtype) != "bfloat16":

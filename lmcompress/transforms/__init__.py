@@ -19,6 +19,7 @@ from lmcompress.transforms.prune_width import prune_width
 from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
+from lmcompress.transforms.share import share, tie_layers
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 from lmcompress.transforms.sparse_gpt import sparse_gpt
 from lmcompress.transforms.truncated_svd import low_rank_residual, truncated_svd
@@ -52,6 +53,8 @@ METHODS = {
     prune_width,
     prune_layers,
     kmeans,
+    share,
+    tie_layers,
     truncated_svd,
     low_rank_residual,
     freeze,
@@ -91,9 +94,11 @@ __all__ = [
   "rotate",
   "round_to_nearest",
   "scheduled",
+  "share",
   "smooth",
   "smooth_quant",
   "sparse_gpt",
+  "tie_layers",
   "truncated_svd",
   "wanda",
 ]

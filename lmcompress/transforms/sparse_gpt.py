@@ -28,7 +28,7 @@ def sparse_gpt(
 
   Each block of inputs loses its share of the weights that cost least, `w**2 / [H^-1]_ii`, and what is left takes over
   what they did. With `quantize`, what stays is rounded in the same pass, from the best values for what was removed, and
-  then to what the weight gave before both. The weight becomes a `MaskedArray`, or codes that are 0 where it was removed.
+  then to what the weight gave before both. It becomes a `MaskedArray`, or codes that are 0 where it was removed.
 
   Args:
     sparsity: fraction removed, exact in every weight. Or:
