@@ -385,7 +385,7 @@ def test_the_hash_changes_with_every_value():
   ({"name": "magnitude", "threshold": -1.0}, "not negative"),
   ({"name": "magnitude", "pattern": "4:2"}, "write n:m with 0 < n < m"),
   ({"name": "magnitude", "sparsity": 0.1, "scope": "layer"}, "scope: "),
-  ({"name": "freeze", "bits": 4}, "freeze does not take 'bits'; it takes at$"),
+  ({"name": "freeze", "bits": 4}, "freeze does not take 'bits'; it takes at, sparse$"),
   ({"name": "freeze", "at": 3}, r"at is a pattern such as 'layers/\*/mlp'; found 3"),
   ({"name": "freeze", "at": ["embed"]}, "at is a pattern"),
 ])

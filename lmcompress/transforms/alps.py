@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lmcompress.arrays import MaskedArray, masked
 from lmcompress.ops.masks import Target, target
 from lmcompress.ops.second_order import drift_corrected, refit
-from lmcompress.transforms.combine import stagewise
+from lmcompress.transforms.combine import require_dense, stagewise
 from lmcompress.transforms.wanda import check_target
 from lmcompress.types import Transform
 
@@ -64,7 +64,12 @@ def alps(
     return done
 
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
-  return stagewise(prune, name="alps", needs=needs, check=functools.partial(check_target, "alps", goal))
+
+  def check(path: str, leaf: Any) -> None:
+    require_dense("alps", path, leaf)  # it moves values, which codes cannot
+    check_target("alps", goal, path, leaf)
+
+  return stagewise(prune, name="alps", needs=needs, check=check)
 
 
 class System(NamedTuple):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, masked
+from lmcompress.arrays import MaskedArray
 from lmcompress.ops import masks
 from lmcompress.transforms.combine import evidence_for, leafwise
-from lmcompress.transforms.magnitude import kept_values
+from lmcompress.transforms.magnitude import kept_values, pruned
 from lmcompress.transforms.wanda import check_target
 from lmcompress.types import Evidence, Params, State, Transform
 
@@ -61,7 +61,7 @@ def gradient(
 
     def prune(path: str, w: Any) -> MaskedArray:
       axis, s = tree.contraction_axis(path), scored(path, w, evidence)
-      return masked(kept_values(w), goal.keep(s, axis, scope == "row"), axis)
+      return pruned(w, goal.keep(s, axis, scope == "row"), axis)
 
     return tree.map_weights(prune, params, chosen), state
 
@@ -74,7 +74,7 @@ def gradient(
 
     def prune(path: str, w: Any) -> MaskedArray:
       keep = ~masks.smallest(scores[path], counts[path])
-      return masked(kept_values(w), keep, tree.contraction_axis(path))
+      return pruned(w, keep, tree.contraction_axis(path))
 
     return tree.map_weights(prune, params, chosen), state
 

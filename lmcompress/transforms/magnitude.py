@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, masked
+from lmcompress.arrays import ClusteredArray, MaskedArray, QuantizedArray, SharedRef, masked
 from lmcompress.ops import masks
 from lmcompress.transforms.combine import leafwise, require_dense
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
@@ -27,7 +27,8 @@ def magnitude(
   """Removes the smallest weights by absolute value (Han et al. 2015, arXiv:1506.02626).
 
   Give exactly one of `sparsity`, `threshold` and `pattern`. The weight becomes a `MaskedArray`; removed
-  values stay under the mask, so that a schedule may bring them back.
+  values stay under the mask, so that a schedule may bring them back. Codes of a quantized or clustered weight are
+  ranked by what they stand for, and stay.
 
   Args:
     sparsity: fraction removed, exact to the entry, ties broken by position; or a function of the training
@@ -39,7 +40,7 @@ def magnitude(
 
   Raises:
     ValueError: not exactly one of the three is given, or one is out of range.
-    WeightError (when planned): inputs are no multiple of m, an already quantized weight, NaN or infinity.
+    WeightError (when planned): inputs are no multiple of m, a weight without values of its own, NaN or infinity.
   """
   given = [
     name
@@ -66,7 +67,7 @@ def magnitude(
     return _global(sparsity)
 
   def check(path: str, leaf: Any) -> None:
-    require_dense("magnitude", path, leaf)
+    require_prunable("magnitude", path, leaf)
     inputs = leaf.shape[tree.contraction_axis(path)]
     if m and inputs % m:
       raise WeightError(f"magnitude(pattern={pattern!r}) at {path}: {inputs} inputs are not a multiple of {m}")
@@ -79,7 +80,7 @@ def magnitude(
       keep = jnp.abs(values) >= threshold
     else:
       keep = keep_largest(values, _count(values, sparsity, scope, axis), axis=axis if scope == "row" else None)
-    return masked(values, keep, axis)
+    return pruned(w, keep, axis)
 
   return leafwise(prune, name="magnitude", check=check)
 
@@ -98,7 +99,26 @@ def n_of_m(values: jax.Array, *, n: int, m: int, axis: int) -> jax.Array:
 
 def kept_values(w: Any) -> jax.Array:
   """The dense values to rank; what a mask already removed ranks as zero, so it goes first."""
-  return jnp.where(w.mask.unpack() != 0, w.values, 0) if isinstance(w, MaskedArray) else w
+  if isinstance(w, MaskedArray):
+    return jnp.where(w.mask.unpack() != 0, kept_values(w.values), 0)
+  return w.materialize() if isinstance(w, CompressedArray) else w
+
+
+def pruned(w: Any, keep: jax.Array, axis: int) -> MaskedArray:
+  """The weight under a mask; values that are compressed stay so, and what a mask over them removed stays removed."""
+  inner = w.values if isinstance(w, MaskedArray) else w
+  if not isinstance(inner, CompressedArray):
+    return masked(kept_values(w), keep, axis)
+  return masked(inner, keep & (w.mask.unpack() != 0) if isinstance(w, MaskedArray) else keep, axis)
+
+
+def require_prunable(name: str, path: str, leaf: Any) -> None:
+  """Raises unless the weight holds values that a mask can lie over: dense, codes on a grid or in a codebook."""
+  inner = leaf.values if isinstance(leaf, MaskedArray) else leaf
+  if isinstance(inner, ClusteredArray) and isinstance(inner.codebook, SharedRef):
+    raise WeightError(f"{name} at {path}: its values are shared with other weights; prune before sharing them")
+  if not isinstance(inner, (QuantizedArray, ClusteredArray)):
+    require_dense(name, path, leaf)
 
 
 def _count(values: jax.Array, sparsity: Any, scope: str, axis: int) -> Any:
@@ -128,7 +148,7 @@ def _global(sparsity: float) -> Transform:
     chosen = tree.default_selection(params) if selected is None else selected
     found = {path: leaf for path, leaf in tree.weights(params).items() if path in chosen}
     for path, leaf in found.items():
-      require_dense("magnitude", path, leaf)
+      require_prunable("magnitude", path, leaf)
     scores = [jnp.abs(kept_values(leaf)) for leaf in found.values()]
     removed = round(sum(s.size for s in scores) * sparsity)
     return dict(zip(found, masks.split_removals(scores, removed), strict=True))
@@ -136,7 +156,7 @@ def _global(sparsity: float) -> Transform:
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     def prune(path: str, w: Any) -> MaskedArray:
       values = kept_values(w)
-      return masked(values, keep_largest(values, state[path]), tree.contraction_axis(path))
+      return pruned(w, keep_largest(values, state[path]), tree.contraction_axis(path))
 
     return tree.map_weights(prune, params, state), state
 

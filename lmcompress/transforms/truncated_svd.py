@@ -57,7 +57,7 @@ def truncated_svd(
   given = [n for n, v in (("ratio", ratio), ("rank", rank), ("energy", energy)) if v is not None]
   if len(given) != 1:
     raise ValueError(f"truncated_svd: give exactly one of ratio, rank and energy; found {given or 'none'}")
-  if not (1 if ratio is None else ratio) > 0 or not 0 < (1 if energy is None else energy) <= 1 or (rank or 1) < 1:
+  if not (1 if ratio is None else ratio) > 0 or not 0 < (1 if energy is None else energy) <= 1 or (1 if rank is None else rank) < 1:
     raise ValueError(
       f"truncated_svd(ratio={ratio}, rank={rank}, energy={energy}): a ratio above 0, a rank from 1, an energy to 1"
     )
@@ -150,7 +150,7 @@ def low_rank_residual(
 
   Raises:
     ValueError: an argument is out of range.
-    WeightError: a weight is not compressed, or its rank is smaller.
+    WeightError: a rank above full (when planned), a weight that is not compressed (when applied).
   """
   if rank < 1 or whitening not in _NEEDS or (bits is not None and not 2 <= bits <= 8) or group_size < 1:
     raise ValueError(
@@ -159,8 +159,6 @@ def low_rank_residual(
     )
 
   def check(path: str, leaf: Any) -> None:
-    if not isinstance(leaf, CompressedArray):
-      raise WeightError(f"low_rank_residual at {path}: the weight is dense, nothing is lost; compress it first")
     if rank > min(leaf.shape[-2:]):
       raise WeightError(f"low_rank_residual(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
 
@@ -168,6 +166,8 @@ def low_rank_residual(
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
 
     def visit(path: str, leaf: Any) -> Any:
+      if not isinstance(leaf, CompressedArray):
+        raise WeightError(f"low_rank_residual at {path}: the weight is dense, nothing is lost; compress it first")
       dense, axis = evidence_for("reference", path, evidence, "low_rank_residual"), tree.contraction_axis(path)
       if dense.shape != leaf.shape:
         raise WeightError(f"low_rank_residual at {path}: it is {leaf.shape}, and was {dense.shape} when it was dense")

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, masked
+from lmcompress.arrays import MaskedArray
 from lmcompress.ops.masks import Target, target
-from lmcompress.transforms.combine import leafwise, require_dense
-from lmcompress.transforms.magnitude import kept_values
+from lmcompress.transforms.combine import leafwise
+from lmcompress.transforms.magnitude import kept_values, pruned, require_prunable
 from lmcompress.types import Transform, WeightError
 
 
@@ -36,7 +36,7 @@ def wanda(
 
   def prune(w: Any, *, axis: int, second_moment: jax.Array) -> MaskedArray:
     values = kept_values(w)
-    return masked(values, keep_active(values, second_moment, goal, axis, scope == "row"), axis)
+    return pruned(w, keep_active(values, second_moment, goal, axis, scope == "row"), axis)
 
   return leafwise(prune, name="wanda", check=functools.partial(check_target, "wanda", goal))
 
@@ -51,7 +51,7 @@ def keep_active(
 
 
 def check_target(name: str, goal: Target, path: str, leaf: Any) -> None:
-  """Raises unless the weight is dense, perhaps masked, and fits the pattern."""
-  require_dense(name, path, leaf)
+  """Raises unless the weight may be pruned and fits the pattern."""
+  require_prunable(name, path, leaf)
   if misfit := goal.misfit(leaf.shape[tree.contraction_axis(path)]):
     raise WeightError(f"{name} at {path}: {misfit}, as the pattern needs")
