@@ -19,6 +19,7 @@ from lmcompress.transforms.prune_width import prune_width
 from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
+from lmcompress.transforms.sensitivity import sensitivity
 from lmcompress.transforms.share import share, tie_layers
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 from lmcompress.transforms.sparse_gpt import sparse_gpt
@@ -48,6 +49,7 @@ METHODS = {
     sparse_gpt,
     alps,
     gradient,
+    sensitivity,
     prune_neurons,
     prune_heads,
     prune_width,
@@ -94,6 +96,7 @@ __all__ = [
   "rotate",
   "round_to_nearest",
   "scheduled",
+  "sensitivity",
   "share",
   "smooth",
   "smooth_quant",

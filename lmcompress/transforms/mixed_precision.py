@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -97,7 +97,11 @@ def mixed_precision(
     rows = max(1, -(-tokens // evidence.tokens.shape[1]))
     some = evidence.tokens[:rows, : max(2, tokens // rows)]
     options = {"group_size": group_size, "symmetric": symmetric, "clip": "mse"}
-    return params, divergences(evidence.structure, params, chosen, some, widths, options)
+
+    def rounded(path: str, w: Any, bits: int) -> jax.Array:
+      return quantize_matrix(w, bits=bits, axis=tree.contraction_axis(path), **options).materialize()
+
+    return params, divergences(evidence.structure, params, chosen, some, widths, rounded)
 
   def plan(state: Mapping[tuple[str, ...], tuple[int, list[float]]]) -> Transform:
     groups = list(state)
@@ -120,15 +124,20 @@ def mixed_precision(
 
 
 def divergences(
-  model: Any, params: Params, chosen: frozenset[str], tokens: Any, widths: Sequence[int], options: Mapping[str, Any]
+  model: Any,
+  params: Params,
+  chosen: frozenset[str],
+  tokens: Any,
+  choices: Sequence[Any],
+  change: Callable[[str, Any, Any], jax.Array],
 ) -> dict[tuple[str, ...], tuple[int, list[float]]]:
-  """What each group of weights costs at each width: its size, and the KL of the predictions with it alone rounded.
+  """What each group of weights costs at each choice: its size, and the KL of the predictions with it alone changed.
 
   Groups are the linears of a stage, and each table. Blocks before a group's are run once.
 
   Args:
     tokens: `[n, length]`.
-    options: of `round_to_nearest`, but for the bits.
+    change: `(path, weight, choice) -> dense weight`.
   """
   blocks = model.blocks(params)
   carries = [model.start(params, {"tokens": tokens, "attention_mask": None})]
@@ -147,12 +156,10 @@ def divergences(
     if not paths:
       continue
     losses, size = [], sum(tree.get(params, path).size for path in paths)
-    for bits in widths:
+    for choice in choices:
       changed = params
       for path in paths:
-        axis = tree.contraction_axis(path)
-        w = quantize_matrix(tree.get(params, path), bits=bits, axis=axis, **options).materialize()
-        changed = tree.put(changed, path, w)
+        changed = tree.put(changed, path, change(path, tree.get(params, path), choice))
       table = paths[0].endswith("table")
       carry = model.start(changed, {"tokens": tokens, "attention_mask": None}) if table else carries[n]
       for block in blocks[n:]:

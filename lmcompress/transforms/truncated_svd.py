@@ -57,7 +57,8 @@ def truncated_svd(
   given = [n for n, v in (("ratio", ratio), ("rank", rank), ("energy", energy)) if v is not None]
   if len(given) != 1:
     raise ValueError(f"truncated_svd: give exactly one of ratio, rank and energy; found {given or 'none'}")
-  if not (1 if ratio is None else ratio) > 0 or not 0 < (1 if energy is None else energy) <= 1 or (1 if rank is None else rank) < 1:
+  least = {"ratio": ratio, "energy": energy, "rank": rank}[given[0]]
+  if not least > 0 or (energy is not None and energy > 1):  # type: ignore[operator]
     raise ValueError(
       f"truncated_svd(ratio={ratio}, rank={rank}, energy={energy}): a ratio above 0, a rank from 1, an energy to 1"
     )
@@ -128,7 +129,8 @@ def truncated_svd(
       init(params, selected)
       return {}
 
-    return Transform(start, measure, needs, name="truncated_svd", plan=plan)
+    scope_ = "weight" if needs else "model"  # a link that needs nothing is given one weight at a time
+    return Transform(start, measure, needs, scope=scope_, name="truncated_svd", plan=plan)
   return Transform(init, apply, needs, name="truncated_svd")
 
 
