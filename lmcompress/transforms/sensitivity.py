@@ -45,8 +45,9 @@ def sensitivity(
 
   What a sparsity costs is measured with plain masks. `weight` is the article's sensitivity `||dw|| / ||w||`, squared;
   `output` the relative error of the outputs on calibration tokens; `kl` the divergence of the model's predictions with
-  the linears of one stage pruned by magnitude. Those are allotted exactly, by dynamic programming. `outliers` measures nothing at all: blocks that have more weights with `|w| ||x||` far above the mean keep
-  more (Yin et al. 2024, OWL, arXiv:2310.05175).
+  the linears of one stage pruned by magnitude. Those are allotted exactly, by dynamic programming. `outliers` asks for
+  no such cost: blocks that have more weights with `|w| ||x||` far above the mean keep more (Yin et al. 2024, OWL,
+  arXiv:2310.05175).
 
   Args:
     sparsity: fraction removed of all selected weights together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import LowRankArray, MaskedArray, added, low_rank
+from lmcompress.arrays import InputArray, LowRankArray, MaskedArray, SharedRef, added, low_rank
 from lmcompress.ops.second_order import drift_corrected
 from lmcompress.transforms.combine import evidence_for, leafwise, require_dense
 from lmcompress.transforms.round_to_nearest import quantize_matrix
@@ -161,6 +162,8 @@ def low_rank_residual(
     )
 
   def check(path: str, leaf: Any) -> None:
+    if any(isinstance(part, SharedRef) for part in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, SharedRef))):
+      raise WeightError(f"low_rank_residual at {path}: its values are shared with other weights; add it before sharing")
     if rank > min(leaf.shape[-2:]):
       raise WeightError(f"low_rank_residual(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
 
@@ -174,9 +177,11 @@ def low_rank_residual(
       if dense.shape != leaf.shape:
         raise WeightError(f"low_rank_residual at {path}: it is {leaf.shape}, and was {dense.shape} when it was dense")
       given = {need: evidence_for(need, path, evidence, "low_rank_residual") for need in _NEEDS[whitening]}
-      lost = dense.astype(jnp.float32) - as_dense(leaf).astype(jnp.float32)
+      inner = leaf.weight if isinstance(leaf, InputArray) else leaf
+      lost = dense.astype(jnp.float32) - as_dense(inner).astype(jnp.float32)
       parts = factor(lost, given.get("hessian"), given.get("mean_abs"), damping)
-      return added(leaf, cut(*parts, rank, leaf.dtype, axis, bits, group_size), axis)
+      whole = added(inner, cut(*parts, rank, leaf.dtype, axis, bits, group_size), axis)
+      return dataclasses.replace(leaf, weight=whole) if isinstance(leaf, InputArray) else whole
 
     return tree.map_weights(visit, params, chosen), state
 
