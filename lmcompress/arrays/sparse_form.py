@@ -46,7 +46,7 @@ def smallest_sparse(w: Any, axis: int) -> Any:
   if not isinstance(w, (jax.Array, QuantizedArray)):
     return w
   nonzero = _nonzero(w)
-  forms = [w]
+  forms: list[Any] = [w]
   for m in _GROUPS:
     if w.shape[axis] % m or (isinstance(w, QuantizedArray) and _whole(w, m)):
       continue

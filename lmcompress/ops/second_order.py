@@ -19,9 +19,9 @@ _BLOCK = 128
 _TRIES = 8
 
 
-def warn_of_damping(name: str, path: str, solved: Solved) -> None:
+def warn_of_damping(name: str, path: str, used: Any, first: Any) -> None:
   """Says so where a Hessian took more damping than asked for, or could not be factored at all."""
-  used, first = float(solved.damping), float(solved.first)
+  used, first = float(used), float(first)
   if not used <= 1.01 * first:
     found = "none works, this is done without feedback" if np.isinf(used) else f"{used:.3g} works"
     warnings.warn(

@@ -67,7 +67,7 @@ def any_precision(
       order="group", clip=clip == "error", sweeps=0, damping=damping, extra=extra,
       feedback=seed == "gptq",
     )  # fmt: skip
-    warn_of_damping("any_precision", next(iter(weights)), solved)
+    warn_of_damping("any_precision", next(iter(weights)), solved.damping, solved.first)
     done: dict[str, Any] = {}
     for path, w, (mine, own, parts) in side_by_side(weights, (solved.fit, solved.written, solved.extra)):
       leaf: Any = rounding.assemble(own, mine, group_size, -2, str(w.dtype))

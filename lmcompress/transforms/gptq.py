@@ -113,13 +113,13 @@ def by_error_feedback(
     removal = None if target is None else Removal(target, tuple(w.shape[1] for w, _ in parts))
     w = jnp.concatenate([w for w, _ in parts], axis=1)
     solved = solve(w, hessian, reference_hessian, keep, removal=removal, **options)
-    warn_of_damping(name, next(iter(weights)), solved)
+    warn_of_damping(name, next(iter(weights)), solved.damping, solved.first)
     found = side_by_side(weights, (solved.fit, solved.written, solved.keep))
     return {path: store(leaf, *mine) for path, leaf, mine in found}
 
   def store(leaf: Any, fit: Any, written: jax.Array, keep: jax.Array | None) -> Any:
     dtype = leaf.dtype
-    done = written.astype(dtype) if rounding is None else rounding.assemble(written, fit, size, -2, str(dtype))
+    done: Any = written.astype(dtype) if rounding is None else rounding.assemble(written, fit, size, -2, str(dtype))
     pruned = isinstance(leaf, MaskedArray) or target is not None
     exact = rounding is not None and done.minimum is None  # the codes say 0 themselves
     return masked(done, keep, -2) if pruned and not exact and keep is not None else done

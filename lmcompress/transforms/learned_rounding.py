@@ -101,7 +101,7 @@ def _begin(
     rounding=rounding, group_size=group_size, order="group", clip=True, sweeps=1 if start == "gptq" else 0,
     damping=damping, propagation=propagation, feedback=start == "gptq",
   )  # fmt: skip
-  warn_of_damping("learned_rounding", next(iter(weights)), solved)
+  warn_of_damping("learned_rounding", next(iter(weights)), solved.damping, solved.first)
   return {
     path: (_real_codes(w.astype(jnp.float32), own, mine, rounding, group_size), mine)
     for path, w, (own, mine) in side_by_side(weights, (solved.written, solved.fit))

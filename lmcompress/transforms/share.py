@@ -183,4 +183,4 @@ def _tie(params: Params, paths: Sequence[str], rank: int, bits: int | None, sele
 
 @functools.partial(jax.jit)
 def _mean(*weights: jax.Array) -> jax.Array:
-  return (sum(w.astype(jnp.float32) for w in weights) / len(weights)).astype(weights[0].dtype)
+  return jnp.mean(jnp.stack([w.astype(jnp.float32) for w in weights]), axis=0).astype(weights[0].dtype)

@@ -232,7 +232,7 @@ def cut(
       quantize_matrix(part, bits=bits, group_size=min(group_size, part.shape[axis]), axis=axis, clip="mse")
       for part in parts
     ]
-  return low_rank(*parts, axis)
+  return low_rank(parts[0], parts[1], axis)
 
 
 def allocate_ranks(weights: Mapping[str, tuple[tuple[int, int], np.ndarray]], ratio: float) -> dict[str, int]:
