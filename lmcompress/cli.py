@@ -176,6 +176,45 @@ def _wide(console: Any) -> Any:
 
 
 @app.command()
+def search(config: ConfigFile, overrides: Overrides = None, results: Results = RESULTS) -> None:
+  """Finds the recipe of least KL under a budget of bytes or latency, among candidates for each part of the model.
+
+  Examples:
+
+    lmcompress search configs/smollm2/search.yaml
+
+    lmcompress search configs/smollm2/search.yaml search.method=optuna search.trials=40 search.budget.mib=70
+  """
+  from rich.table import Table
+
+  from lmcompress import search as searching
+  from lmcompress.config import load_config
+
+  found = load_config(_find_config(config), overrides or [])
+  console = _console()
+  folder = results / found.folder
+  try:
+    with _Progress(console) as progress:
+      result = searching.search(found, results, progress)
+  except KeyboardInterrupt:
+    console.print("\ninterrupted; what was measured is kept: the same command goes on", highlight=False)
+    raise typer.Exit(130) from None
+  table = Table(title=f"{found.name}: the front of {len(result['trials'])} choices")
+  for column in ("MB", *(("ms/token",) if result["best"]["ms_per_token"] else ()), "perplexity", "KL", "recipe"):
+    table.add_column(column, justify="left" if column == "recipe" else "right")
+  rows = {tuple(t["choice"]): t for t in result["trials"]}
+  for choice in result["front"]:
+    t = rows[tuple(choice)]
+    times = [f"{t['ms_per_token']:.2f}"] if t["ms_per_token"] else []
+    best = "[bold]" if list(choice) == list(result["best"]["choice"]) else ""
+    cells = [f"{t['nbytes'] / 1e6:.1f}", *times, f"{t['perplexity']:.3f}", f"{t['kl']:.4f}", t["recipe"]]
+    table.add_row(*(best + cell.replace("[", "\\[") for cell in cells))
+  _wide(console).print(table)
+  for label, name in (("best", searching.BEST), ("plot", searching.PLOT), ("result", searching.RESULT)):
+    console.print(f"{label:>7}: {folder / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
   """Checks a config and prints it resolved; runs nothing.
 

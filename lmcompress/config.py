@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -68,10 +68,44 @@ class Gates(_Table):
   max_perplexity_ratio: float | None = pydantic.Field(None, gt=0)
 
 
+class Budget(_Table):
+  """What a search may spend; exactly one."""
+
+  mib: float | None = pydantic.Field(None, gt=0)
+  ms_per_token: float | None = pydantic.Field(None, gt=0)
+
+  @pydantic.model_validator(mode="after")
+  def _one(self) -> Budget:
+    if (self.mib is None) == (self.ms_per_token is None):
+      raise ValueError("give exactly one of mib (bytes on disk) and ms_per_token (of decoding)")
+    return self
+
+  @property
+  def limit(self) -> float:
+    """Bytes, or milliseconds."""
+    return self.ms_per_token if self.ms_per_token is not None else (self.mib or 0.0) * 2**20
+
+
+class Group(_Table):
+  """Weights that are treated alike, and the links that may be tried on them."""
+
+  at: str
+  candidates: tuple[dict[str, Any], ...] = pydantic.Field(strict=False, min_length=1)
+
+
+class Search(_Table):
+  """A search for the recipe that loses least."""
+
+  budget: Budget
+  groups: tuple[Group, ...] = pydantic.Field(strict=False, min_length=1)
+  method: Literal["greedy", "optuna"] = "greedy"
+  trials: int = pydantic.Field(20, ge=1)
+
+
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
-  `stream` leaves the weights of a Hugging Face folder in their files: memory holds one block, whatever the depth.
+  `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in their files: memory holds one block, whatever the depth.
   `variants` is for studies: each is a table of dotted overrides, such as `{recipe.0.bits: 3}`.
   """
 
@@ -87,12 +121,14 @@ class Config(_Table):
   mesh: MeshSizes | None = None
   gates: Gates | None = None
   stream: bool = False
+  search: Search | None = None
   variants: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
 
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    without = {name for name in ("gates", "stream") if not getattr(self, name)}  # what says nothing changes nothing
+    silent = ("gates", "stream", "search")  # what says nothing changes nothing
+    without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -245,6 +281,9 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   try:
     if config.recipe:
       recipes.build(config.recipe)
+    for n, group in enumerate(config.search.groups if config.search else ()):
+      for i, link in enumerate(group.candidates):
+        recipes.build_link({**link, "at": group.at}, f"search.groups.{n}.candidates.{i}")
     variants_of(config)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None

@@ -19,6 +19,7 @@ import numpy as np
 import lmcompress
 from lmcompress import ops, tree
 from lmcompress import recipe as recipes
+from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
@@ -85,6 +86,8 @@ def run(
     LmcompressError: the config, the model, a text or a weight is not as needed; nothing half-written is left.
   """
   watcher = watcher or Silent()
+  if config.search is not None:
+    raise ConfigError(f"{config.name} is a search; run it with: lmcompress search")
   if config.variants:
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
   folder = folder or results / config.folder
@@ -398,7 +401,8 @@ def _histograms(before: Params, after: Params, count: int = 4) -> dict[str, Any]
   found = {}
   for path in chosen:
     w0, w1 = (
-      np.asarray(x if isinstance(x, jax.Array) else x.materialize(), np.float32).ravel() for x in (old[path], new[path])
+      np.asarray(x if isinstance(x, jax.Array) else x.materialize(), np.float32).ravel()
+      for x in (resolve(before, old[path]), resolve(after, new[path]))
     )
     reach = float(np.quantile(np.abs(w0), 0.999)) or 1.0
     edges = np.linspace(-reach, reach, _HISTOGRAM_BINS + 1)

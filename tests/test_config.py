@@ -74,7 +74,7 @@ def test_each_config_says_how_to_run_it(path):
                          re.MULTILINE)
     assert (ROOT / script).is_file()
   else:
-    assert f"\n# Run: lmcompress run {name}\n" in header
+    assert f"\n# Run: lmcompress {'search' if config.search else 'run'} {name}\n" in header
 
 
 def test_there_are_configs():

@@ -221,7 +221,7 @@ def test_commands_parse():
 def test_every_config_key_is_on_its_page():
   page = (DOCS / "configs.md").read_text("utf-8")
   sections = {"evaluate": configs.Evaluate, "calibration": configs.Tokens, "bench": configs.Bench,
-              "generate": configs.Generate, "mesh": configs.MeshSizes, "gates": configs.Gates}
+              "generate": configs.Generate, "mesh": configs.MeshSizes, "gates": configs.Gates, "search": configs.Search}
   for key in configs.Config.model_fields:
     assert f"| `{key}` |" in page, key
   for name, table in sections.items():

@@ -1,0 +1,259 @@
+"""Search: the recipe that loses least under a budget, among candidates for each part of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmcompress import config as configs
+from lmcompress import ops, recipe
+from lmcompress.calibration.compress import compress
+from lmcompress.data.text import load_text, windows
+from lmcompress.errors import ConfigError, FormatError
+from lmcompress.evaluate.latency import latency
+from lmcompress.evaluate.perplexity import Score, compare
+from lmcompress.experiment import Silent, Watcher, device, versions
+from lmcompress.io import checkpoint
+from lmcompress.io.load import load
+from lmcompress.types import SourceError
+
+TRIALS, RESULT, BEST, PLOT = "trials.jsonl", "search.json", "best.yaml", "pareto.svg"
+
+Choice = tuple[int, ...]
+"""For each group, which of its candidates; -1 leaves it as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """What one choice costs: `kl` and `perplexity` on the config's first text, `nbytes` on disk, `ms_per_token` of
+  decoding (None where the budget does not ask for it)."""
+
+  choice: Choice
+  kl: float
+  perplexity: float
+  nbytes: int
+  ms_per_token: float | None
+
+
+class Measure:
+  """Compresses by a choice and scores it; each choice once, on record in a file."""
+
+  def __init__(self, config: configs.Config, folder: Path, watcher: Watcher):
+    self.config, self.watcher, self.file = config, watcher, folder / TRIALS
+    self.space = space(config)
+    self.timed = config.search is not None and config.search.budget.ms_per_token is not None
+    model, params, tokenizer = load(config.model)
+    if tokenizer is None:
+      raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
+    e, c = config.evaluate, config.calibration
+    self.model, self.params = model, params
+    self.held_out = windows(tokenizer, load_text(e.texts[0]), e.windows, e.length)
+    self.calibration = None if c is None else windows(tokenizer, load_text(c.text), c.windows, c.length)
+    self.trials: dict[Choice, Trial] = {}
+    if self.file.is_file():
+      try:
+        for line in self.file.read_text("utf-8").splitlines():
+          row = json.loads(line)
+          self.trials[tuple(row["choice"])] = Trial(**{**row, "choice": tuple(row["choice"])})
+      except (ValueError, KeyError, TypeError):
+        raise FormatError(f"{self.file}: not JSON lines of trials; remove it and search again") from None
+
+  def __call__(self, choice: Choice) -> Trial:
+    if choice not in self.trials:
+      trial = self._measured(choice)
+      self.trials[choice] = trial
+      with self.file.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+      said = f"{trial.nbytes / 1e6:.1f} MB, KL {trial.kl:.4f}, perplexity {trial.perplexity:.3f}"
+      self.watcher.note(f"{len(self.trials):>4}  {said}  {describe(self.space, choice)}")
+    return self.trials[choice]
+
+  def _measured(self, choice: Choice) -> Trial:
+    links = recipe_of(self.space, choice)
+    done = self.params
+    if links:
+      key = jax.random.key(self.config.seed)
+      done, _ = compress(self.model, self.params, recipe.build(links), self.calibration, key)
+    total = Score(0, 0, 0, 0)
+    ready = ops.prepare(done)
+    for _, scores in compare(self.model, self.params, {"done": ready}, self.held_out):
+      total += scores["done"]
+    ms = None
+    if self.timed:
+      b = self.config.bench
+      found = latency(self.model, ready, prefill=b.prefill, decode=b.decode, rounds=max(1, b.rounds))
+      ms = found["decode_ms"]["median"]
+    return Trial(choice, total.summary()["kl"], total.perplexity, checkpoint.weights_size(done), ms)
+
+  def cost(self, trial: Trial) -> float:
+    """What the budget limits."""
+    return trial.ms_per_token if trial.ms_per_token is not None else float(trial.nbytes)
+
+
+def space(config: configs.Config) -> list[tuple[str, list[dict[str, Any]]]]:
+  """Pattern and candidates of each group.
+
+  Raises:
+    ConfigError: the config asks for no search.
+  """
+  if config.search is None:
+    raise ConfigError(f"{config.name}: nothing to search; add a `search` table with a budget and groups")
+  return [(group.at, [dict(link) for link in group.candidates]) for group in config.search.groups]
+
+
+def recipe_of(space: Sequence[tuple[str, list[dict[str, Any]]]], choice: Choice) -> list[dict[str, Any]]:
+  """The links of a choice."""
+  return [{**links[i], "at": at} for (at, links), i in zip(space, choice, strict=True) if i >= 0]
+
+
+def describe(space: Sequence[tuple[str, list[dict[str, Any]]]], choice: Choice) -> str:
+  """A choice in a line."""
+  parts = []
+  for (at, links), i in zip(space, choice, strict=True):
+    rest = ", ".join(f"{k} {v}" for k, v in links[i].items() if k != "name") if i >= 0 else ""
+    parts.append(f"{at}: {links[i]['name']} {rest}".strip() if i >= 0 else f"{at}: as it is")
+  return "; ".join(parts)
+
+
+def search(config: configs.Config, results: Path, watcher: Watcher | None = None) -> dict[str, Any]:
+  """Finds the choice of least KL within the budget; writes trials, result, best recipe and plot to its folder.
+
+  `greedy` measures every candidate alone, then steps from the uncompressed model to whatever costs least for what it
+  saves, measuring each step. `optuna` starts from there, and tries `trials` more choices by its tree-structured Parzen
+  estimator. What was measured before is not measured again.
+
+  Raises:
+    ConfigError: no search, an empty budget that no choice meets, or optuna is missing.
+  """
+  watcher = watcher or Silent()
+  folder = results / config.folder
+  measure_space = space(config)
+  folder.mkdir(parents=True, exist_ok=True)
+  measure = Measure(config, folder, watcher)
+  assert config.search is not None
+  budget = config.search.budget.limit
+  path = greedy(measure, [len(links) for _, links in measure_space], budget)
+  if config.search.method == "optuna":
+    explore(measure, [len(links) for _, links in measure_space], budget, config.search.trials, config.seed, path)
+  trials = list(measure.trials.values())
+  fitting = [t for t in trials if measure.cost(t) <= budget]
+  if not fitting:
+    least = min(trials, key=measure.cost)
+    raise ConfigError(
+      f"{config.name}: no choice of {len(trials)} meets the budget of {budget:g}; the least is {measure.cost(least):g} "
+      f"({describe(measure_space, least.choice)}). Allow more, or add a smaller candidate"
+    )
+  best = min(fitting, key=lambda t: t.kl)
+  front = pareto([(measure.cost(t), t.perplexity) for t in trials])
+  result = {
+    "format": 1,
+    "name": config.name,
+    "config_hash": config.hash,
+    "model": config.model,
+    "budget": config.search.budget.model_dump(exclude_none=True),
+    "versions": versions(),
+    "device": device(),
+    "trials": [{**dataclasses.asdict(t), "recipe": describe(measure_space, t.choice)} for t in trials],
+    "front": [list(trials[i].choice) for i in front],
+    "best": {**dataclasses.asdict(best), "recipe": recipe_of(measure_space, best.choice)},
+  }
+  (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+  (folder / BEST).write_text(_best(config, result["best"]["recipe"]), "utf-8")
+  (folder / PLOT).write_text(plot(measure, trials, front, budget), "utf-8")
+  return result
+
+
+def greedy(measure: Measure, sizes: Sequence[int], budget: float) -> list[Choice]:
+  """Steps of least measured KL for what they save, until the budget is met; the choices on the way."""
+  none: Choice = (-1,) * len(sizes)
+  start = measure(none)
+  alone: dict[tuple[int, int], Trial] = {}
+  total = sum(sizes)
+  for group, count in enumerate(sizes):
+    for i in range(count):
+      alone[group, i] = measure(_with(none, group, i))
+      measure.watcher.step("candidates alone", len(alone), total)
+  saved = {(g, i): measure.cost(start) - measure.cost(t) for (g, i), t in alone.items()}
+  saved.update({(g, -1): 0.0 for g in range(len(sizes))})
+  loss = {(g, i): max(t.kl, 0.0) for (g, i), t in alone.items()} | {(g, -1): 0.0 for g in range(len(sizes))}
+  at: Choice = none
+  path: list[Choice] = [none]
+  while measure.cost(measure(at)) > budget:
+    moves = [
+      ((loss[g, i] - loss[g, at[g]]) / (saved[g, i] - saved[g, at[g]]), g, i)
+      for g, i in alone
+      if saved[g, i] > saved[g, at[g]]
+    ]
+    if not moves:
+      break
+    _, g, i = min(moves)
+    at = _with(at, g, i)
+    path.append(at)
+  return path
+
+
+def _with(choice: Choice, group: int, candidate: int) -> Choice:
+  return (*choice[:group], candidate, *choice[group + 1 :])
+
+
+def explore(
+  measure: Measure, sizes: Sequence[int], budget: float, trials: int, seed: int, known: Sequence[Choice]
+) -> None:
+  """More choices, proposed by optuna; those over the budget count as infeasible."""
+  try:
+    import optuna
+  except ImportError:
+    raise ConfigError("search.method optuna needs optuna: pip install 'lmcompress[search]', or use greedy") from None
+  optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+  def over(trial: Any) -> tuple[float]:
+    return (trial.user_attrs["over"],)
+
+  def objective(trial: Any) -> float:
+    choice = tuple(trial.suggest_categorical(f"group{g}", list(range(-1, n))) for g, n in enumerate(sizes))
+    found = measure(choice)
+    trial.set_user_attr("over", measure.cost(found) - budget)
+    measure.watcher.step("optuna", trial.number + 1, trials)
+    return found.kl
+
+  sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=over)
+  study = optuna.create_study(sampler=sampler)
+  for choice in known[-3:]:
+    study.enqueue_trial({f"group{g}": i for g, i in enumerate(choice)})
+  study.optimize(objective, n_trials=trials)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+  """Indices of the points that no other beats in both coordinates (less is better), by the first."""
+  front, least = [], math.inf
+  for i in sorted(range(len(points)), key=lambda i: points[i]):
+    if points[i][1] < least:
+      front.append(i)
+      least = points[i][1]
+  return front
+
+
+def _best(config: configs.Config, links: Sequence[Mapping[str, Any]]) -> str:
+  """A config that runs the best recipe."""
+  found = config.model_copy(update={"name": f"{config.name}-best", "recipe": tuple(links), "search": None})
+  return f"# The best recipe of `{config.name}`.\n# Run: lmcompress run {BEST}\n{configs.dump(found)}"
+
+
+def plot(measure: Measure, trials: Sequence[Trial], front: Sequence[int], budget: float) -> str:
+  """An SVG: the cost of every choice against its perplexity, the Pareto front, and the budget."""
+  from lmcompress import report
+
+  unit, label = (1.0, "ms per token") if measure.timed else (1e6, "MB on disk")
+  x = np.array([measure.cost(t) for t in trials]) / unit
+  y = np.array([t.perplexity for t in trials])
+  return report.scatter(x, y, list(front), budget / unit, label, "perplexity")
