@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
-import yaml
 from small_model import byte_level, random_params
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     ]},
   }  # fmt: skip
   path = folder / "s.yaml"
-  path.write_text(yaml.safe_dump(table))
+  path.write_text(json.dumps(table))
   return folder, path
 
 
