@@ -105,9 +105,9 @@ class Search(_Table):
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
-  `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in their
-  files: memory holds one block, whatever the depth. `variants` is for studies: each is a table of dotted overrides, such
-  as `{recipe.0.bits: 3}`.
+  `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in
+  their files: memory holds one block, whatever the depth. `variants` is for studies: each is a table of dotted
+  overrides, such as `{recipe.0.bits: 3}`.
   """
 
   name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,9 @@ def explore(
     measure.watcher.step("optuna", trial.number + 1, trials)
     return found.kl
 
-  sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=over)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # newer versions would have the constraint set on the trial
+    sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=over)
   study = optuna.create_study(sampler=sampler)
   for choice in known[-3:]:
     study.enqueue_trial({f"group{g}": i for g, i in enumerate(choice)})

@@ -20,7 +20,7 @@ _NEEDS = {"none": frozenset(), "activation": frozenset({"second_moment"}), "fish
 
 def kmeans(
   clusters: int = 16,
-  share: int | Literal["tensor", "row"] = "tensor",
+  share: int | Literal["tensor", "row"] = "row",
   method: Literal["exact", "lloyd"] = "exact",
   sensitivity: Literal["none", "activation", "fisher"] = "none",
   outlier_fraction: float = 0.0,
@@ -33,7 +33,9 @@ def kmeans(
 
   Args:
     clusters: shared values, 2 to 256; an index takes as many bits as that needs.
-    share: outputs that share a codebook: all (`tensor`), one (`row`), or a number of consecutive ones.
+    share: outputs that share a codebook: each has its own (`row`), all share one (`tensor`), or as many consecutive
+      ones as the number says. The optimum for a whole matrix gives its few largest weights up, which costs much more
+      than the squared error tells: keep them apart by `outlier_fraction`.
     method: `exact` is the optimum by dynamic programming (of more than 32,768 distinct values, of their merged
       neighbours, and then moved to a local optimum); `lloyd` iterates from evenly spaced values.
     sensitivity: what an error of a weight costs: the same for all; the second moment of its input (`activation`); or
