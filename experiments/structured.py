@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcompress.config import load_config, variants_of
-from lmcompress.errors import LmcompressError
+from lmcompress.errors import ConfigError, LmcompressError
 
 RESULT = Path(__file__).parent / "results" / "structured.json"
 
@@ -35,6 +35,8 @@ def study(path: Path, only: list[str], rounds: int, windows: int) -> dict[str, A
   config = load_config(path, [])
   model, params, tokenizer = load(config.model)
   b, c = config.bench, config.calibration
+  if c is None:
+    raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
   tokens = text.windows(tokenizer, text.load_text(c.text), windows, c.length)
   trees = {"original": params}
   for variant in variants_of(config):
