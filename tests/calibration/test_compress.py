@@ -222,10 +222,10 @@ def test_a_step_link_is_refused(tiny):
 
 
 def test_evidence_that_compress_does_not_collect(tiny):
-  def method(w, *, grads):
+  def method(w, *, step):
     return w
 
-  with pytest.raises(WeightError, match="method needs grads, which compress does not collect"):
+  with pytest.raises(WeightError, match="method needs step, which compress does not collect"):
     compress(*tiny, leafwise(method))
 
 
