@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, low_rank
 from lmcompress.ops import masks
 from lmcompress.transforms import at, magnitude, round_to_nearest
 from lmcompress.transforms.schedules import cubic
@@ -227,8 +227,9 @@ def test_refusals_name_the_weight():
     with pytest.raises(WeightError, match="magnitude at layers/up/kernel: the weight holds NaN or infinity"):
       apply(magnitude(0.5, scope=scope), tree_of(up=bad))
   codes = apply(round_to_nearest(group_size=24), tree_of(up=normal(24, 10)))
-  with pytest.raises(WeightError, match="at layers/up/kernel: the weight is already stored as int4"):
-    apply(magnitude(0.5), codes)
+  factors = tree.put(codes, "layers/up/kernel", low_rank(jnp.ones((24, 2)), jnp.ones((2, 10)), -2))
+  with pytest.raises(WeightError, match="at layers/up/kernel: the weight is already stored as low rank 2"):
+    apply(magnitude(0.5), factors)
   with pytest.raises(WeightError, match="make the weight a MaskedArray first, with magnitude"):
     apply(magnitude(lambda step: 0.5), tree_of(up=normal(24, 10)), step=0)
 

@@ -12,6 +12,7 @@ from lmcompress import tree
 from lmcompress.calibration import compress
 from lmcompress.transforms import at, chain, gptq, mixed_precision, round_to_nearest
 from lmcompress.transforms.mixed_precision import allocate, divergences
+from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import WeightError
 
 
@@ -91,8 +92,12 @@ def test_sensitivity_by_divergence(tiny, calibration):
   """Measured one group at a time: equal to the KL of the model with that group alone rounded, in NumPy."""
   model, params = tiny
   chosen = tree.default_selection(params) | {"head/table", "embed/table"}
-  options = {"group_size": 16, "symmetric": False, "clip": "mse"}
-  found = divergences(model, params, chosen, calibration[:2], (3, 4, 8), options)
+
+  def rounded_to(path, w, bits):
+    axis = tree.contraction_axis(path)
+    return quantize_matrix(w, bits=bits, group_size=16, symmetric=False, clip="mse", axis=axis).materialize()
+
+  found = divergences(model, params, chosen, calibration[:2], (3, 4, 8), rounded_to)
   assert len(found) == 2 * 4 + 2 and ("embed/table",) in found
   size, losses = found["layers/1/mlp/gate/kernel", "layers/1/mlp/up/kernel"]
   assert size == 2 * 32 * 64 and losses[0] > losses[1] > losses[2] > 0
