@@ -157,7 +157,9 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
   "act": lambda v: type(v) in _ACTS,
   "axis": lambda v: type(v) is int and v in (-2, -1),
   "bits": lambda v: type(v) is int and 1 <= v <= 8,
+  "extents": lambda v: type(v) is tuple and all(type(n) is int and n >= 0 for n in v),
   "group_size": lambda v: type(v) is int and (v == -1 or v > 0),
+  "inputs": lambda v: type(v) is int and v > 0,
   "lowest": lambda v: type(v) is int and 0 <= v <= 255,
   "m": lambda v: type(v) is int and 2 <= v <= 256,
   "n": lambda v: type(v) is int and 1 <= v <= 255,
@@ -182,6 +184,10 @@ def _check_settings(node: Any, path: str, where: Path) -> None:
       _check_settings(value, f"{path}.{field.name}", where)
   if isinstance(node, NMSparseArray) and node.n >= node.m:
     raise FormatError(f"{where}: {path} keeps {node.n} of {node.m}")
+  if isinstance(node, ClusteredArray):
+    entries, books = node.codebook.shape[-1], node.books
+    if not 1 <= entries <= 2**node.codes.bits or not books or node.outputs % books:
+      raise FormatError(f"{where}: {path} has {books} codebooks of {entries} entries for {node.outputs} outputs")
 
 
 def _check_references(leaf: Any, values: Params, path: str, where: Path) -> None:
