@@ -7,110 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-  "load": "lmcompress.io.load",
-  "save": "lmcompress.io.checkpoint",
-  "compress": "lmcompress.calibration.compress",
-  "generate": "lmcompress.generation.generate",
-  "perplexity": "lmcompress.evaluate.perplexity",
-  "summary": "lmcompress.summary",
-  **dict.fromkeys(("backends", "prepare", "use_backend"), "lmcompress.ops"),
-  **dict.fromkeys(
-    (
-      "alps",
-      "any_precision",
-      "at",
-      "at_precision",
-      "awq",
-      "awq_scale",
-      "chain",
-      "freeze",
-      "gptq",
-      "gradient",
-      "hqq",
-      "kmeans",
-      "leafwise",
-      "learned_rounding",
-      "llm_int8",
-      "low_rank_residual",
-      "magnitude",
-      "mixed_precision",
-      "named_chain",
-      "partition",
-      "prune_heads",
-      "prune_layers",
-      "prune_neurons",
-      "prune_width",
-      "quantize_activations",
-      "quantize_inputs",
-      "quip_sharp",
-      "rotate",
-      "round_to_nearest",
-      "scheduled",
-      "sensitivity",
-      "share",
-      "smooth",
-      "smooth_quant",
-      "sparse_gpt",
-      "tie_layers",
-      "truncated_svd",
-      "wanda",
-    ),
-    "lmcompress.transforms",
-  ),
-  **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
-}
-
-if TYPE_CHECKING:
-  from lmcompress.calibration.compress import compress
-  from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
-  from lmcompress.evaluate.perplexity import perplexity
-  from lmcompress.generation.generate import generate
-  from lmcompress.io.checkpoint import save
-  from lmcompress.io.load import load
-  from lmcompress.ops import backends, prepare, use_backend
-  from lmcompress.summary import summary
-  from lmcompress.transforms import (
-    alps,
-    any_precision,
-    at,
-    at_precision,
-    awq,
-    awq_scale,
-    chain,
-    freeze,
-    gptq,
-    gradient,
-    hqq,
-    kmeans,
-    leafwise,
-    learned_rounding,
-    llm_int8,
-    low_rank_residual,
-    magnitude,
-    mixed_precision,
-    named_chain,
-    partition,
-    prune_heads,
-    prune_layers,
-    prune_neurons,
-    prune_width,
-    quantize_activations,
-    quantize_inputs,
-    quip_sharp,
-    rotate,
-    round_to_nearest,
-    scheduled,
-    sensitivity,
-    share,
-    smooth,
-    smooth_quant,
-    sparse_gpt,
-    tie_layers,
-    truncated_svd,
-    wanda,
-  )
-
 __all__ = [
   "ConfigError",
   "FormatError",
@@ -165,6 +61,68 @@ __all__ = [
   "use_backend",
   "wanda",
 ]
+
+_HOMES = {
+  **dict.fromkeys(__all__, "lmcompress.transforms"),  # methods and combinators; the others:
+  "load": "lmcompress.io.load",
+  "save": "lmcompress.io.checkpoint",
+  "compress": "lmcompress.calibration.compress",
+  "generate": "lmcompress.generation.generate",
+  "perplexity": "lmcompress.evaluate.perplexity",
+  "summary": "lmcompress.summary",
+  **dict.fromkeys(("backends", "prepare", "use_backend"), "lmcompress.ops"),
+  **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
+}
+
+if TYPE_CHECKING:
+  from lmcompress.calibration.compress import compress
+  from lmcompress.errors import ConfigError, FormatError, LmcompressError, SourceError, WeightError
+  from lmcompress.evaluate.perplexity import perplexity
+  from lmcompress.generation.generate import generate
+  from lmcompress.io.checkpoint import save
+  from lmcompress.io.load import load
+  from lmcompress.ops import backends, prepare, use_backend
+  from lmcompress.summary import summary
+  from lmcompress.transforms import (
+    alps,
+    any_precision,
+    at,
+    at_precision,
+    awq,
+    awq_scale,
+    chain,
+    freeze,
+    gptq,
+    gradient,
+    hqq,
+    kmeans,
+    leafwise,
+    learned_rounding,
+    llm_int8,
+    low_rank_residual,
+    magnitude,
+    mixed_precision,
+    named_chain,
+    partition,
+    prune_heads,
+    prune_layers,
+    prune_neurons,
+    prune_width,
+    quantize_activations,
+    quantize_inputs,
+    quip_sharp,
+    rotate,
+    round_to_nearest,
+    scheduled,
+    sensitivity,
+    share,
+    smooth,
+    smooth_quant,
+    sparse_gpt,
+    tie_layers,
+    truncated_svd,
+    wanda,
+  )
 
 
 def __getattr__(name: str) -> Any:

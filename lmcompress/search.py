@@ -18,18 +18,20 @@ from lmcompress import config as configs
 from lmcompress import ops, recipe
 from lmcompress.calibration.compress import compress
 from lmcompress.data.text import load_text, windows
-from lmcompress.errors import ConfigError, FormatError
+from lmcompress.errors import ConfigError, FormatError, SourceError
 from lmcompress.evaluate.latency import latency
 from lmcompress.evaluate.perplexity import Score, compare
 from lmcompress.experiment import Silent, Watcher, device, versions
 from lmcompress.io import checkpoint
 from lmcompress.io.load import load
-from lmcompress.types import SourceError
 
 TRIALS, RESULT, BEST, PLOT = "trials.jsonl", "search.json", "best.yaml", "pareto.svg"
 
 Choice = tuple[int, ...]
 """For each group, which of its candidates; -1 leaves it as it is."""
+
+Groups = list[tuple[str, list[dict[str, Any]]]]
+"""A pattern and its candidate links, for each group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Trial:
 class Measure:
   """Compresses by a choice and scores it; each choice once, on record in a file."""
 
-  def __init__(self, config: configs.Config, folder: Path, watcher: Watcher):
-    self.config, self.watcher, self.file = config, watcher, folder / TRIALS
-    self.space = space(config)
+  def __init__(self, config: configs.Config, groups: Groups, folder: Path, watcher: Watcher):
+    self.config, self.groups, self.watcher, self.file = config, groups, watcher, folder / TRIALS
     self.timed = config.search is not None and config.search.budget.ms_per_token is not None
     model, params, tokenizer = load(config.model)
     if tokenizer is None:
@@ -76,11 +77,11 @@ class Measure:
         file.flush()
         os.fsync(file.fileno())
       said = f"{trial.nbytes / 1e6:.1f} MB, KL {trial.kl:.4f}, perplexity {trial.perplexity:.3f}"
-      self.watcher.note(f"{len(self.trials):>4}  {said}  {describe(self.space, choice)}")
+      self.watcher.note(f"{len(self.trials):>4}  {said}  {describe(self.groups, choice)}")
     return self.trials[choice]
 
   def _measured(self, choice: Choice) -> Trial:
-    links = recipe_of(self.space, choice)
+    links = recipe_of(self.groups, choice)
     done = self.params
     if links:
       key = jax.random.key(self.config.seed)
@@ -101,7 +102,7 @@ class Measure:
     return trial.ms_per_token if trial.ms_per_token is not None else float(trial.nbytes)
 
 
-def space(config: configs.Config) -> list[tuple[str, list[dict[str, Any]]]]:
+def space(config: configs.Config) -> Groups:
   """Pattern and candidates of each group.
 
   Raises:
@@ -112,15 +113,15 @@ def space(config: configs.Config) -> list[tuple[str, list[dict[str, Any]]]]:
   return [(group.at, [dict(link) for link in group.candidates]) for group in config.search.groups]
 
 
-def recipe_of(space: Sequence[tuple[str, list[dict[str, Any]]]], choice: Choice) -> list[dict[str, Any]]:
+def recipe_of(groups: Groups, choice: Choice) -> list[dict[str, Any]]:
   """The links of a choice."""
-  return [{**links[i], "at": at} for (at, links), i in zip(space, choice, strict=True) if i >= 0]
+  return [{**links[i], "at": at} for (at, links), i in zip(groups, choice, strict=True) if i >= 0]
 
 
-def describe(space: Sequence[tuple[str, list[dict[str, Any]]]], choice: Choice) -> str:
+def describe(groups: Groups, choice: Choice) -> str:
   """A choice in a line."""
   parts = []
-  for (at, links), i in zip(space, choice, strict=True):
+  for (at, links), i in zip(groups, choice, strict=True):
     rest = ", ".join(f"{k} {v}" for k, v in links[i].items() if k != "name") if i >= 0 else ""
     parts.append(f"{at}: {links[i]['name']} {rest}".strip() if i >= 0 else f"{at}: as it is")
   return "; ".join(parts)
@@ -138,21 +139,21 @@ def search(config: configs.Config, results: Path, watcher: Watcher | None = None
   """
   watcher = watcher or Silent()
   folder = results / config.folder
-  measure_space = space(config)
-  folder.mkdir(parents=True, exist_ok=True)
-  measure = Measure(config, folder, watcher)
+  groups = space(config)
   assert config.search is not None
-  budget = config.search.budget.limit
-  path = greedy(measure, [len(links) for _, links in measure_space], budget)
+  folder.mkdir(parents=True, exist_ok=True)
+  measure = Measure(config, groups, folder, watcher)
+  sizes, budget = [len(links) for _, links in groups], config.search.budget.limit
+  path = greedy(measure, sizes, budget)
   if config.search.method == "optuna":
-    explore(measure, [len(links) for _, links in measure_space], budget, config.search.trials, config.seed, path)
+    explore(measure, sizes, budget, config.search.trials, config.seed, path)
   trials = list(measure.trials.values())
   fitting = [t for t in trials if measure.cost(t) <= budget]
   if not fitting:
     least = min(trials, key=measure.cost)
     raise ConfigError(
       f"{config.name}: no choice of {len(trials)} meets the budget of {budget:g}; the least is {measure.cost(least):g} "
-      f"({describe(measure_space, least.choice)}). Allow more, or add a smaller candidate"
+      f"({describe(groups, least.choice)}). Allow more, or add a smaller candidate"
     )
   best = min(fitting, key=lambda t: t.kl)
   front = pareto([(measure.cost(t), t.perplexity) for t in trials])
@@ -164,9 +165,9 @@ def search(config: configs.Config, results: Path, watcher: Watcher | None = None
     "budget": config.search.budget.model_dump(exclude_none=True),
     "versions": versions(),
     "device": device(),
-    "trials": [{**dataclasses.asdict(t), "recipe": describe(measure_space, t.choice)} for t in trials],
+    "trials": [{**dataclasses.asdict(t), "recipe": describe(groups, t.choice)} for t in trials],
     "front": [list(trials[i].choice) for i in front],
-    "best": {**dataclasses.asdict(best), "recipe": recipe_of(measure_space, best.choice)},
+    "best": {**dataclasses.asdict(best), "recipe": recipe_of(groups, best.choice)},
   }
   (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   (folder / BEST).write_text(_best(config, result["best"]["recipe"]), "utf-8")

@@ -98,13 +98,13 @@ def outliers(w: jax.Array, score: jax.Array, few: int, axis: int, dtype: Any = j
     raise ValueError(f"{what}: a score {tuple(score.shape)} of the shape of the weight {tuple(w.shape)}, axis -2 or -1")
   if not 1 <= few <= w.shape[axis]:
     raise ValueError(f"{what}: from 1 to the {w.shape[axis]} inputs")
-  values, indices = _largest(w, score, few, axis, jnp.dtype(dtype))
+  found = jnp.sort(jax.lax.slice_in_dim(_ranked(score, axis), 0, few, axis=axis), axis=axis)
+  values = jnp.take_along_axis(w, found, axis=axis).astype(dtype)
+  indices = found.astype(jnp.uint16 if w.shape[axis] <= 1 << 16 else jnp.int32)
   return OutlierArray(values, indices, w.shape[axis], axis, str(w.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("few", "axis", "dtype"))
-def _largest(w: jax.Array, score: jax.Array, few: int, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-  order = jnp.argsort(-score, axis=axis, stable=True)
-  found = jnp.sort(jax.lax.slice_in_dim(order, 0, few, axis=axis), axis=axis)
-  values = jnp.take_along_axis(w, found, axis=axis).astype(dtype)
-  return values, found.astype(jnp.uint16 if w.shape[axis] <= 1 << 16 else jnp.int32)
+@functools.partial(jax.jit, static_argnames=("axis",))
+def _ranked(score: jax.Array, axis: int) -> jax.Array:
+  """Positions by falling score; compiled once for all numbers of outliers."""
+  return jnp.argsort(-score, axis=axis, stable=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch, resolve
-from lmcompress.calibration.gradients import GRADIENTS, gradients, sequences
+from lmcompress.calibration.gradients import GRADIENTS, gradients
 from lmcompress.calibration.sequential import Work, batches_of, block_by_block
 from lmcompress.evaluate.size import kind
 from lmcompress.transforms.combine import STATISTICS, chain
@@ -104,7 +104,7 @@ def compress(
       raise WeightError(f"{link.name} needs the whole model in memory; leave it out, or load the model whole")
     state = link.init(params, None)
     before = params
-    if any("reference" in later.needs for later in links):
+    if any("reference" in later.needs for later in links[i:]):
       dense |= {path: leaf for path, leaf in tree.weights(params).items() if not isinstance(leaf, CompressedArray)}
       evidence = dataclasses.replace(evidence, reference=tree.unflatten(dense))
     kept = None if store is None or link.plan is not None else _Kept(store, i)
@@ -115,7 +115,7 @@ def compress(
       evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given))
     if asked := link.needs & set(GRADIENTS):
       told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")
-      found = gradients(model, params, *sequences(batches_of(calibration)), asked, told)
+      found = gradients(model, params, batches_of(calibration), asked, told)
       evidence = dataclasses.replace(evidence, **found)
     if link.needs & set(STATISTICS):
       params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)

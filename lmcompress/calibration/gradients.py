@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, fetch, resolve
-from lmcompress.types import CompressedArray, Params, WeightError
+from lmcompress.arrays import InputArray, fetch, parts, resolve
+from lmcompress.types import Params, WeightError
 
 GRADIENTS = ("grads", "fisher")
 """Evidence that takes a backward pass over the whole model."""
@@ -21,8 +21,7 @@ GRADIENTS = ("grads", "fisher")
 def gradients(
   model: Any,
   params: Params,
-  tokens: np.ndarray,
-  mask: np.ndarray,
+  batches: Sequence[Mapping[str, np.ndarray]],
   wanted: frozenset[str],
   progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Params]:
@@ -34,7 +33,7 @@ def gradients(
   dense values that they hold.
 
   Args:
-    tokens, mask: `[n, length]`; a row has at least two real tokens.
+    batches: each `tokens` and `attention_mask` `[n, length]`.
 
   Raises:
     WeightError: the loss is not finite.
@@ -45,21 +44,19 @@ def gradients(
   sums: dict[str, dict[str, jax.Array]] = {
     name: {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in floats.items()} for name in sorted(wanted)
   }
-  for i, (row, real) in enumerate(zip(tokens, mask, strict=True)):
-    loss, sums = _add(model, floats, rest, sums, row[None], np.asarray(real)[None])
+  rows = [(b["tokens"][j][None], b["attention_mask"][j][None]) for b in batches for j in range(len(b["tokens"]))]
+  for i, (row, real) in enumerate(rows):
+    loss, sums = _add(model, floats, rest, sums, row, real)
     if not bool(jnp.isfinite(loss)):
       raise WeightError(f"the loss on row {i} of the calibration tokens is {float(loss)}; its gradient says nothing")
     if progress is not None:
-      progress(i + 1, len(tokens))
-  n = len(tokens)
-  return {name: tree.unflatten({p: g / n for p, g in found.items()}) for name, found in sums.items()}
+      progress(i + 1, len(rows))
+  return {name: tree.unflatten({p: g / len(rows) for p, g in found.items()}) for name, found in sums.items()}
 
 
 def _dense(leaf: Any) -> Any:
   leaf = fetch(leaf)
-  if isinstance(leaf, InputArray):
-    leaf = leaf.weight
-  return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+  return parts.materialize(leaf.weight if isinstance(leaf, InputArray) else leaf)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("sums",))
@@ -92,11 +89,3 @@ def next_token_loss(model: Any, params: Params, tokens: jax.Array, mask: jax.Arr
   counted = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
   each = jnp.take_along_axis(said, tokens[:, 1:, None], axis=-1)[..., 0]
   return -jnp.sum(jnp.where(counted, each, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
-
-
-def sequences(rows: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens and masks of batches, put together again."""
-  return (
-    np.concatenate([row["tokens"] for row in rows]),
-    np.concatenate([row["attention_mask"] for row in rows]),
-  )

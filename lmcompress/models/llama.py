@@ -160,8 +160,6 @@ class Llama:
 
   architecture = "llama"
   axes = AXES
-  global_axes = frozenset({"embed", "vocab"})
-  """Axes with the same entries everywhere; the others are each layer's own."""
 
   def init(self, key: jax.Array) -> Params:
     """Random parameters of `sizes`, layers apart.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -38,8 +37,8 @@ def optimal(x: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
   compiled = backend.native() if backend.runs_native() else None
   if compiled is not None:
     found = np.empty((len(x), k))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    compiled.optimal_clusters(np.ascontiguousarray(x), np.ascontiguousarray(weights), found, min(threads, len(x)))
+    threads = min(backend.threads(), len(x))
+    compiled.optimal_clusters(np.ascontiguousarray(x), np.ascontiguousarray(weights), found, threads)
     return found
   rows = max(1, _AT_ONCE // (4 * x.shape[1]))
   return np.concatenate([_optimal(x[i : i + rows], weights[i : i + rows], k) for i in range(0, len(x), rows)])

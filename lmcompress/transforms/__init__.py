@@ -11,19 +11,22 @@ from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.kmeans import kmeans
 from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
+from lmcompress.transforms.low_rank_residual import low_rank_residual
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
+from lmcompress.transforms.prune_heads import prune_heads
 from lmcompress.transforms.prune_layers import prune_layers
-from lmcompress.transforms.prune_neurons import prune_heads, prune_neurons
+from lmcompress.transforms.prune_neurons import prune_neurons
 from lmcompress.transforms.prune_width import prune_width
 from lmcompress.transforms.quip_sharp import quip_sharp
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.sensitivity import sensitivity
-from lmcompress.transforms.share import share, tie_layers
+from lmcompress.transforms.share import share
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 from lmcompress.transforms.sparse_gpt import sparse_gpt
-from lmcompress.transforms.truncated_svd import low_rank_residual, truncated_svd
+from lmcompress.transforms.tie_layers import tie_layers
+from lmcompress.transforms.truncated_svd import truncated_svd
 from lmcompress.transforms.wanda import wanda
 
 METHODS = {

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from lmcompress.arrays import MaskedArray, masked
 from lmcompress.ops.masks import Target, target
-from lmcompress.ops.second_order import drift_corrected, refit
+from lmcompress.ops.removal import refit
+from lmcompress.ops.second_order import drift_corrected
 from lmcompress.transforms.combine import require_dense, stagewise
 from lmcompress.transforms.wanda import check_target
 from lmcompress.types import Transform

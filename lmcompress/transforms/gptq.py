@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from lmcompress.arrays import MaskedArray, masked
 from lmcompress.ops.masks import Target
+from lmcompress.ops.removal import Removal
 from lmcompress.ops.rounding import Rounding
-from lmcompress.ops.second_order import Removal, solve, warn_of_damping
+from lmcompress.ops.second_order import solve, warn_of_damping
 from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
 from lmcompress.types import Transform, WeightError
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, parts
 from lmcompress.ops import masks
 from lmcompress.transforms.combine import evidence_for, leafwise
-from lmcompress.transforms.magnitude import kept_values, pruned
+from lmcompress.transforms.magnitude import pruned
 from lmcompress.transforms.wanda import check_target
 from lmcompress.types import Evidence, Params, State, Transform
 
@@ -54,7 +54,7 @@ def gradient(
 
   def scored(path: str, w: Any, evidence: Evidence) -> jax.Array:
     given = {need: evidence_for(need, path, evidence, "gradient") for need in needs}
-    return importance(kept_values(w), given.get("grads"), given.get("fisher"))
+    return importance(parts.materialize(w), given.get("grads"), given.get("fisher"))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected

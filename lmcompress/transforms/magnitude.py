@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import ClusteredArray, MaskedArray, QuantizedArray, SharedRef, masked
+from lmcompress.arrays import ClusteredArray, MaskedArray, QuantizedArray, SharedRef, masked, parts
 from lmcompress.ops import masks
 from lmcompress.transforms.combine import leafwise, require_dense
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
@@ -73,7 +73,7 @@ def magnitude(
       raise WeightError(f"magnitude(pattern={pattern!r}) at {path}: {inputs} inputs are not a multiple of {m}")
 
   def prune(w: Any, *, axis: int) -> MaskedArray:
-    values = kept_values(w)
+    values = parts.materialize(w)
     if pattern:
       keep = n_of_m(values, n=n, m=m, axis=axis)
     elif threshold is not None:
@@ -97,18 +97,11 @@ def n_of_m(values: jax.Array, *, n: int, m: int, axis: int) -> jax.Array:
   return masks.n_of_m(jnp.abs(values), n, m, axis)
 
 
-def kept_values(w: Any) -> jax.Array:
-  """The dense values to rank; what a mask already removed ranks as zero, so it goes first."""
-  if isinstance(w, MaskedArray):
-    return jnp.where(w.mask.unpack() != 0, kept_values(w.values), 0)
-  return w.materialize() if isinstance(w, CompressedArray) else w
-
-
 def pruned(w: Any, keep: jax.Array, axis: int) -> MaskedArray:
   """The weight under a mask; values that are compressed stay so, and what a mask over them removed stays removed."""
   inner = w.values if isinstance(w, MaskedArray) else w
   if not isinstance(inner, CompressedArray):
-    return masked(kept_values(w), keep, axis)
+    return masked(parts.materialize(w), keep, axis)
   return masked(inner, keep & (w.mask.unpack() != 0) if isinstance(w, MaskedArray) else keep, axis)
 
 
@@ -149,13 +142,13 @@ def _global(sparsity: float) -> Transform:
     found = {path: leaf for path, leaf in tree.weights(params).items() if path in chosen}
     for path, leaf in found.items():
       require_prunable("magnitude", path, leaf)
-    scores = [jnp.abs(kept_values(leaf)) for leaf in found.values()]
+    scores = [jnp.abs(parts.materialize(leaf)) for leaf in found.values()]
     removed = round(sum(s.size for s in scores) * sparsity)
     return dict(zip(found, masks.split_removals(scores, removed), strict=True))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     def prune(path: str, w: Any) -> MaskedArray:
-      values = kept_values(w)
+      values = parts.materialize(w)
       return pruned(w, keep_largest(values, state[path]), tree.contraction_axis(path))
 
     return tree.map_weights(prune, params, state), state

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
+from lmcompress.arrays import parts
 from lmcompress.ops.divergence import divergence
-from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
+from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 
 def prune_layers(
@@ -98,12 +99,8 @@ def without(params: Params, paths: list[str]) -> Params:
 def _left(layer: Params, threshold: float) -> bool:
   """Whether fewer entries than the threshold are not 0."""
   weights = tree.weights(layer)
-  left = sum(int(jnp.sum(_dense(w) != 0)) for w in weights.values())
+  left = sum(int(jnp.sum(parts.materialize(w) != 0)) for w in weights.values())
   return left < (threshold if threshold >= 1 else threshold * sum(w.size for w in weights.values()))
-
-
-def _dense(w: Any) -> jax.Array:
-  return w.materialize() if isinstance(w, CompressedArray) else w
 
 
 def _influences(model: Any, params: Params, tokens: jax.Array) -> dict[str, float]:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import parts
 from lmcompress.transforms.combine import chain, require_dense
-from lmcompress.transforms.prune_neurons import compensated
-from lmcompress.transforms.structure import as_dense, remaining, with_values
+from lmcompress.transforms.prune_entries import compensated
+from lmcompress.transforms.structure import norm_axis, remaining, with_values
 from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 
@@ -91,7 +92,7 @@ def _square_rows(w: jax.Array) -> jax.Array:
 
 
 def _energy(moment: jax.Array, readers: Sequence[Any], scale: jax.Array) -> Energy:
-  read = np.asarray(moment * sum(_square_rows(as_dense(w)) for w in readers), np.float64)
+  read = np.asarray(moment * sum(_square_rows(parts.materialize(w)) for w in readers), np.float64)
   gain = np.square(np.asarray(scale, np.float64))
   normal = np.asarray(moment, np.float64) / np.where(gain > 0, gain, 1.0)
   return Energy(read / max(read.sum(), 1e-300), normal / max(normal.sum(), 1e-300))
@@ -107,7 +108,7 @@ def _keep(
   last = [path for path in tree.flatten(params) if path.endswith("/scale") and path.removesuffix("/scale") not in state]
   table = params["head"]["table"] if "head" in params else params["embed"]["table"]
   gain = np.square(np.asarray(tree.get(params, last[0]), np.float64)) if len(last) == 1 else 1.0
-  head = list(state.values())[-1].normal * gain * np.asarray(_square_rows(as_dense(table).T), np.float64)
+  head = list(state.values())[-1].normal * gain * np.asarray(_square_rows(parts.materialize(table).T), np.float64)
   score = score + head / max(head.sum(), 1e-300)
   n = score.size
   left = n - (count if count is not None else round(n * (fraction or 0.0)))
@@ -131,7 +132,7 @@ def _take_over(state: Mapping[str, Energy], keep: Keep) -> Transform:
         paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
         for path in paths if f"{block.path}/{stage.source}" in state else ():
           leaf = tree.get(params, path)
-          moved = compensated(as_dense(leaf), (evidence.statistics or {})[path]["hessian"], jnp.asarray(stays))
+          moved = compensated(parts.materialize(leaf), (evidence.statistics or {})[path]["hessian"], jnp.asarray(stays))
           params = tree.put(params, path, with_values(leaf, moved))
     return params, planned
 
@@ -145,12 +146,8 @@ def _narrow(state: Mapping[str, Energy], keep: Keep) -> Transform:
   def apply(params: Params, planned: State, evidence: Evidence) -> tuple[Params, State]:
     model, n = evidence.structure, next(iter(state.values())).read.size
     shares = {path: float(energy.normal[planned].sum()) for path, energy in state.items()}
-    norms = [path for path in tree.flatten(params) if path.endswith("/scale")]
-    names = {tree.axes_of(model.axes, path)[-1] for path in norms}
-    if len(names) != 1:
-      raise WeightError(f"prune_width: norms lie on axes {sorted(map(str, names))}; exactly one is needed")
-    params = remaining(model, params, names.pop(), planned)
-    for path in norms:
+    params = remaining(model, params, norm_axis("prune_width", model, params), planned)
+    for path in (path for path in tree.flatten(params) if path.endswith("/scale")):
       share = shares.get(path.removesuffix("/scale"), list(shares.values())[-1])
       scale = tree.get(params, path)
       params = tree.put(params, path, (scale * math.sqrt(share * n / len(planned))).astype(scale.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray, fetch
 from lmcompress.transforms.combine import require_dense
+from lmcompress.transforms.structure import extents
 from lmcompress.types import Block, Evidence, Params, Stage, State, Transform, WeightError
 
 Scales = Callable[..., jax.Array]
@@ -64,7 +64,7 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
       raise WeightError(f"{name} at {paths[0]}: {source}/kernel, which feeds it, is not selected")
     weights = [tree.get(params, path) for path in paths]
     given = {need: (evidence.statistics or {})[paths[0]][need] for need in sorted(needs)}
-    share, narrow = _sharing(params, evidence.structure, f"{source}/kernel", paths[0])
+    share, narrow = _sharing(params, evidence.structure, block.path, f"{source}/kernel", paths[0])
     scale = find(weights, share, **given)
     for path, w in zip(paths, weights, strict=True):
       params = tree.put(params, path, (w * scale[:, None]).astype(w.dtype))
@@ -77,23 +77,18 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
   return Transform(init, apply, needs=needs, scope="block", name=name)
 
 
-def _sharing(params: Params, structure: Any, source: str, consumer: str) -> tuple[Callable, Callable]:
+def _sharing(params: Params, structure: Any, block: str, source: str, consumer: str) -> tuple[Callable, Callable]:
   """`share: [in] -> [in]`, the mean of inputs that one output of the source reaches; `narrow: [in] -> [source]`."""
   if tree.get(params, source) is None:  # a norm feeds one input by each entry
     return (lambda s: s), (lambda s: s)
   names = {path: _axis(structure.axes, path, end) for path, end in ((source, -1), (consumer, -2))}
   given, read = names[source], names[consumer]
-  inputs = tree.get(params, consumer).shape[-2]
   if given == read:
     return (lambda s: s), (lambda s: s)
-  extents = dict(getattr(structure, "extents", lambda params: {})(params))
-  for group, total in ((given, tree.get(params, source).shape[-1]), (read, inputs)):
-    unknown = [n for n in group if n not in extents]
-    if len(unknown) == 1:
-      extents[unknown[0]] = total // math.prod(extents[n] for n in group if n in extents)
-  if not set(given) < set(read) or any(n not in extents for n in read):
+  sizes = extents(structure, params, block)
+  if not set(given) < set(read) or any(n not in sizes for n in read):
     raise WeightError(f"{consumer}: its input {read} does not tell which outputs {given} of {source} it reads")
-  shape, over = [extents[n] for n in read], tuple(i for i, n in enumerate(read) if n not in given)
+  shape, over = [sizes[n] for n in read], tuple(i for i, n in enumerate(read) if n not in given)
   mean = lambda s: jnp.mean(s.reshape(shape), axis=over, keepdims=True)  # noqa: E731
   return (lambda s: jnp.broadcast_to(mean(s), shape).reshape(-1)), (lambda s: mean(s).reshape(-1))
 

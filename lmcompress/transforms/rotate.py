@@ -13,6 +13,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray
 from lmcompress.ops.hadamard import random_rotation
 from lmcompress.transforms.combine import path_key, require_dense
+from lmcompress.transforms.structure import norm_axis, places
 from lmcompress.types import Evidence, Params, Stage, State, Transform, WeightError
 
 _TOLERANCE = 1e-3
@@ -48,10 +49,13 @@ def rotate(heads: bool = True) -> Transform:
     if key is None:
       raise WeightError("rotate draws signs at random: pass a key")
     folded, hidden = fold_norms(model, params)
-    sizes = {leaf.shape[i] for _, leaf, i in _along(model, folded, hidden)}
+    turned = [place for place in places(model, folded, hidden) if not place.path.endswith("/scale")]
+    sizes = {tree.get(folded, place.path).shape[place.dim] for place in turned}
     if len(sizes) != 1:
       raise WeightError(f"rotate: axis {hidden!r} has extents {sorted(sizes)}; a rotation needs one")
-    done = _turn(model, folded, hidden, random_rotation(sizes.pop(), path_key(key, hidden)))
+    q, done = random_rotation(sizes.pop(), path_key(key, hidden)), folded
+    for place in turned:  # every leaf along the hidden axis in the new basis, in which the stream is `h Q`
+      done = tree.put(done, place.path, _times(tree.get(done, place.path), q, place.dim))
     if heads:
       for block in model.blocks(done):
         for stage in block.stages:
@@ -70,14 +74,9 @@ def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
   Raises:
     WeightError: a norm has a bias, or feeds no stage.
   """
-  norms = {
-    path.rpartition("/")[0]: tree.axes_of(model.axes, path)[-1]
-    for path in tree.flatten(params)
-    if path.endswith("/scale")
-  }
-  blocks, names = model.blocks(params), set(norms.values())
-  if len(names) != 1:
-    raise WeightError(f"rotate: norms lie on axes {sorted(map(str, names))}; exactly one is needed")
+  hidden = norm_axis("rotate", model, params)
+  norms = [path.rpartition("/")[0] for path in tree.flatten(params) if path.endswith("/scale")]
+  blocks = model.blocks(params)
   feeds = {
     f"{block.path}/{stage.source}": [f"{block.path}/{linear}/kernel" for linear in stage.linears]
     for block in blocks
@@ -98,25 +97,7 @@ def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
       table = params["head"]["table"] if "head" in params else params["embed"]["table"]
       params = tree.put(params, "head/table", (table * scale).astype(table.dtype))
     params = tree.put(params, f"{path}/scale", jnp.ones_like(tree.get(params, f"{path}/scale")))
-  return params, names.pop()
-
-
-def _along(model: Any, params: Params, axis: str) -> list[tuple[str, Any, int]]:
-  """`(path, leaf, dimension)` of every leaf, but for norms, that has the axis."""
-  return [
-    (path, leaf, i - leaf.ndim)
-    for path, leaf in tree.flatten(params).items()
-    if not path.endswith("/scale")
-    for i, name in enumerate(tree.axes_of(model.axes, path))
-    if name == axis
-  ]
-
-
-def _turn(model: Any, params: Params, axis: str, q: jax.Array) -> Params:
-  """Every leaf along the hidden axis in the new basis, in which the stream is `h Q`."""
-  for path, _, i in _along(model, params, axis):
-    params = tree.put(params, path, _times(tree.get(params, path), q, i))
-  return params
+  return params, hidden
 
 
 def _times(w: jax.Array, q: jax.Array, i: int) -> jax.Array:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import parts
 from lmcompress.ops.masks import Target
 from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.alps import alps
 from lmcompress.transforms.combine import evidence_for, leafwise, partition
-from lmcompress.transforms.magnitude import kept_values, magnitude, require_prunable
+from lmcompress.transforms.magnitude import magnitude, require_prunable
 from lmcompress.transforms.mixed_precision import allocate, divergences
 from lmcompress.transforms.sparse_gpt import sparse_gpt
 from lmcompress.transforms.wanda import keep_active, wanda
@@ -79,7 +80,7 @@ def sensitivity(
     for path, leaf in tree.weights(params).items():
       if path in chosen:
         given = {need: evidence_for(need, path, evidence, "sensitivity") for need in sorted(_NEEDS[measure])}
-        w, axis = kept_values(leaf), tree.contraction_axis(path)
+        w, axis = parts.materialize(leaf), tree.contraction_axis(path)
         if measure == "outliers":
           found[path] = (w.size, float(_outliers(w, given["second_moment"], outlier)))
         else:
@@ -94,7 +95,7 @@ def sensitivity(
     some = evidence.tokens[:rows, : max(2, tokens // rows)]
 
     def change(path: str, leaf: Any, level: float) -> jax.Array:
-      return _plain(kept_values(leaf), Target(level), tree.contraction_axis(path))
+      return _plain(parts.materialize(leaf), Target(level), tree.contraction_axis(path))
 
     return params, divergences(evidence.structure, params, chosen, some, levels, change)
 

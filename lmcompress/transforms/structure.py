@@ -143,9 +143,16 @@ def require_removable(name: str, params: Params, found: list[Place]) -> None:
     require_dense(name, path, tree.get(params, path))
 
 
-def as_dense(leaf: Any) -> jax.Array:
-  """The values of a dense leaf, masks applied."""
-  return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
+def norm_axis(name: str, model: Any, params: Params) -> str:
+  """The axis that the scales of all norms lie on: the hidden stream.
+
+  Raises:
+    WeightError: there are none, or several.
+  """
+  names = {tree.axes_of(model.axes, path)[-1] for path in tree.flatten(params) if path.endswith("/scale")}
+  if len(names) != 1:
+    raise WeightError(f"{name}: norms lie on axes {sorted(map(str, names))}; exactly one is needed")
+  return names.pop()
 
 
 def with_values(leaf: Any, values: jax.Array) -> Any:

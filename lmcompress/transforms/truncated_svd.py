@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, LowRankArray, MaskedArray, SharedRef, added, low_rank
+from lmcompress.arrays import LowRankArray, MaskedArray, low_rank
 from lmcompress.ops.second_order import drift_corrected
 from lmcompress.transforms.combine import evidence_for, leafwise, require_dense
 from lmcompress.transforms.round_to_nearest import quantize_matrix
-from lmcompress.transforms.structure import as_dense
-from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
+from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 Whitening = Literal["hessian", "activation", "none"]
-_NEEDS = {"hessian": frozenset({"hessian"}), "activation": frozenset({"mean_abs"}), "none": frozenset()}
+NEEDS = {"hessian": frozenset({"hessian"}), "activation": frozenset({"mean_abs"}), "none": frozenset()}
 
 
 def truncated_svd(
@@ -63,16 +61,16 @@ def truncated_svd(
     raise ValueError(
       f"truncated_svd(ratio={ratio}, rank={rank}, energy={energy}): a ratio above 0, a rank from 1, an energy to 1"
     )
-  if whitening not in _NEEDS or scope not in ("weight", "global") or (scope == "global" and ratio is None):
+  if whitening not in NEEDS or scope not in ("weight", "global") or (scope == "global" and ratio is None):
     raise ValueError(
-      f"truncated_svd(whitening={whitening!r}, scope={scope!r}): whitening is {', '.join(_NEEDS)}; scope is weight, or "
+      f"truncated_svd(whitening={whitening!r}, scope={scope!r}): whitening is {', '.join(NEEDS)}; scope is weight, or "
       "global with a ratio"
     )
   if (bits is not None and not 2 <= bits <= 8) or group_size < 1 or not 0 < damping < 1:
     raise ValueError(f"truncated_svd(bits={bits}, group_size={group_size}, damping={damping}): bits 2 to 8")
   if (error_propagation and whitening != "hessian") or not 0 <= error_propagation <= 1:
     raise ValueError(f"truncated_svd(error_propagation={error_propagation}): 0 to 1, with whitening='hessian'")
-  needs = _NEEDS[whitening] | (frozenset({"reference_hessian"}) if error_propagation else frozenset())
+  needs = NEEDS[whitening] | (frozenset({"reference_hessian"}) if error_propagation else frozenset())
 
   def check(path: str, leaf: Any) -> None:
     require_dense("truncated_svd", path, leaf)
@@ -133,60 +131,6 @@ def truncated_svd(
     scope_ = "weight" if needs else "model"  # a link that needs nothing is given one weight at a time
     return Transform(start, measure, needs, scope=scope_, name="truncated_svd", plan=plan)
   return Transform(init, apply, needs, name="truncated_svd")
-
-
-def low_rank_residual(
-  rank: int = 16,
-  whitening: Whitening = "hessian",
-  bits: int | None = None,
-  group_size: int = 64,
-  damping: float = 1e-3,
-) -> Transform:
-  """Adds the best product of low rank for what compression took (Zhang et al. 2024, LQER, arXiv:2402.02446).
-
-  The residual is taken against the weight as it was when it was last dense in this recipe, and the weight becomes a
-  `SumArray` of what it is and a `LowRankArray`.
-
-  Args:
-    rank: of the product.
-    whitening, bits, group_size, damping: as in `truncated_svd`.
-
-  Raises:
-    ValueError: an argument is out of range.
-    WeightError: a rank above full (when planned), a weight that is not compressed (when applied).
-  """
-  if rank < 1 or whitening not in _NEEDS or (bits is not None and not 2 <= bits <= 8) or group_size < 1:
-    raise ValueError(
-      f"low_rank_residual(rank={rank}, whitening={whitening!r}, bits={bits}, group_size={group_size}): a rank from 1, "
-      f"whitening one of {', '.join(_NEEDS)}, bits 2 to 8, groups from 1"
-    )
-
-  def check(path: str, leaf: Any) -> None:
-    if any(isinstance(part, SharedRef) for part in jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, SharedRef))):
-      raise WeightError(f"low_rank_residual at {path}: its values are shared with other weights; add it before sharing")
-    if rank > min(leaf.shape[-2:]):
-      raise WeightError(f"low_rank_residual(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
-
-  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    chosen = tree.default_selection(params) if evidence.selected is None else evidence.selected
-
-    def visit(path: str, leaf: Any) -> Any:
-      if not isinstance(leaf, CompressedArray):
-        raise WeightError(f"low_rank_residual at {path}: the weight is dense, nothing is lost; compress it first")
-      dense, axis = evidence_for("reference", path, evidence, "low_rank_residual"), tree.contraction_axis(path)
-      if dense.shape != leaf.shape:
-        raise WeightError(f"low_rank_residual at {path}: it is {leaf.shape}, and was {dense.shape} when it was dense")
-      given = {need: evidence_for(need, path, evidence, "low_rank_residual") for need in _NEEDS[whitening]}
-      inner = leaf.weight if isinstance(leaf, InputArray) else leaf
-      lost = dense.astype(jnp.float32) - as_dense(inner).astype(jnp.float32)
-      parts = factor(lost, given.get("hessian"), given.get("mean_abs"), damping)
-      whole = added(inner, cut(*parts, rank, leaf.dtype, axis, bits, group_size), axis)
-      return dataclasses.replace(leaf, weight=whole) if isinstance(leaf, InputArray) else whole
-
-    return tree.map_weights(visit, params, chosen), state
-
-  needs = _NEEDS[whitening] | {"reference"}
-  return Transform(leafwise(lambda w: w, check=check).init, apply, needs, name="low_rank_residual")
 
 
 def factor(

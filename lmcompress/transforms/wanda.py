@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import MaskedArray, parts
 from lmcompress.ops.masks import Target, target
 from lmcompress.transforms.combine import leafwise
-from lmcompress.transforms.magnitude import kept_values, pruned, require_prunable
+from lmcompress.transforms.magnitude import pruned, require_prunable
 from lmcompress.types import Transform, WeightError
 
 
@@ -35,7 +35,7 @@ def wanda(
     raise ValueError(f"wanda(scope={scope!r}): scopes are row and weight")
 
   def prune(w: Any, *, axis: int, second_moment: jax.Array) -> MaskedArray:
-    values = kept_values(w)
+    values = parts.materialize(w)
     return pruned(w, keep_active(values, second_moment, goal, axis, scope == "row"), axis)
 
   return leafwise(prune, name="wanda", check=functools.partial(check_target, "wanda", goal))

@@ -11,7 +11,8 @@ from lmcompress import tree
 from lmcompress.arrays import BitmapArray, MaskedArray, NMSparseArray, QuantizedArray
 from lmcompress.calibration import compress
 from lmcompress.ops.masks import Target
-from lmcompress.ops.second_order import Removal, inverse_factor, refit, remove_in_turn
+from lmcompress.ops.removal import Removal, refit, remove_in_turn
+from lmcompress.ops.second_order import inverse_factor
 from lmcompress.transforms import (
   alps,
   chain,

@@ -28,7 +28,7 @@ from lmcompress.transforms import (
   prune_width,
   round_to_nearest,
 )
-from lmcompress.transforms.prune_neurons import compensated, global_counts
+from lmcompress.transforms.prune_entries import compensated, global_counts
 from lmcompress.types import Block, Stage, WeightError
 
 MODEL = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=48, mlp=64, layers=3, heads=6, kv_heads=3))

@@ -1,0 +1,50 @@
+"""Removing attention heads: groups of queries with their key and value, or queries of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from lmcompress.transforms.prune_entries import Score, prune_entries
+from lmcompress.transforms.structure import Place
+from lmcompress.types import Transform
+
+
+def prune_heads(
+  fraction: float | None = None,
+  count: int | None = None,
+  what: Literal["groups", "queries"] = "groups",
+  score: Score = "activation",
+  scope: Literal["block", "global"] = "block",
+  compensate: bool = True,
+  axis: str | None = None,
+) -> Transform:
+  """Removes attention heads: whole groups of queries with their key and value, or as many queries of each group.
+
+  Scores and compensation as for `prune_neurons`: a head's `activation` is the energy of what it adds to the output,
+  `tr(W_o^T E[x x^T] W_o)` over its inputs (Michel et al. 2019, arXiv:1905.10650, ask the same of the loss).
+
+  Args:
+    fraction: of the groups of each block (of the queries of each group), rounded; with `scope="global"` of all. Or:
+    count: groups of each block, or queries of each group.
+    what: `groups`, or `queries`, where several of them share a key and value.
+    score, scope, compensate: as in `prune_neurons`; queries are as many in each group, so their scope is `block`.
+    axis: the logical axis, where the structure does not tell.
+
+  Raises:
+    ValueError: not exactly one of fraction and count, or out of range.
+    WeightError (when planned): the axis is not there, a weight is compressed or not selected, or none would be left.
+  """
+  if what not in ("groups", "queries"):
+    raise ValueError(f"prune_heads(what={what!r}): groups or queries")
+  if what == "queries" and scope == "global":
+    raise ValueError("prune_heads(what='queries', scope='global'): each group keeps as many queries; use scope='block'")
+
+  def find(axes: Mapping[str, Place]) -> list[str]:
+    depth = 0 if what == "groups" else 1
+    return [name for name, p in axes.items() if len(p.names) > 1 and p.names[depth] == name]
+
+  return prune_entries(
+    "prune_heads", what, find, axis=axis, fraction=fraction, count=count, score=score, scope=scope,
+    compensate=compensate,
+  )  # fmt: skip
