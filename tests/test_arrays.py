@@ -20,6 +20,7 @@ from lmcompress import ops, tree
 from lmcompress.arrays import (
   BitmapArray,
   ClusteredArray,
+  DictionaryArray,
   InputArray,
   Int8PerToken,
   LatticeArray,
@@ -35,6 +36,7 @@ from lmcompress.arrays import (
   added,
   bitmap,
   clustered,
+  dictionary,
   lattice,
   low_rank,
   masked,
@@ -193,6 +195,22 @@ def by_run(books):
   return of
 
 
+def atoms_of(width, terms, spaces=1, **options):
+  """Each run of inputs as atoms drawn at random, their coefficients dense or quantized; one term has none."""
+
+  def of(w, axis):
+    rng, (inputs, outputs) = np.random.default_rng(0), w.shape if axis == -2 else w.shape[::-1]
+    runs = -(-inputs // width)
+    atoms = rng.normal(0, 0.5, (runs if spaces == "each" else 1, 16, width)).astype(np.float32)
+    codes = rng.integers(0, 16, (runs * terms, outputs))
+    values = jnp.asarray(rng.normal(size=codes.shape).astype(np.float32))
+    turned = [x if axis == -2 else x.T for x in (jnp.asarray(codes), values)]
+    given = None if terms == 1 else quantize_matrix(turned[1], axis=axis, **options) if options else turned[1]
+    return dictionary(jnp.asarray(atoms), turned[0], given, inputs, axis)
+
+  return of
+
+
 def few(count):
   return lambda w, axis: outliers(w, jnp.abs(w), count, axis)
 
@@ -252,6 +270,12 @@ ROWS = [
   Row("outliers", few(3), 3 * 32 / 64, trains=("values",), keeps=largest_of_output(3), error=0.005),
   Row("int3 g32 + low rank 4", low_rank_more, 3.5 + 32 * 4 * 104 / 2560, trains=("base", "delta"), error=0.3,
       rounding=1e-5),
+  Row("product 16 of 4", atoms_of(4, 1), 1 + 16 * 4 * 32 / 2560, trains=("atoms",), error=2.0),
+  Row("product 16 of 6 each", atoms_of(6, 1, "each"), inputs=50, trains=("atoms",), alike=True, error=2.0),
+  Row("3 of 16 atoms of 8", atoms_of(8, 3), 3 * (4 + 32) / 8 + 16 * 8 * 32 / 2560, trains=("atoms", "coefficients"),
+      error=3.0, rounding=1e-5),
+  Row("2 of 16 atoms of 6 int8", atoms_of(6, 2, bits=8, group_size=-1), inputs=50, trains=("atoms", "coefficients"),
+      alike=True, error=3.0, rounding=1e-5),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
   Row("nested 3/4/8", finer(3, 1, 4), 8 + 2 * 16 / 32, trains=("base",), error=0.3),
@@ -515,6 +539,20 @@ def by_book(leaf):
   return dense if leaf.axis == -1 else dense.T
 
 
+def by_atoms(leaf):
+  codes, atoms = by_invariant(leaf.codes).astype(int), by_invariant(leaf.atoms)
+  values = np.ones(codes.shape) if leaf.coefficients is None else by_invariant(leaf.coefficients)
+  codes, values = (x if leaf.axis == -2 else x.T for x in (codes, values))
+  runs = []
+  for r in range(len(codes) // leaf.terms):
+    some = slice(r * leaf.terms, (r + 1) * leaf.terms)
+    own = atoms[r if len(atoms) > 1 else 0]
+    runs.append(np.einsum("to,tow->wo", values[some], own[codes[some]]))
+  dense = np.concatenate(runs)
+  dense = dense[: len(dense) - leaf.pad]
+  return dense if leaf.axis == -2 else dense.T
+
+
 def by_index(leaf):
   dense, values, indices = np.zeros(leaf.shape), np.asarray(leaf.values, np.float64), np.asarray(leaf.indices, int)
   np.put_along_axis(dense, indices, values, leaf.axis)
@@ -525,6 +563,7 @@ INVARIANTS = {
   QuantizedArray: by_scale,
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
   ClusteredArray: by_book,
+  DictionaryArray: by_atoms,
   OutlierArray: by_index,
   SumArray: lambda leaf: by_invariant(leaf.base) + by_invariant(leaf.delta),
   LatticeArray: by_lattice,
@@ -918,7 +957,13 @@ REFUSED = {
   "entries": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones(5), 2, -2), "5 entries in the codebook"),
   "codes outside": (lambda: clustered(jnp.full((8, 6), 3), jnp.ones(3), 2, -2), "codes from 3 to 3 point outside"),
   "float codes": (lambda: clustered(jnp.zeros((8, 6)), jnp.ones(3), 2, -2), "integer codes and a float codebook"),
-  "a codebook too many": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones((2, 3)), 2, -2), "does not fit codes"),
+  "a codebook too many": (lambda: clustered(jnp.zeros((8, 6), int), jnp.ones((4, 3)), 2, -2), "4 codebooks do not"),
+  "atoms too many": (lambda: dictionary(jnp.ones((1, 300, 4)), jnp.zeros((2, 6), int), None, 8, -2), "300 atoms of 4"),
+  "runs": (lambda: dictionary(jnp.ones((1, 4, 4)), jnp.zeros((3, 6), int), None, 8, -2), "do not fit 2 runs of 4"),
+  "spaces": (lambda: dictionary(jnp.ones((3, 4, 4)), jnp.zeros((2, 6), int), None, 8, -2), "3 spaces do not fit"),
+  "terms alone": (lambda: dictionary(jnp.ones((1, 4, 4)), jnp.zeros((4, 6), int), None, 8, -2), "need coefficients"),
+  "coefficients": (lambda: dictionary(jnp.ones((1, 4, 4)), jnp.zeros((4, 6), int), W, 8, -2), "coefficients"),
+  "codes beyond atoms": (lambda: dictionary(jnp.ones((1, 4, 4)), jnp.full((2, 6), 4), None, 8, -2), "point outside 4"),
   "inputs": (lambda: nm_sparse(W, W > 0, 2, 4, -1), "no multiple of 4 inputs along axis -1"),
   "pattern": (lambda: nm_mask(W, 4, 4, -2), "1 <= n < m"),
   "a full mask": (lambda: nm_sparse(W, W > 0, 2, 4, -2), "the mask keeps 4 of a group of 4"),

@@ -43,6 +43,7 @@ from lmcompress.transforms import (
   mixed_precision,
   named_chain,
   partition,
+  product_quantize,
   quantize_activations,
   quantize_inputs,
   quip_sharp,
@@ -52,7 +53,9 @@ from lmcompress.transforms import (
   sensitivity,
   smooth,
   smooth_quant,
+  sparse_code,
   sparse_gpt,
+  sparsify_activations,
   truncated_svd,
   wanda,
 )
@@ -210,6 +213,9 @@ ROWS = [
   Row("sensitivity outliers", lambda: sensitivity(0.6, "outliers", "magnitude", spread=0.2), sums=True, meshes=False),
   Row("kmeans", lambda: kmeans(16, "row", sensitivity="activation"), sums=True),
   Row("kmeans tensor", lambda: kmeans(8, method="lloyd", sensitivity="fisher", outlier_fraction=0.05), sums=True),
+  Row("product_quantize", lambda: product_quantize(4, 16, steps=3), random=True, sums=True),
+  Row("sparse_code", lambda: sparse_code(8, 16, 2, steps=2), random=True, sums=True),
+  Row("sparsify_activations", lambda: sparsify_activations(0.5)),
   Row("truncated_svd", lambda: truncated_svd(0.8), sums=True),
   Row("truncated_svd global", lambda: truncated_svd(0.8, whitening="activation", scope="global"), sums=True,
       meshes=False),
@@ -323,8 +329,8 @@ def results(params):
   return functools.cache(lambda row: run(row, params))
 
 
-SHAPES = {"prune_neurons", "prune_heads", "prune_width", "prune_layers"}
-"""Methods that change shapes; tests/transforms/test_structured.py checks the same promises on whole models."""
+WHOLE = {"prune_neurons", "prune_heads", "prune_width", "prune_layers", "share", "tie_layers"}
+"""Methods that change shapes or add a subtree; test_structured.py and test_sharing.py check them on whole models."""
 
 
 def same_tree(a, b):
@@ -333,7 +339,7 @@ def same_tree(a, b):
 
 def test_every_method_has_a_row():
   names = {row.make().name for row in ROWS}
-  assert set(METHODS) <= names | SHAPES
+  assert set(METHODS) <= names | WHOLE
 
 
 @each_row

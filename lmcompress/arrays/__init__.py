@@ -2,6 +2,7 @@
 
 from lmcompress.arrays.bitmap import BitmapArray, bitmap
 from lmcompress.arrays.clustered import ClusteredArray, clustered
+from lmcompress.arrays.dictionary import DictionaryArray, dictionary
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
 from lmcompress.arrays.input import (
   ACTS,
@@ -12,6 +13,7 @@ from lmcompress.arrays.input import (
   Int8PerGroup,
   Int8PerToken,
   Int8Static,
+  Threshold,
   with_act,
 )
 from lmcompress.arrays.lattice import LatticeArray, lattice
@@ -36,6 +38,7 @@ __all__ = [
   "Act",
   "BitmapArray",
   "ClusteredArray",
+  "DictionaryArray",
   "FixedStep",
   "Float8",
   "Float8PerToken",
@@ -58,9 +61,11 @@ __all__ = [
   "StoredArray",
   "SumArray",
   "Table",
+  "Threshold",
   "added",
   "bitmap",
   "clustered",
+  "dictionary",
   "fetch",
   "integer",
   "lattice",

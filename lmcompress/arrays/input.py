@@ -124,6 +124,24 @@ class FixedStep:
     return _straight_through(x, rounded)
 
 
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+  """Sets to zero what is smaller: `where(|x| >= limit, x, 0)`; NaN stays."""
+
+  limit: float
+
+  nbits = 32
+  """Bits of the limit."""
+
+  @property
+  def name(self) -> str:
+    return f"above {self.limit:.3g}"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return jnp.where(jnp.abs(x) < self.limit, 0.0, x)
+
+
 _GROUP = 32
 ACTS: dict[str, Act] = {
   "int8_per_token": Int8PerToken(), "int8_per_group": Int8PerGroup(), "fp8_per_token": Float8PerToken(),

@@ -24,6 +24,7 @@ from lmcompress.arrays import (
   NF4,
   BitmapArray,
   ClusteredArray,
+  DictionaryArray,
   FixedStep,
   Float8,
   Float8PerToken,
@@ -45,6 +46,7 @@ from lmcompress.arrays import (
   StoredArray,
   SumArray,
   Table,
+  Threshold,
   resolve,
 )
 from lmcompress.arrays.shared import SHARED
@@ -61,22 +63,22 @@ _KINDS = {
   for c in (
     BitmapArray,
     ClusteredArray,
+    DictionaryArray,
     InputArray,
     LatticeArray,
     LowRankArray,
     MaskedArray,
     NMSparseArray,
     NestedArray,
+    OutlierArray,
     Packed,
     QuantizedArray,
     SharedRef,
-  SplitArray,
+    SplitArray,
     SumArray,
-    OutlierArray,
-    SharedRef,
   )
 }
-_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static)
+_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, Threshold)
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
@@ -188,6 +190,11 @@ def _check_settings(node: Any, path: str, where: Path) -> None:
     entries, books = node.codebook.shape[-1], node.books
     if not 1 <= entries <= 2**node.codes.bits or not books or node.outputs % books:
       raise FormatError(f"{where}: {path} has {books} codebooks of {entries} entries for {node.outputs} outputs")
+  if isinstance(node, DictionaryArray):
+    (spaces, count), codes = node.atoms.shape[-3:-1], node.codes.shape[node.axis]
+    runs = codes // max(node.terms, 1)
+    if not 1 <= count <= 2**node.codes.bits or node.terms < 1 or codes != runs * node.terms or spaces not in (1, runs):
+      raise FormatError(f"{where}: {path} has {spaces} times {count} atoms and {node.terms} terms for {codes} codes")
 
 
 def _check_references(leaf: Any, values: Params, path: str, where: Path) -> None:

@@ -1,6 +1,7 @@
 """Arithmetic: the door through which weights are met, rounding and masks. No trees, no names."""
 
-from lmcompress.ops import factored as _factored  # these three register rules
+from lmcompress.ops import dictionary as _dictionary  # these four register rules
+from lmcompress.ops import factored as _factored
 from lmcompress.ops import quantized as _quantized
 from lmcompress.ops import sparse as _sparse
 from lmcompress.ops.attention import View, attention
@@ -26,4 +27,4 @@ __all__ = [
   "rms_norm",
   "use_backend",
 ]
-del _cpu, _factored, _quantized, _sparse
+del _cpu, _dictionary, _factored, _quantized, _sparse

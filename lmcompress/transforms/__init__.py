@@ -14,6 +14,7 @@ from lmcompress.transforms.llm_int8 import llm_int8
 from lmcompress.transforms.low_rank_residual import low_rank_residual
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
+from lmcompress.transforms.product_quantize import product_quantize
 from lmcompress.transforms.prune_heads import prune_heads
 from lmcompress.transforms.prune_layers import prune_layers
 from lmcompress.transforms.prune_neurons import prune_neurons
@@ -24,7 +25,9 @@ from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.sensitivity import sensitivity
 from lmcompress.transforms.share import share
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
+from lmcompress.transforms.sparse_code import sparse_code
 from lmcompress.transforms.sparse_gpt import sparse_gpt
+from lmcompress.transforms.sparsify_activations import sparsify_activations
 from lmcompress.transforms.tie_layers import tie_layers
 from lmcompress.transforms.truncated_svd import truncated_svd
 from lmcompress.transforms.wanda import wanda
@@ -47,6 +50,7 @@ METHODS = {
     smooth,
     quantize_inputs,
     quantize_activations,
+    sparsify_activations,
     magnitude,
     wanda,
     sparse_gpt,
@@ -58,6 +62,8 @@ METHODS = {
     prune_width,
     prune_layers,
     kmeans,
+    product_quantize,
+    sparse_code,
     share,
     tie_layers,
     truncated_svd,
@@ -89,6 +95,7 @@ __all__ = [
   "mixed_precision",
   "named_chain",
   "partition",
+  "product_quantize",
   "prune_heads",
   "prune_layers",
   "prune_neurons",
@@ -103,7 +110,9 @@ __all__ = [
   "share",
   "smooth",
   "smooth_quant",
+  "sparse_code",
   "sparse_gpt",
+  "sparsify_activations",
   "tie_layers",
   "truncated_svd",
   "wanda",
