@@ -11,7 +11,9 @@ if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy mac
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: programs of eight devices in flight must not starve each other
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a test compiles what it tests
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # workers, and the next run, share what one compiled
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

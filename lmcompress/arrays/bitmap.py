@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
-from lmcompress.arrays.packing import Packed, choose_block, multiple, pack
+from lmcompress.arrays.packing import Packed, choose_block, inlined, multiple, pack
 from lmcompress.types import CompressedArray
 
 
@@ -56,6 +56,7 @@ class BitmapArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("values",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self._spread(self.bitmap, parts.materialize(self.values))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
-from lmcompress.arrays.packing import Packed, choose_block, pack
+from lmcompress.arrays.packing import Packed, choose_block, inlined, pack
 from lmcompress.types import CompressedArray
 
 
@@ -63,6 +63,7 @@ class ClusteredArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("codebook",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self._decode(self.codes, self.shape[:-2], jnp.arange(self.outputs)).astype(self.dtype)
 
@@ -133,8 +134,5 @@ def clustered(codes: jax.Array, codebook: jax.Array, bits: int, axis: int, dtype
     low, high = int(jnp.min(codes)), int(jnp.max(codes))
     if low < 0 or high >= entries:
       raise ValueError(f"{what}: codes from {low} to {high} point outside a codebook of {entries} entries")
-  packed = _pack(codes, bits, axis, choose_block(codes.shape[axis], -1, bits))
+  packed = pack(codes, bits, axis, choose_block(codes.shape[axis], -1, bits))
   return ClusteredArray(packed, jnp.asarray(codebook), str(jnp.dtype(codebook.dtype if dtype is None else dtype)))
-
-
-_pack = jax.jit(pack, static_argnames=("bits", "axis", "block"))

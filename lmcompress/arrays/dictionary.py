@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
-from lmcompress.arrays.packing import Packed, choose_block, pack
+from lmcompress.arrays.packing import Packed, choose_block, inlined, pack
 from lmcompress.types import CompressedArray
 
 
@@ -76,6 +76,7 @@ class DictionaryArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("atoms", "coefficients")
 
+  @inlined
   def materialize(self) -> jax.Array:
     coefficients = None if self.coefficients is None else parts.materialize(self.coefficients)
     return self._decode(self.codes.unpack(), coefficients).astype(self.dtype)
@@ -163,10 +164,7 @@ def dictionary(
     if low < 0 or high >= count:
       raise ValueError(f"{what}: codes from {low} to {high} point outside {count} atoms")
   bits = (count - 1).bit_length()
-  packed = _pack(codes, bits, axis, choose_block(codes.shape[axis], -1, bits))
+  packed = pack(codes, bits, axis, choose_block(codes.shape[axis], -1, bits))
   return DictionaryArray(
     atoms, packed, coefficients, terms, runs * width - inputs, str(jnp.dtype(atoms.dtype if dtype is None else dtype))
   )
-
-
-_pack = jax.jit(pack, static_argnames=("bits", "axis", "block"))

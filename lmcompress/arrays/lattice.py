@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
+from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
 VECTOR = 8
@@ -119,6 +120,7 @@ class LatticeArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("scale",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self._decode(self.codes, self.scale).astype(self.dtype)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
+from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
 
@@ -56,6 +57,7 @@ class LowRankArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("left", "right")
 
+  @inlined
   def materialize(self) -> jax.Array:
     return jnp.matmul(parts.whole(self.left, self.axis), parts.whole(self.right, self.axis)).astype(self.dtype)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray
-from lmcompress.arrays.packing import Packed, choose_block, multiple, pack
+from lmcompress.arrays.packing import Packed, choose_block, inlined, multiple, pack
 from lmcompress.types import CompressedArray
 
 
@@ -54,6 +54,7 @@ class MaskedArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("values",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return jnp.where(self.mask.unpack() != 0, parts.materialize(self.values), 0)
 

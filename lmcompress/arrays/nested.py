@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays.grids import Integer
-from lmcompress.arrays.packing import Packed, choose_block, pack
+from lmcompress.arrays.packing import Packed, choose_block, inlined, pack
 from lmcompress.arrays.quantized import QuantizedArray
 from lmcompress.types import CompressedArray
 
@@ -98,6 +98,7 @@ class NestedArray(CompressedArray):
     """The weight of the fewest bits."""
     return self.base.seed if isinstance(self.base, NestedArray) else self.base
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self.quantized().materialize()
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
-from lmcompress.arrays.packing import Packed, choose_block, merge_blocks, pack, split_blocks
+from lmcompress.arrays.packing import Packed, choose_block, inlined, merge_blocks, pack, split_blocks
 from lmcompress.types import CompressedArray
 
 _LARGEST_M = 256
@@ -66,6 +66,7 @@ class NMSparseArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("values",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self._spread(parts.materialize(self.values), self.indices)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
+from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
 
@@ -55,6 +56,7 @@ class OutlierArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("values",)
 
+  @inlined
   def materialize(self) -> jax.Array:
     return self._spread(self.values, self.indices).astype(self.dtype)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+inlined = functools.partial(jax.jit, inline=True)
+"""One program where it is called by hand, a part of the caller's where that is compiled."""
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _LARGEST_BLOCK = 128
@@ -77,6 +81,7 @@ class Packed:
   def nbits(self) -> int:
     return self.data.size * 8
 
+  @inlined
   def unpack(self) -> jax.Array:
     """The codes as uint8, `[...shape]`."""
     codes = jnp.concatenate(fields(self.data, self.bits, self.axis), axis=self.axis)
@@ -122,6 +127,7 @@ def merge_blocks(x: jax.Array, axis: int, pad: int) -> jax.Array:
   return jax.lax.slice_in_dim(x, 0, x.shape[axis] - pad, axis=axis) if pad else x
 
 
+@functools.partial(inlined, static_argnames=("bits", "axis", "block"))
 def pack(codes: jax.Array, bits: int, axis: int, block: int) -> Packed:
   """Packs integer `codes` in `[0, 2**bits)`; `block` is a multiple of `multiple(bits)`."""
   if block % multiple(bits):

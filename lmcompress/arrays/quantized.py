@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays.grids import Grid, Integer
-from lmcompress.arrays.packing import Packed, _pad_spec, fields, merge_blocks
+from lmcompress.arrays.packing import Packed, _pad_spec, fields, inlined, merge_blocks
 from lmcompress.types import CompressedArray
 
 
@@ -74,6 +74,7 @@ class QuantizedArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("scale", "minimum")
 
+  @inlined
   def materialize(self) -> jax.Array:
     dense = self._decode(self.codes, self.scales(), self.zeros(), self.minimum)
     largest = float(jnp.finfo(self.dtype).max)

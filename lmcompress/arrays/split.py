@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
+from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
 
@@ -57,6 +58,7 @@ class SplitArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("base", "outliers")
 
+  @inlined
   def materialize(self) -> jax.Array:
     put = self._put
     for _ in self.shape[:-2]:

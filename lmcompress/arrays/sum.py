@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray
+from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
 
@@ -49,6 +50,7 @@ class SumArray(CompressedArray):
   def trainable_fields(cls) -> tuple[str, ...]:
     return ("base", "delta")
 
+  @inlined
   def materialize(self) -> jax.Array:
     """Added up in float32."""
     base, delta = (parts.materialize(part).astype(jnp.float32) for part in (self.base, self.delta))

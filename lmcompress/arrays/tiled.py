@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lmcompress.arrays.packing import PLANES
+from lmcompress.arrays.packing import PLANES, inlined
 from lmcompress.types import CompressedArray
 
 LANES, BLOCK = 16, 32
@@ -172,6 +172,7 @@ class TiledArray(CompressedArray):
     before = "" if self.activations == "float32" else f"{self.activations} x "
     return f"{before}{self.source} tiled"
 
+  @inlined
   def materialize(self) -> jax.Array:
     dense = self._dense(self)
     return dense if self.axis == -2 else jnp.swapaxes(dense, -1, -2)

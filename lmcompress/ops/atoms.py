@@ -77,7 +77,7 @@ def pursue(x: jax.Array, importance: jax.Array, atoms: jax.Array, terms: int) ->
     int32 and float32 `[n, terms]`: which atoms, all different, and their coefficients.
   """
   size = min(_AT_ONCE, x.shape[0])
-  return jax.lax.map(lambda pair: _pursue(*pair, atoms, terms), (x, importance), batch_size=size)
+  return jax.lax.map(lambda pair: _pursue(pair[0], pair[1], atoms, terms), (x, importance), batch_size=size)
 
 
 def _pursue(v: jax.Array, s: jax.Array, atoms: jax.Array, terms: int) -> tuple[jax.Array, jax.Array]:
@@ -135,4 +135,4 @@ def learn_dictionary(
 
 def _unit(atoms: jax.Array) -> jax.Array:
   norms = jnp.linalg.norm(atoms, axis=1, keepdims=True)
-  return jnp.where(norms > 0, atoms / jnp.where(norms > 0, norms, 1.0), jnp.eye(*atoms.shape))
+  return jnp.where(norms > 0, atoms / jnp.where(norms > 0, norms, 1.0), jnp.eye(atoms.shape[0], atoms.shape[1]))

@@ -114,8 +114,11 @@ def test_no_calibration_text(tiny, method):
     compress(*tiny, WHOLE[method](), key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-@pytest.mark.parametrize("method", ["gptq", "awq", "quip_sharp", "llm_int8", "learned_rounding"])
+@pytest.mark.parametrize(
+  ("method", "bad"),
+  [("gptq", np.inf), ("gptq", np.nan), ("awq", np.nan), ("quip_sharp", np.inf), ("llm_int8", np.nan),
+   ("learned_rounding", np.inf)],
+)  # fmt: skip
 def test_activations_that_are_not_finite_are_named(tiny, tokens, method, bad):
   """A norm's scale is no weight, so nothing catches it before the text runs."""
   model, params = tiny
