@@ -22,6 +22,8 @@ __all__ = [
   "backends",
   "chain",
   "compress",
+  "fake_quantize",
+  "fit",
   "freeze",
   "generate",
   "gptq",
@@ -32,8 +34,10 @@ __all__ = [
   "learned_rounding",
   "llm_int8",
   "load",
+  "lora",
   "low_rank_residual",
   "magnitude",
+  "merge",
   "mixed_precision",
   "named_chain",
   "partition",
@@ -70,6 +74,7 @@ _HOMES = {
   "load": "lmcompress.io.load",
   "save": "lmcompress.io.checkpoint",
   "compress": "lmcompress.calibration.compress",
+  "fit": "lmcompress.training",
   "generate": "lmcompress.generation.generate",
   "perplexity": "lmcompress.evaluate.perplexity",
   "summary": "lmcompress.summary",
@@ -86,6 +91,7 @@ if TYPE_CHECKING:
   from lmcompress.io.load import load
   from lmcompress.ops import backends, prepare, use_backend
   from lmcompress.summary import summary
+  from lmcompress.training import fit
   from lmcompress.transforms import (
     alps,
     any_precision,
@@ -94,6 +100,7 @@ if TYPE_CHECKING:
     awq,
     awq_scale,
     chain,
+    fake_quantize,
     freeze,
     gptq,
     gradient,
@@ -102,8 +109,10 @@ if TYPE_CHECKING:
     leafwise,
     learned_rounding,
     llm_int8,
+    lora,
     low_rank_residual,
     magnitude,
+    merge,
     mixed_precision,
     named_chain,
     partition,

@@ -102,9 +102,71 @@ class Search(_Table):
   trials: int = pydantic.Field(20, ge=1)
 
 
+class LabelsTable(_Table):
+  """Cross entropy with the text's next tokens."""
+
+  name: Literal["labels"]
+
+
+class DistillTable(_Table):
+  """A divergence from the teacher's predictions; keys as of `training.Distill`."""
+
+  name: Literal["distill"]
+  kind: Literal["forward", "reverse", "jensen_shannon", "skewed", "skewed_reverse"] = "forward"
+  temperature: float = pydantic.Field(1.0, gt=0)
+  mix: float = pydantic.Field(0.1, gt=0, lt=1)
+  labels: float = pydantic.Field(0.0, ge=0, le=1)
+
+
+class Train(_Table):
+  """Training after the recipe; keys as of `training.Training`, and what trains on what.
+
+  `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `trainable` the arrays that train
+  by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
+  it was, or another by name. A state is saved every `save_every` steps.
+  """
+
+  text: str
+  windows: int | None = pydantic.Field(None, ge=1)
+  length: int = pydantic.Field(256, ge=2)
+  steps: int = pydantic.Field(100, ge=1)
+  batch: int = pydantic.Field(4, ge=1)
+  accumulate: int = pydantic.Field(1, ge=1)
+  learning_rate: float = pydantic.Field(1e-4, gt=0)
+  warmup: int = pydantic.Field(0, ge=0)
+  schedule: Literal["constant", "linear", "cosine"] = "cosine"
+  optimizer: Literal["adamw", "sgd"] = "adamw"
+  weight_decay: float = pydantic.Field(0.0, ge=0)
+  clip: float | None = pydantic.Field(1.0, gt=0)
+  average: float | None = pydantic.Field(None, gt=0, lt=1)
+  compute: Literal["float32", "bfloat16"] = "float32"
+  chunk: int = pydantic.Field(64, ge=1)
+  remat: bool = True
+  loss: LabelsTable | DistillTable = pydantic.Field(
+    default_factory=lambda: LabelsTable(name="labels"), discriminator="name"
+  )
+  teacher: str | None = None
+  trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
+  save_every: int = pydantic.Field(50, ge=1)
+
+  @pydantic.model_validator(mode="after")
+  def _fits(self) -> Train:
+    self.settings()
+    return self
+
+  def settings(self) -> Any:
+    """The `training.Training` that the keys say."""
+    from lmcompress.training import Distill, Labels, Training
+
+    given = self.model_dump(exclude={"text", "windows", "length", "loss", "teacher", "trainable", "save_every"})
+    loss = Labels() if isinstance(self.loss, LabelsTable) else Distill(**self.loss.model_dump(exclude={"name"}))
+    return Training(loss=loss, **given)
+
+
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
+  `train` trains the tree that the recipe left, and `finish` is a recipe for what training left, such as `freeze`.
   `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in
   their files: memory holds one block, whatever the depth. `variants` is for studies: each is a table of dotted
   overrides, such as `{recipe.0.bits: 3}`.
@@ -115,6 +177,8 @@ class Config(_Table):
   seed: int = pydantic.Field(0, ge=0, lt=2**32)
   model: str
   recipe: tuple[dict[str, Any], ...] = pydantic.Field(strict=False)
+  train: Train | None = None
+  finish: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   calibration: Tokens | None = None
   evaluate: Evaluate = pydantic.Field(default_factory=lambda: Evaluate.model_validate({}))
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
@@ -128,7 +192,7 @@ class Config(_Table):
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    silent = ("gates", "stream", "search")  # what says nothing changes nothing
+    silent = ("gates", "stream", "search", "train", "finish")  # what says nothing changes nothing
     without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
@@ -282,6 +346,8 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   try:
     if config.recipe:
       recipes.build(config.recipe)
+    if config.finish:
+      recipes.build(config.finish, "finish")
     for n, group in enumerate(config.search.groups if config.search else ()):
       for i, link in enumerate(group.candidates):
         recipes.build_link({**link, "at": group.at}, f"search.groups.{n}.candidates.{i}")

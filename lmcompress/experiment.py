@@ -23,7 +23,7 @@ from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, check, dump, parse
+from lmcompress.config import Config, Train, check, dump, parse
 from lmcompress.data.text import load_text, windows
 from lmcompress.errors import GateError
 from lmcompress.evaluate.latency import kernels, latency
@@ -35,9 +35,10 @@ from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
-from lmcompress.types import ConfigError, FormatError, Params, SourceError
+from lmcompress.types import ConfigError, FormatError, LmcompressError, Params, SourceError
 
 RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
+TRAINING = "training"
 _HISTOGRAM_BINS = 80
 _FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
@@ -90,6 +91,8 @@ def run(
     raise ConfigError(f"{config.name} is a search; run it with: lmcompress search")
   if config.variants:
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
+  if config.train is not None and (config.stream or config.mesh is not None):
+    raise ConfigError("train: no streamed model and none over a mesh is trained by a config; leave stream and mesh out")
   folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
@@ -107,6 +110,7 @@ def run(
   for what, length in (
     ("evaluate.length", config.evaluate.length),
     ("calibration.length", config.calibration.length if config.calibration else 0),
+    ("train.length", config.train.length if config.train else 0),
     (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if b.rounds else 0),
   ):
     if length > most:
@@ -127,9 +131,15 @@ def run(
   rows: list[dict[str, Any]] = []
   store = Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
   if config.recipe:
-    rows = _compress(config, model, params, calibration, stages, watcher, store)
+    rows = _compress(config, config.recipe, model, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder / CONFIG, dump(config))
+  training = None
+  if config.train is not None:
+    training = _train(config, config.train, model, tokenizer, stages, watcher, folder, _decides(config, calibration))
+  if config.finish:
+    last = Store(folder / BLOCKS / "finish", _decides(config, calibration), mapped=False)
+    rows += _compress(config, config.finish, model, calibration, stages, watcher, last)
   records = _Records(folder / METRICS)
   digest = checkpoint.tree_hash(stages[-1].params)
   if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
@@ -165,6 +175,7 @@ def run(
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
+    "training": training,
     "histograms": {} if config.stream else _histograms(stages[0].params, stages[-1].params),
     "generation": generation,
   }
@@ -226,20 +237,75 @@ def _mesh(config: Config) -> Any:
   return make_mesh(config.mesh.data, config.mesh.tensor)
 
 
+def _train(
+  config: Config,
+  train: Train,
+  model: Any,
+  tokenizer: Any,
+  stages: list[_Stage],
+  watcher: Watcher,
+  folder: Path,
+  decides: dict[str, Any],
+) -> dict[str, Any]:
+  """Appends the stage `trained`; returns what the result says of the training."""
+  from lmcompress.training import fit
+
+  rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
+  settings = train.settings()
+  teacher = None
+  if settings.loss.needs_teacher:
+    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
+  reset_peak()
+  begun = time.perf_counter()
+  try:
+    params, history = fit(
+      model,
+      stages[-1].params,
+      rows,
+      settings,
+      seed=config.seed,
+      trainable=lambda path: any(tree.matches(pattern, path) for pattern in train.trainable),
+      teacher=teacher,
+      folder=folder / TRAINING,
+      decides=decides,
+      save_every=train.save_every,
+      on_step=lambda step, metrics: watcher.step(f"training, loss {metrics['loss']:.3f}", step, train.steps),
+    )
+  except LmcompressError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f"train: {error}") from None
+  stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
+  trained = jax.tree.leaves(tree.partition(params, lambda p: any(tree.matches(t, p) for t in train.trainable))[0])
+  return {
+    "rows": len(rows),
+    "tokens": train.steps * train.batch * train.length,
+    "trained_parameters": int(sum(x.size for x in trained)),
+    "history": history,
+  }
+
+
 def _compress(
-  config: Config, model: Any, params: Params, calibration: Any, stages: list[_Stage], watcher: Watcher, store: Store
+  config: Config,
+  links: Sequence[dict[str, Any]],
+  model: Any,
+  calibration: Any,
+  stages: list[_Stage],
+  watcher: Watcher,
+  store: Store,
 ) -> list[dict[str, Any]]:
   """Appends a stage for each link; returns the report's rows."""
+  first, params = len(stages), stages[-1].params
 
   def after(name: str, tree_: Params) -> None:
     stages.append(_Stage(name, tree_, 0.0, peak_bytes()))
     reset_peak()
 
-  recipe = recipes.build(config.recipe)
+  recipe = recipes.build(links, "recipe" if first == 1 else "finish")
   if calibration is not None:
-    links = recipe.links or (recipe,)
     rows, length = calibration.shape
-    beside = [expected_bytes(params, rows, length, link.needs) for link in links if link.needs & set(STATISTICS)]
+    transforms = recipe.links or (recipe,)
+    beside = [expected_bytes(params, rows, length, link.needs) for link in transforms if link.needs & set(STATISTICS)]
     if beside:
       most = max(beside, key=lambda parts: sum(parts.values()))
       watcher.note(
@@ -258,7 +324,7 @@ def _compress(
     on_link=after,
     store=store,
   )
-  for stage, link in zip(stages[1:], report.links, strict=True):
+  for stage, link in zip(stages[first:], report.links, strict=True):
     stage.seconds = link["seconds"]
   return report.rows
 

@@ -12,15 +12,15 @@ from lmcompress.transforms import METHODS, at, chain
 from lmcompress.types import ConfigError, Transform
 
 
-def build(links: Sequence[Mapping[str, Any]]) -> Transform:
+def build(links: Sequence[Mapping[str, Any]], where: str = "recipe") -> Transform:
   """The chain of a recipe's links, each `{name: <method>, at: <pattern, optional>, <the factory's keywords>}`.
 
   Raises:
     ConfigError: an unknown method or key, or a value that the method refuses; shows what it takes.
   """
   if not links:
-    raise ConfigError("recipe: it is empty; add a link such as {name: round_to_nearest, bits: 4, group_size: 64}")
-  return chain(*(build_link(link, f"recipe[{i}]") for i, link in enumerate(links)))
+    raise ConfigError(f"{where}: it is empty; add a link such as {{name: round_to_nearest, bits: 4, group_size: 64}}")
+  return chain(*(build_link(link, f"{where}[{i}]") for i, link in enumerate(links)))
 
 
 def build_link(link: Mapping[str, Any], where: str = "recipe") -> Transform:

@@ -156,21 +156,17 @@ def axes_of(axes: Mapping[str, tuple[Any, ...]], path: str) -> tuple[Any, ...]:
 def partition(params: Params, trainable: Callable[[str], bool] = lambda path: True) -> tuple[Params, Params]:
   """Splits into a tree of trainable arrays and one of the rest, each with None where the other has a value.
 
-  Gradients reach floats of 16 bits or more where `trainable(path)` is true, and within a compressed leaf
-  the fields it declares trainable; integers never (their float0 gradients break optimizers).
+  Gradients reach floats of 16 bits or more, and within a compressed leaf those in fields that it, and each part of it
+  on the way, declares trainable; integers never (their float0 gradients break optimizers).
+
+  Args:
+    trainable: of an array's path, which within a compressed leaf goes on with its fields: `up/kernel`, or
+      `up/kernel/delta/left`.
   """
 
   def split(path: str, leaf: Any) -> tuple[Any, Any]:
-    if not trainable(path):
-      return jax.tree.map(lambda x: None, leaf), leaf
     children, treedef = jax.tree.flatten_with_path(leaf)
-    fields = leaf.trainable_fields() if isinstance(leaf, CompressedArray) else None
-    flags = [
-      jnp.issubdtype(x.dtype, jnp.floating)
-      and jnp.finfo(x.dtype).bits >= 16
-      and (fields is None or getattr(where[0], "name", None) in fields)
-      for where, x in children
-    ]
+    flags = [_trains(leaf, where, x) and trainable("/".join([path, *(k.name for k in where)])) for where, x in children]
     return (
       treedef.unflatten([x if flag else None for flag, (_, x) in zip(flags, children, strict=True)]),
       treedef.unflatten([None if flag else x for flag, (_, x) in zip(flags, children, strict=True)]),
@@ -178,6 +174,15 @@ def partition(params: Params, trainable: Callable[[str], bool] = lambda path: Tr
 
   pairs = {path: split(path, leaf) for path, leaf in flatten(params).items()}
   return unflatten({k: v[0] for k, v in pairs.items()}), unflatten({k: v[1] for k, v in pairs.items()})
+
+
+def _trains(leaf: Any, where: tuple[Any, ...], x: Any) -> bool:
+  """Whether gradients may reach the array `x` at `where` within a leaf."""
+  for key in where:
+    if isinstance(leaf, CompressedArray) and key.name not in leaf.trainable_fields():
+      return False
+    leaf = getattr(leaf, key.name)
+  return bool(jnp.issubdtype(x.dtype, jnp.floating)) and jnp.finfo(x.dtype).bits >= 16
 
 
 def combine(left: Params, right: Params) -> Params:

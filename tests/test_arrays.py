@@ -21,6 +21,7 @@ from lmcompress.arrays import (
   BitmapArray,
   ClusteredArray,
   DictionaryArray,
+  FakeQuantArray,
   InputArray,
   Int8PerToken,
   LatticeArray,
@@ -37,6 +38,7 @@ from lmcompress.arrays import (
   bitmap,
   clustered,
   dictionary,
+  fake_quant,
   lattice,
   low_rank,
   masked,
@@ -211,6 +213,18 @@ def atoms_of(width, terms, spaces=1, **options):
   return of
 
 
+def towards(bits, groups, minimum=False):
+  """Floats on their way to codes: scales and minimums of each group's range."""
+
+  def of(w, axis):
+    parts = np.stack(np.split(np.asarray(w), groups, axis))
+    low, high = (np.moveaxis(f(parts, axis=axis), 0, axis) for f in (np.min, np.max))
+    reach = (high - low) / (2**bits - 1) if minimum else np.maximum(-low, high) / 2 ** (bits - 1)
+    return fake_quant(w, jnp.asarray(reach), jnp.asarray(low) if minimum else None, bits, axis, "float32")
+
+  return of
+
+
 def few(count):
   return lambda w, axis: outliers(w, jnp.abs(w), count, axis)
 
@@ -276,6 +290,9 @@ ROWS = [
       error=3.0, rounding=1e-5),
   Row("2 of 16 atoms of 6 int8", atoms_of(6, 2, bits=8, group_size=-1), inputs=50, trains=("atoms", "coefficients"),
       alike=True, error=3.0, rounding=1e-5),
+  Row("training int4 g16", towards(4, 4), 32 + 32 / 16, trains=("values", "scale"), error=0.2),
+  Row("training int3 row min", towards(3, 1, minimum=True), 32 + 64 / 64, trains=("values", "scale", "minimum"),
+      alike=True, error=0.25),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
   Row("nested 3/4/8", finer(3, 1, 4), 8 + 2 * 16 / 32, trains=("base",), error=0.3),
@@ -553,6 +570,13 @@ def by_atoms(leaf):
   return dense if leaf.axis == -2 else dense.T
 
 
+def by_step(leaf):
+  wide = lambda part: np.repeat(by_invariant(part), leaf.shape[leaf.axis] // part.shape[leaf.axis], leaf.axis)  # noqa: E731
+  scale, minimum = wide(leaf.scale), 0.0 if leaf.minimum is None else wide(leaf.minimum)
+  low, high = (-(2 ** (leaf.bits - 1)), 2 ** (leaf.bits - 1) - 1) if leaf.minimum is None else (0, 2**leaf.bits - 1)
+  return np.clip(np.round((by_invariant(leaf.values) - minimum) / scale), low, high) * scale + minimum
+
+
 def by_index(leaf):
   dense, values, indices = np.zeros(leaf.shape), np.asarray(leaf.values, np.float64), np.asarray(leaf.indices, int)
   np.put_along_axis(dense, indices, values, leaf.axis)
@@ -564,6 +588,7 @@ INVARIANTS = {
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
   ClusteredArray: by_book,
   DictionaryArray: by_atoms,
+  FakeQuantArray: by_step,
   OutlierArray: by_index,
   SumArray: lambda leaf: by_invariant(leaf.base) + by_invariant(leaf.delta),
   LatticeArray: by_lattice,

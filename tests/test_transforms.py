@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, QuantizedArray, masked
+from lmcompress.arrays import MaskedArray, QuantizedArray, added, low_rank, masked
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.models import Llama, LlamaConfig
@@ -30,6 +30,7 @@ from lmcompress.transforms import (
   awq,
   awq_scale,
   chain,
+  fake_quantize,
   freeze,
   gptq,
   gradient,
@@ -38,8 +39,10 @@ from lmcompress.transforms import (
   leafwise,
   learned_rounding,
   llm_int8,
+  lora,
   low_rank_residual,
   magnitude,
+  merge,
   mixed_precision,
   named_chain,
   partition,
@@ -141,6 +144,16 @@ def mask_over_codes():
   return leafwise(wrap, name="mask_over_codes")
 
 
+def low_rank_of_codes():
+  """Codes of two bits and a product of low rank beside them."""
+
+  def wrap(w, *, axis):
+    product = low_rank(w[:, :3], jnp.ones((3, w.shape[-1]), w.dtype), axis)
+    return added(quantize_matrix(w, bits=2, group_size=16, axis=axis), product, axis)
+
+  return leafwise(wrap, name="low_rank_of_codes")
+
+
 def halve():
   def half(w, *, axis, path):
     return w / 2
@@ -213,6 +226,10 @@ ROWS = [
   Row("sensitivity outliers", lambda: sensitivity(0.6, "outliers", "magnitude", spread=0.2), sums=True, meshes=False),
   Row("kmeans", lambda: kmeans(16, "row", sensitivity="activation"), sums=True),
   Row("kmeans tensor", lambda: kmeans(8, method="lloyd", sensitivity="fisher", outlier_fraction=0.05), sums=True),
+  Row("lora", lambda: lora(4), random=True, sums=True),
+  Row("merge", merge, before=low_rank_of_codes, sums=True),
+  Row("fake_quantize", lambda: fake_quantize(3, 16, symmetric=False)),
+  Row("freeze training", freeze, before=lambda: fake_quantize(4, 16)),
   Row("product_quantize", lambda: product_quantize(4, 16, steps=3), random=True, sums=True),
   Row("sparse_code", lambda: sparse_code(8, 16, 2, steps=2), random=True, sums=True),
   Row("sparsify_activations", lambda: sparsify_activations(0.5)),

@@ -3,6 +3,7 @@
 from lmcompress.arrays.bitmap import BitmapArray, bitmap
 from lmcompress.arrays.clustered import ClusteredArray, clustered
 from lmcompress.arrays.dictionary import DictionaryArray, dictionary
+from lmcompress.arrays.fake_quant import FakeQuantArray, fake_quant
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
 from lmcompress.arrays.input import (
   ACTS,
@@ -39,6 +40,7 @@ __all__ = [
   "BitmapArray",
   "ClusteredArray",
   "DictionaryArray",
+  "FakeQuantArray",
   "FixedStep",
   "Float8",
   "Float8PerToken",
@@ -66,6 +68,7 @@ __all__ = [
   "bitmap",
   "clustered",
   "dictionary",
+  "fake_quant",
   "fetch",
   "integer",
   "lattice",

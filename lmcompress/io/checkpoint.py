@@ -25,6 +25,7 @@ from lmcompress.arrays import (
   BitmapArray,
   ClusteredArray,
   DictionaryArray,
+  FakeQuantArray,
   FixedStep,
   Float8,
   Float8PerToken,
@@ -64,6 +65,7 @@ _KINDS = {
     BitmapArray,
     ClusteredArray,
     DictionaryArray,
+    FakeQuantArray,
     InputArray,
     LatticeArray,
     LowRankArray,
@@ -167,6 +169,7 @@ _SETTINGS: dict[str, Callable[[Any], bool]] = {
   "n": lambda v: type(v) is int and 1 <= v <= 255,
   "offset": lambda v: type(v) is int and 0 <= v <= 255,
   "pad": lambda v: type(v) is int and v >= 0,
+  "scale_dtype": lambda v: v in ("bfloat16", "float16", "float32"),
   "step": lambda v: type(v) is float and 0 < v < math.inf,
 }
 """What the static fields of a compressed leaf and its grids may be, by name."""

@@ -256,10 +256,13 @@ class Llama:
       cache = cache.with_layer(block.path, layer_cache)
     return {**carry, "h": h, "cache": cache}, tapped
 
-  def finish(self, params: Params, carry: Any, last: bool = False) -> Any:
-    """Logits (of the last token alone with `last`), and the advanced cache if there is one."""
+  def finish(self, params: Params, carry: Any, last: bool = False, span: tuple[Any, int] | None = None) -> Any:
+    """Logits (of the last token alone with `last`, of `span[1]` tokens from `span[0]` on), and the advanced cache."""
     ends = {name: resolve(params, params[name]) for name in ("embed", "head", "final_norm") if name in params}
-    logits = _finish(self.config, ends, carry["h"][:, -1:] if last else carry["h"])
+    h = carry["h"][:, -1:] if last else carry["h"]
+    if span is not None:
+      h = jax.lax.dynamic_slice_in_dim(h, span[0], span[1], axis=1)
+    logits = _finish(self.config, ends, h)
     cache = carry["cache"]
     return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))
 

@@ -1,4 +1,7 @@
-"""Reference products of quantized and masked weights, in plain JAX, never more than a tile dense."""
+"""Reference products of quantized and masked weights, in plain JAX, never more than a tile dense.
+
+A weight that trains towards codes is as large as its dense value already, and is multiplied as one.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lmcompress.arrays.fake_quant import FakeQuantArray
 from lmcompress.arrays.grids import Integer
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.packing import fields, multiple
 from lmcompress.arrays.quantized import QuantizedArray, affine, cut_outputs, per_block
 from lmcompress.ops.linear import (
+  DENSE,
   Rules,
   gathered_embed,
   or_pallas,
@@ -116,3 +121,9 @@ register(
   QuantizedArray, Rules(or_pallas(quantized_linear, "linear"), gathered_embed, or_pallas(tiled_attend, "attend"))
 )
 register(MaskedArray, Rules(tiled_linear, gathered_embed, tiled_attend))
+register(
+  FakeQuantArray,
+  Rules(
+    lambda x, w: DENSE.linear(x, w.materialize()), gathered_embed, lambda x, w: DENSE.attend(x, w.materialize())
+  ),
+)

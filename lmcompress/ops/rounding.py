@@ -160,7 +160,7 @@ class Rounding:
   def assemble(self, codes: jax.Array, fit: Fit, group_size: int, axis: int, dtype: str) -> QuantizedArray:
     """The array of codes `[..., in, out]`."""
     minimum = None if fit.minimum is None else fit.minimum.astype(self.scale_dtype)
-    return _assemble(codes, self.values, fit.stored, fit.zero_point, minimum, group_size, axis, dtype)
+    return assemble(codes, self.values, fit.stored, fit.zero_point, minimum, group_size, axis, dtype)
 
 
 def quantize(
@@ -188,7 +188,7 @@ def quantize(
   if step is not None:
     values = integer(bits, symmetric=True)
     scale = jnp.full((*w.shape[:-2], 1, 1), step, jnp.float32)
-    return _assemble(values.encode(w32 / step), values, scale, None, None, -1, axis, dtype)
+    return assemble(values.encode(w32 / step), values, scale, None, None, -1, axis, dtype)
 
   per_tensor = group_size == "tensor"
   size = -1 if isinstance(group_size, str) else group_size
@@ -234,9 +234,10 @@ def _store_scale(scale: jax.Array, grid: str, dtype: str, scale_bits: int | None
   )
 
 
-def _assemble(
+def assemble(
   codes: jax.Array, grid: Grid, scale: Any, zero_point: Any, minimum: Any, group_size: int, axis: int, dtype: str
 ) -> QuantizedArray:
+  """Packs codes `[..., in, out]` (`[..., vocab, features]` for axis -1) beside their scales and zeros or minimums."""
   block = choose_block(codes.shape[axis], group_size, grid.bits)
   packed: Packed = pack(codes, grid.bits, axis, block)
   if zero_point is not None:

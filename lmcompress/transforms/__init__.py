@@ -4,6 +4,7 @@ from lmcompress.transforms.alps import alps
 from lmcompress.transforms.any_precision import any_precision, at_precision
 from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
+from lmcompress.transforms.fake_quantize import fake_quantize
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.gradient import gradient
@@ -11,6 +12,7 @@ from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.kmeans import kmeans
 from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
+from lmcompress.transforms.lora import adapted, adapters, lora, merge
 from lmcompress.transforms.low_rank_residual import low_rank_residual
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
@@ -68,6 +70,9 @@ METHODS = {
     tie_layers,
     truncated_svd,
     low_rank_residual,
+    lora,
+    merge,
+    fake_quantize,
     freeze,
   )
 }
@@ -75,6 +80,8 @@ METHODS = {
 
 __all__ = [
   "METHODS",
+  "adapted",
+  "adapters",
   "alps",
   "any_precision",
   "at",
@@ -82,6 +89,7 @@ __all__ = [
   "awq",
   "awq_scale",
   "chain",
+  "fake_quantize",
   "freeze",
   "gptq",
   "gradient",
@@ -90,8 +98,10 @@ __all__ = [
   "leafwise",
   "learned_rounding",
   "llm_int8",
+  "lora",
   "low_rank_residual",
   "magnitude",
+  "merge",
   "mixed_precision",
   "named_chain",
   "partition",

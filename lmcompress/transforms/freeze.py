@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, LowRankArray, MaskedArray
+from lmcompress.arrays import FakeQuantArray, InputArray, LowRankArray, MaskedArray, QuantizedArray, SumArray, integer
 from lmcompress.arrays.sparse_form import as_bitmap, as_n_of_m, smallest_sparse
 from lmcompress.ops import masks
+from lmcompress.ops.rounding import assemble
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 
@@ -22,7 +23,8 @@ def freeze(sparse: str = "none") -> Transform:
 
   A mask over a compressed weight that is exactly 0 wherever the mask removes is dropped: the codes say it
   already. A mask over dense values is applied to them. Where codes cannot express 0 (a real minimum), the mask
-  stays. Within an `InputArray` and in the factors of a `LowRankArray` the same holds. Nothing is rounded.
+  stays. A weight that trains as floats (`fake_quantize`) becomes the codes that it computes as. Within an
+  `InputArray`, the factors of a `LowRankArray` and the base of a `SumArray` the same holds. Nothing is rounded.
 
   Args:
     sparse: how zeros are stored: `none` as any value; `"n:m"`, such as `2:4`, as an `NMSparseArray`; `bitmap` as a
@@ -61,11 +63,23 @@ def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:
     return dataclasses.replace(w, weight=_freeze(w.weight, stored))
   if isinstance(w, LowRankArray):
     return dataclasses.replace(w, left=_freeze(w.left, lambda x: x), right=_freeze(w.right, lambda x: x))
+  if isinstance(w, SumArray):
+    return dataclasses.replace(w, base=_freeze(w.base, stored), delta=_freeze(w.delta, lambda x: x))
+  if isinstance(w, FakeQuantArray):
+    return stored(_as_codes(w))
   if not isinstance(w, MaskedArray):
     return stored(w)
   if not isinstance(w.values, CompressedArray):
     return stored(_apply_mask(w))
   return stored(w.values) if bool(_expressed(w)) else w
+
+
+@jax.jit
+def _as_codes(w: FakeQuantArray) -> QuantizedArray:
+  """The same values as codes."""
+  codes, scale, minimum = w.codes()
+  offset, grid = None if minimum is None else minimum.astype(w.scale_dtype), integer(w.bits, minimum is None)
+  return assemble(codes, grid, scale.astype(w.scale_dtype), None, offset, w.group_size, w.axis, str(w.dtype))
 
 
 @functools.partial(jax.jit)

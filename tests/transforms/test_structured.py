@@ -20,7 +20,6 @@ from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.transforms import (
   at,
   chain,
-  gptq,
   magnitude,
   prune_heads,
   prune_layers,

@@ -1,0 +1,20 @@
+"""Training: losses and distillation, the step, the loop, and states to resume from."""
+
+from lmcompress.training.loop import batches, fit
+from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence, mean_loss
+from lmcompress.training.step import Training, TrainState, result, start, train_step
+
+__all__ = [
+  "DIVERGENCES",
+  "Distill",
+  "Labels",
+  "TrainState",
+  "Training",
+  "batches",
+  "divergence",
+  "fit",
+  "mean_loss",
+  "result",
+  "start",
+  "train_step",
+]

@@ -1,0 +1,175 @@
+"""The loop: batches by position, an update each, states saved on the way, and nothing lost when it is cut off."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress.training.resume import Saved
+from lmcompress.training.step import Training, TrainState, result, start, train_step
+from lmcompress.types import FormatError, Params, Transform, WeightError
+
+Metrics = dict[str, float]
+
+
+def batches(rows: np.ndarray, batch: int, seed: int) -> Any:
+  """An endless sequence of `[batch, length]`, each epoch shuffled; `batches(...)[i]` is the same in every run.
+
+  Raises:
+    ValueError: fewer rows than a batch takes.
+  """
+  import grain
+
+  if rows.ndim != 2 or len(rows) < batch or batch < 1:
+    raise ValueError(f"a batch of {batch} rows from tokens {list(rows.shape)}; give more rows, or take fewer at a time")
+  return grain.MapDataset.source(list(rows)).seed(seed).shuffle().repeat().batch(batch, drop_remainder=True)
+
+
+def fit(
+  model: Any,
+  params: Params,
+  rows: np.ndarray,
+  training: Training,
+  *,
+  seed: int = 0,
+  trainable: Callable[[str], bool] = lambda path: True,
+  teacher: tuple[Any, Params] | None = None,
+  transform: Transform | None = None,
+  folder: Path | None = None,
+  decides: Any = None,
+  save_every: int = 50,
+  on_step: Callable[[int, Metrics], None] | None = None,
+) -> tuple[Params, list[Metrics]]:
+  """Trains a tree, dense or compressed, and returns it in its own form with the metrics of every step.
+
+  Args:
+    rows: token ids `[n, length]`, n at least the batch.
+    seed: of the order of rows, and of the transform's keys.
+    trainable: of an array's path, as of `tree.partition`; `layers/0/attn/q/kernel/delta/left` is an adapter's.
+    teacher: model and parameters, for a loss that needs them; of the student's vocabulary.
+    transform: of phase `step`, applied after each update.
+    folder: where states and `train.jsonl` are kept; a run that was cut off goes on to the same bits.
+    decides: JSON that tells this run from others in that folder.
+    save_every: steps from one saved state to the next.
+    on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds`.
+
+  Raises:
+    ValueError: nothing trains, too few rows, no teacher or one of another vocabulary.
+    WeightError: the loss or a gradient is not finite; says where, and what was kept.
+    FormatError: a saved state is damaged or of another run.
+  """
+  _check_teacher(params, teacher, training)
+  source = batches(np.asarray(rows), training.batch, seed)
+  state = start(params, training, trainable, transform)
+  saved = None if folder is None else Saved(folder / "states", [decides, seed, repr(training)])
+  history: list[Metrics] = []
+  try:
+    if saved is not None and folder is not None and (found := saved.latest(_portable(state, transform))) is not None:
+      state = _placed(found[1], state, transform)
+      history = _records(folder / "train.jsonl")[: found[0]]
+      if len(history) < found[0]:
+        raise FormatError(f"{folder / 'train.jsonl'}: tells of {len(history)} of {found[0]} steps; remove {folder}")
+    log = _Log(None if folder is None else folder / "train.jsonl", history)
+    for step in range(int(state.step), training.steps):
+      state, metrics = _update(model, state, source[step], training, transform, teacher, seed)
+      if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
+        kept = "" if saved is None else f"; the states saved before it are kept in {saved.folder}"
+        raise WeightError(
+          f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}; lower "
+          f"the learning rate ({training.learning_rate:g}) or clip (at {training.clip}){kept}"
+        )
+      history.append(metrics)
+      log.add(metrics)
+      if saved is not None and ((step + 1) % save_every == 0 or step + 1 == training.steps):
+        log.flush()
+        saved.save(step + 1, _portable(state, transform))
+      if on_step is not None:
+        on_step(step + 1, metrics)
+    if saved is not None:
+      saved.wait()
+  finally:
+    if saved is not None:
+      saved.close()
+  return result(state, params), history
+
+
+def _update(
+  model: Any,
+  state: TrainState,
+  rows: np.ndarray,
+  training: Training,
+  transform: Transform | None,
+  teacher: tuple[Any, Params] | None,
+  seed: int,
+) -> tuple[TrainState, Metrics]:
+  begun = time.perf_counter()
+  batch = {"tokens": jnp.asarray(rows).reshape(training.accumulate, -1, rows.shape[-1])}
+  who, guide = teacher if teacher is not None and training.loss.needs_teacher else (None, None)
+  key = jax.random.fold_in(jax.random.key(seed), int(state.step))
+  moving = state._replace(kept=None)  # type: ignore[arg-type]
+  new, found = train_step(model, moving, state.kept, batch, training, transform, who, guide, key)
+  metrics = {name: float(value) for name, value in found.items()}
+  kept = state.kept if new.kept is None else new.kept
+  return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
+
+
+def _check_teacher(params: Params, teacher: tuple[Any, Params] | None, training: Training) -> None:
+  if not training.loss.needs_teacher:
+    return
+  if teacher is None:
+    raise ValueError(f"{type(training.loss).__name__} needs a teacher: fit(..., teacher=(model, params))")
+  ours, theirs = (_vocabulary(p) for p in (params, teacher[1]))
+  if ours != theirs:
+    raise ValueError(f"the teacher's vocabulary has {theirs} entries, the student's {ours}; they must be the same")
+
+
+def _vocabulary(params: Params) -> int:
+  return params.get("head", params["embed"])["table"].shape[-2]
+
+
+def _portable(state: TrainState, transform: Transform | None) -> Any:
+  """What has to be saved: what stays is made again by the recipe, unless a transform changes it."""
+  return state if transform is not None else state._replace(kept=None)  # type: ignore[arg-type]
+
+
+def _placed(found: Any, state: TrainState, transform: Transform | None) -> TrainState:
+  found = jax.tree.map(jnp.asarray, found)
+  return found if transform is not None else found._replace(kept=state.kept)
+
+
+class _Log:
+  """`train.jsonl`: a line for each step, cut to the steps that a saved state knows of when a run goes on."""
+
+  def __init__(self, path: Path | None, history: list[Metrics]):
+    self._file = None
+    if path is not None:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text("".join(json.dumps(row) + "\n" for row in history), "utf-8")
+      self._file = path.open("a", encoding="utf-8")
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    if self._file is not None:
+      self._file.write(json.dumps(metrics) + "\n")
+
+  def flush(self) -> None:
+    if self._file is not None:
+      self._file.flush()
+
+
+def _records(path: Path) -> list[Metrics]:
+  if not path.is_file():
+    return []
+  rows = []
+  for line in path.read_text("utf-8").splitlines():
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      break  # a line that was cut off
+  return rows

@@ -1,0 +1,211 @@
+"""The training step: a pure function of what trains, what stays and a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmcompress import tree
+from lmcompress.training.losses import Labels, Loss, mean_loss
+from lmcompress.types import Evidence, Params, Transform
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How a tree is trained.
+
+  Attributes:
+    steps: updates.
+    batch: rows of an update.
+    accumulate: pieces that a batch is cut into, one after the other; their gradients add up to the batch's.
+    learning_rate: the highest; reached after `warmup` steps and then kept, or brought to 0 at the last step along a
+      line or a cosine.
+    warmup: steps of a linear rise.
+    schedule: of the learning rate.
+    optimizer: `adamw` or `sgd` (with momentum 0.9).
+    weight_decay: of matrices, decoupled (arXiv:1711.05101).
+    clip: largest norm of all gradients together; None leaves them.
+    average: decay of an exponential moving average of what trains, which is then the result; None keeps the last.
+    loss: `Labels()` or `Distill(...)`.
+    compute: dtype of products; what trains is float32 all the while.
+    chunk: positions whose logits are in memory at a time.
+    remat: recompute each block on the way back.
+
+  Raises:
+    ValueError: an attribute is out of range.
+  """
+
+  steps: int
+  batch: int = 4
+  accumulate: int = 1
+  learning_rate: float = 1e-4
+  warmup: int = 0
+  schedule: Schedule = "cosine"
+  optimizer: Literal["adamw", "sgd"] = "adamw"
+  weight_decay: float = 0.0
+  clip: float | None = 1.0
+  average: float | None = None
+  loss: Loss = dataclasses.field(default_factory=Labels)
+  compute: Literal["float32", "bfloat16"] = "float32"
+  chunk: int = 64
+  remat: bool = True
+
+  def __post_init__(self) -> None:
+    if min(self.steps, self.batch, self.accumulate, self.chunk) < 1 or self.batch % self.accumulate:
+      raise ValueError(
+        f"Training(steps={self.steps}, batch={self.batch}, accumulate={self.accumulate}, chunk={self.chunk}): "
+        "each from 1, and accumulate divides batch"
+      )
+    if not 0 < self.learning_rate < float("inf") or not 0 <= self.warmup < self.steps or self.weight_decay < 0:
+      raise ValueError(
+        f"Training(learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}): a rate "
+        f"above 0, a warmup below the {self.steps} steps, no negative decay"
+      )
+    if (self.clip is not None and not self.clip > 0) or (self.average is not None and not 0 < self.average < 1):
+      raise ValueError(f"Training(clip={self.clip}, average={self.average}): above 0; between 0 and 1")
+
+  def rate(self, step: Any) -> Any:
+    """The learning rate of the update after `step` others."""
+    rest = self.steps - self.warmup
+    fall = {
+      "constant": optax.constant_schedule(self.learning_rate),
+      "linear": optax.linear_schedule(self.learning_rate, 0.0, rest),
+      "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
+    }[self.schedule]
+    rise = optax.linear_schedule(self.learning_rate / max(self.warmup, 1), self.learning_rate, max(self.warmup - 1, 1))
+    return optax.join_schedules([rise, fall], [self.warmup])(step) if self.warmup else fall(step)
+
+  def transformation(self) -> optax.GradientTransformation:
+    """The optimizer."""
+    first = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+    inner = optax.scale_by_adam() if self.optimizer == "adamw" else optax.trace(0.9)
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+    decay = [optax.add_decayed_weights(self.weight_decay, matrices)] if self.weight_decay else []
+    return optax.chain(*first, inner, *decay, optax.scale_by_learning_rate(self.rate))
+
+
+class TrainState(NamedTuple):
+  """What an update changes.
+
+  Attributes:
+    step: updates done, int32.
+    trained: float32 arrays, None where the tree has what stays.
+    moments: the optimizer's.
+    average: the moving average of `trained`, or None.
+    kept: what does not train, which a transform of phase `step` may change (masks).
+    links: that transform's state.
+  """
+
+  step: jax.Array
+  trained: Any
+  moments: Any
+  average: Any
+  kept: Any
+  links: Any
+
+
+def start(
+  params: Params, training: Training, trainable: Callable[[str], bool], transform: Transform | None = None
+) -> TrainState:
+  """The state before the first update; holds copies of what trains.
+
+  Args:
+    trainable: as of `tree.partition`.
+    transform: of phase `step`, applied after each update.
+
+  Raises:
+    ValueError: nothing trains, or the transform is of another phase.
+  """
+  if transform is not None and transform.phase != "step":
+    raise ValueError(f"training applies transforms of phase 'step'; {transform.name} is of phase {transform.phase!r}")
+  trained, kept = tree.partition(params, trainable)
+  trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
+  if not jax.tree.leaves(trained):
+    raise ValueError("nothing trains: no float array of the tree is selected")
+  average = None if training.average is None else jax.tree.map(jnp.copy, trained)
+  links = () if transform is None else transform.init(params)
+  return TrainState(jnp.int32(0), trained, training.transformation().init(trained), average, kept, links)
+
+
+def result(state: TrainState, like: Params) -> Params:
+  """The tree after training, each array in the dtype that it has in `like`."""
+  whole = tree.combine(state.trained if state.average is None else state.average, state.kept)
+  return jax.tree.map(lambda x, old: x.astype(old.dtype), whole, like)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "training", "transform", "teacher_model"), donate_argnums=(1,))
+def train_step(
+  model: Any,
+  moving: TrainState,
+  kept: Params,
+  batch: Mapping[str, jax.Array],
+  training: Training,
+  transform: Transform | None = None,
+  teacher_model: Any = None,
+  teacher: Params | None = None,
+  key: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update.
+
+  Args:
+    moving: the state without `kept`; its buffers are given up.
+    kept: what does not train; its buffers stay.
+    batch: `tokens: [accumulate, rows, length]`, and perhaps `attention_mask`.
+    teacher_model, teacher: for a loss that needs one.
+    key: for the transform.
+
+  Returns:
+    The state, its `kept` None unless a transform changed it, and float32 scalars `loss` (a mean over tokens),
+    `grad_norm` and `learning_rate`.
+  """
+
+  def lost(trained: Params, piece: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(training.compute))
+    whole = tree.combine(cast(trained), kept if training.compute == "float32" else _floats_as(kept, training.compute))
+    guide = None if teacher is None else (teacher_model, teacher)
+    return mean_loss(model, whole, piece, training.loss, guide, training.chunk, training.remat)
+
+  def add(sums: Any, piece: Mapping[str, jax.Array]) -> tuple[Any, None]:
+    (total, count), grads = jax.value_and_grad(lost, has_aux=True)(moving.trained, piece)
+    return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+
+  zeros = (jnp.zeros(()), jnp.int32(0), jax.tree.map(jnp.zeros_like, moving.trained))
+  (total, count, grads), _ = jax.lax.scan(add, zeros, dict(batch))
+  tokens = jnp.maximum(count, 1).astype(jnp.float32)
+  grads = jax.tree.map(lambda g: g / tokens, grads)
+  updates, moments = training.transformation().update(grads, moving.moments, moving.trained)
+  trained = optax.apply_updates(moving.trained, updates)
+  links, changed = moving.links, None
+  if transform is not None:
+    evidence = Evidence(step=moving.step, key=key)
+    whole, links = transform.apply(tree.combine(trained, kept), links, evidence)  # type: ignore[arg-type]
+    trained, changed = _split_like(whole, trained)  # type: ignore[arg-type]
+  average = moving.average
+  if training.average is not None:
+    average = optax.incremental_update(trained, average, 1 - training.average)
+  metrics = {
+    "loss": total / tokens, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step)
+  }  # fmt: skip
+  return TrainState(moving.step + 1, trained, moments, average, changed, links), metrics
+
+
+def _floats_as(kept: Params, dtype: str) -> Params:
+  """Dense floats of what stays in the dtype of products; compressed leaves decode to what they say."""
+  return tree.map_leaves(
+    lambda _, x: x.astype(dtype) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) else x, kept
+  )
+
+
+def _split_like(whole: Params, trained: Params) -> tuple[Params, Params]:
+  """A tree in two, as `trained` and what is not in it."""
+  there = jax.tree.map(lambda t, x: x if t is not None else None, trained, whole, is_leaf=lambda x: x is None)
+  rest = jax.tree.map(lambda t, x: x if t is None else None, trained, whole, is_leaf=lambda x: x is None)
+  return there, rest

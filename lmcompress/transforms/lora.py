@@ -1,0 +1,93 @@
+"""Adapters: a product of low rank beside each weight, for training alone; and putting them into the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmcompress import tree
+from lmcompress.arrays import InputArray, LowRankArray, SumArray, added, low_rank, parts
+from lmcompress.transforms.combine import leafwise
+from lmcompress.types import CompressedArray, Transform, WeightError
+
+
+def lora(rank: int = 8) -> Transform:
+  """Adds a product of low rank that starts at 0 (Hu et al. 2022, arXiv:2106.09685), over weights of any form.
+
+  The weight becomes a `SumArray` of what it is and a `LowRankArray` of float32 factors; train those alone with the
+  pattern `**/delta`. Over 4-bit weights that is QLoRA (arXiv:2305.14314). `low_rank_residual` starts from what
+  compression lost instead (LoftQ, arXiv:2310.08659). There is no alpha: it scales the learning rate of the factors.
+
+  Args:
+    rank: of the product.
+
+  Raises:
+    ValueError: the rank is below 1.
+    WeightError (when planned): a rank above full, or an adapter is there already.
+  """
+  if rank < 1:
+    raise ValueError(f"lora(rank={rank}): a rank from 1")
+
+  def check(path: str, leaf: Any) -> None:
+    inner = leaf.weight if isinstance(leaf, InputArray) else leaf
+    if rank > min(leaf.shape[-2:]):
+      raise WeightError(f"lora(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
+    if isinstance(inner, SumArray) and isinstance(inner.delta, LowRankArray):
+      raise WeightError(
+        f"lora at {path}: there is a product of rank {inner.delta.rank} already; merge() it, or train it"
+      )
+
+  def adapt(w: Any, *, axis: int, key: jax.Array) -> Any:
+    inner = w.weight if isinstance(w, InputArray) else w
+    rows, columns = inner.shape[-2:]
+    left = jax.random.normal(key, (rows, rank)) / math.sqrt(rows)
+    whole = added(inner, low_rank(left, jnp.zeros((rank, columns)), axis), axis)
+    return dataclasses.replace(w, weight=whole) if isinstance(w, InputArray) else whole
+
+  return leafwise(adapt, name="lora", check=check)
+
+
+def merge() -> Transform:
+  """Puts adapters into their weights: a sum becomes the dense value that it stands for; other weights stay.
+
+  A compressed base goes dense too: what it was rounded to is kept, and it can be quantized again.
+  """
+
+  def put(w: Any) -> Any:
+    if isinstance(w, InputArray):
+      return dataclasses.replace(w, weight=put(w.weight))
+    return w.materialize() if isinstance(w, SumArray) else w
+
+  return leafwise(put, name="merge")
+
+
+def adapters(params: Any) -> dict[str, LowRankArray]:
+  """The adapters of a tree by the path of their weight, to be kept and put over the same base again with `adapted`."""
+  found = {path: leaf.weight if isinstance(leaf, InputArray) else leaf for path, leaf in tree.weights(params).items()}
+  return {
+    path: leaf.delta
+    for path, leaf in found.items()
+    if isinstance(leaf, SumArray) and isinstance(leaf.delta, LowRankArray)
+  }
+
+
+def adapted(params: Any, deltas: dict[str, LowRankArray]) -> Any:
+  """The tree with these adapters over its weights, in the place of those that are there; the base is shared.
+
+  Raises:
+    WeightError: an adapter's weight is missing, or of another shape.
+  """
+  for path, delta in deltas.items():
+    leaf = tree.get(params, path)
+    inner = leaf.weight if isinstance(leaf, InputArray) else leaf
+    base = inner.base if isinstance(inner, SumArray) and isinstance(inner.delta, LowRankArray) else inner
+    if base is None or tuple(base.shape) != tuple(delta.shape):
+      found = "nothing" if base is None else f"{parts.kind(base)} {tuple(base.shape)}"
+      raise WeightError(f"adapted at {path}: an adapter of shape {tuple(delta.shape)} over {found}")
+    whole: CompressedArray = added(base, delta, tree.contraction_axis(path))
+    params = tree.put(params, path, dataclasses.replace(leaf, weight=whole) if isinstance(leaf, InputArray) else whole)
+  return params

@@ -1,0 +1,390 @@
+"""The step, the loop and resuming: against PyTorch, bitwise after a cut, masks and frozen arrays left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from lmcompress import tree
+from lmcompress.arrays import FakeQuantArray, InputArray, MaskedArray, QuantizedArray, SumArray
+from lmcompress.calibration import compress
+from lmcompress.io import checkpoint
+from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.training import DIVERGENCES, Distill, Labels, Training, batches, divergence, fit, mean_loss
+from lmcompress.transforms import (
+  adapted,
+  adapters,
+  chain,
+  fake_quantize,
+  freeze,
+  lora,
+  low_rank_residual,
+  magnitude,
+  merge,
+  quantize_inputs,
+  round_to_nearest,
+)
+from lmcompress.transforms.schedules import cubic
+from lmcompress.types import FormatError, WeightError
+
+SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2)
+MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
+PARAMS = MODEL.init(jax.random.key(0))
+ROWS = (np.arange(24 * 16).reshape(24, 16) * 7 % 64).astype(np.int32)
+"""A text that can be learned: each token is the one before it plus 7."""
+RNG = np.random.default_rng(0)
+TEACHER, STUDENT = (jax.nn.log_softmax(jnp.asarray(RNG.normal(size=(5, 11)) * 2, jnp.float32)) for _ in range(2))
+DELTAS = lambda path: tree.matches("**/delta", path)  # noqa: E731
+
+
+def same(a, b):
+  return checkpoint.tree_hash(a) == checkpoint.tree_hash(b)
+
+
+def loss_of(params, rows=ROWS):
+  total, count = mean_loss(MODEL, params, {"tokens": rows}, Labels())
+  return float(total / count)
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+def test_divergences_are_torchs():
+  """Each formula with torch's own `kl_div` in float64."""
+  p, q = (torch.tensor(np.asarray(x), dtype=torch.float64) for x in (TEACHER, STUDENT))
+  kl = lambda a, b: torch.nn.functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)  # noqa: E731
+  mixed = lambda a, b, w: torch.log(w * a.exp() + (1 - w) * b.exp())  # noqa: E731
+  m = mixed(p, q, 0.3)
+  want = {
+    "forward": kl(p, q), "reverse": kl(q, p), "skewed": kl(p, m), "skewed_reverse": kl(q, mixed(q, p, 0.3)),
+    "jensen_shannon": 0.3 * kl(p, m) + 0.7 * kl(q, m),
+  }  # fmt: skip
+  assert set(want) == set(DIVERGENCES)
+  for kind, value in want.items():
+    np.testing.assert_allclose(divergence(TEACHER, STUDENT, kind, 0.3), value, rtol=1e-5, atol=1e-6)
+    assert float(jnp.max(jnp.abs(divergence(TEACHER, TEACHER, kind, 0.3)))) < 1e-6
+
+
+def test_a_distillation_is_its_parts():
+  targets = jnp.arange(5)
+  both = Distill("reverse", temperature=2.0, labels=0.25)(STUDENT, targets, TEACHER)
+  softened = [jax.nn.log_softmax(x / 2) for x in (TEACHER, STUDENT)]
+  want = 0.75 * 4 * divergence(*softened, "reverse") + 0.25 * Labels()(STUDENT, targets)
+  np.testing.assert_allclose(both, want, rtol=1e-6)
+  np.testing.assert_allclose(
+    Labels()(STUDENT, targets),
+    torch.nn.functional.cross_entropy(
+      torch.tensor(np.asarray(STUDENT)), torch.arange(5), reduction="none"
+    ),
+    rtol=1e-6,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 6, 15, 64])
+def test_runs_of_tokens_add_up_to_the_whole(chunk):
+  """Padding counts nothing; values and gradients equal those of all logits at once."""
+  rows, mask = ROWS[:3], np.ones((3, 16), np.int32)
+  mask[1, 10:], mask[2, :4] = 0, 0
+
+  def whole(params):
+    said = jax.nn.log_softmax(MODEL.apply(params, rows, attention_mask=mask), axis=-1)
+    each = -jnp.take_along_axis(said[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(each * (mask[:, 1:] * mask[:, :-1]))
+
+  def in_runs(params):
+    return mean_loss(MODEL, params, {"tokens": rows, "attention_mask": mask}, Labels(), chunk=chunk)
+
+  (total, count), grads = jax.value_and_grad(in_runs, has_aux=True)(PARAMS)
+  want, wanted = jax.value_and_grad(whole)(PARAMS)
+  assert int(count) == 15 + 9 + 11
+  assert float(total) == pytest.approx(float(want), rel=1e-5)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_no_array_is_as_large_as_all_logits():
+  """Of a vocabulary of 4,096 the compiled step's temporaries stay under the logits of the batch."""
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=4096, embed=16, mlp=16, layers=1, heads=2, kv_heads=1))
+  params, rows = model.init(jax.random.key(0)), np.zeros((4, 128), np.int32)
+
+  def lost(params, chunk):
+    return mean_loss(model, params, {"tokens": rows}, Distill(), (model, params), chunk=chunk)[0]
+
+  used = [
+    jax.jit(jax.grad(lost), static_argnums=1).lower(params, chunk).compile().memory_analysis().temp_size_in_bytes
+    for chunk in (8, 128)
+  ]
+  logits = 4 * 128 * 4096 * 4
+  assert used[0] < logits < used[1]
+
+
+# ---------------------------------------------------------------------------------------- the step
+
+
+def test_updates_are_torchs():
+  """AdamW with clipping on the same gradients: the weights after three steps agree to 1e-5."""
+  training = Training(3, batch=4, learning_rate=1e-2, schedule="linear", weight_decay=0.1, clip=0.5)
+  trained, history = fit(MODEL, PARAMS, ROWS[:4], training)
+  leaves, treedef = jax.tree.flatten(PARAMS)
+  weights = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
+  groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": 0.1},
+            {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
+  optimizer = torch.optim.AdamW(groups, lr=1e-2)
+  for step in range(3):
+    now = treedef.unflatten([jnp.asarray(w.detach().numpy()) for w in weights])
+    loss, grads = jax.value_and_grad(lambda p: mean_loss(MODEL, p, {"tokens": ROWS[:4]}, Labels())[0] / 60)(now)
+    assert history[step]["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert history[step]["grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
+    for w, g in zip(weights, jax.tree.leaves(grads), strict=True):
+      w.grad = torch.tensor(np.asarray(g))
+    torch.nn.utils.clip_grad_norm_(weights, 0.5)
+    for group in optimizer.param_groups:
+      group["lr"] = history[step]["learning_rate"]
+    optimizer.step()
+  for a, w in zip(jax.tree.leaves(trained), weights, strict=True):
+    np.testing.assert_allclose(a, w.detach().numpy(), atol=1e-5)
+
+
+def test_it_learns_and_pieces_are_the_batch():
+  """The loss falls; a batch in pieces gives the same updates, to rounding."""
+  whole, history = fit(MODEL, PARAMS, ROWS, Training(20, batch=8, learning_rate=1e-2))
+  assert history[-1]["loss"] < 0.5 * history[0]["loss"] and loss_of(whole) < 0.5 * loss_of(PARAMS)
+  _, other = fit(MODEL, PARAMS, ROWS, Training(20, batch=8, learning_rate=1e-2, accumulate=4))
+  assert other[-1]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-2)
+  assert loss_of(PARAMS) == pytest.approx(history[0]["loss"], rel=0.05)  # what was given is left alone
+
+
+def test_rates():
+  rates = [float(Training(10, learning_rate=1.0, warmup=4, schedule="linear").rate(i)) for i in range(10)]
+  np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], atol=1e-6)
+  cosine = [float(Training(8, learning_rate=1.0).rate(i)) for i in range(8)]
+  np.testing.assert_allclose(cosine, [(1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)], atol=1e-6)
+
+
+def test_the_average_and_bfloat16():
+  kept, _ = fit(MODEL, PARAMS, ROWS, Training(1, batch=8, learning_rate=1e-2, schedule="constant", average=0.75))
+  last, _ = fit(MODEL, PARAMS, ROWS, Training(1, batch=8, learning_rate=1e-2, schedule="constant"))
+  for a, b, c in zip(*map(jax.tree.leaves, (kept, last, PARAMS)), strict=True):
+    np.testing.assert_allclose(a, 0.75 * np.asarray(c) + 0.25 * np.asarray(b), atol=1e-6)
+  half, history = fit(MODEL, PARAMS, ROWS, Training(5, batch=8, learning_rate=1e-2, compute="bfloat16"))
+  assert history[-1]["loss"] < history[0]["loss"] and half["final_norm"]["scale"].dtype == jnp.float32
+
+
+def test_masks_hold_and_a_schedule_moves_them():
+  """Zeros stay zeros after every step; with a schedule sparsity is at its end what it says."""
+  pruned, _ = compress(MODEL, PARAMS, magnitude(0.5), None, None)
+  done, _ = fit(MODEL, pruned, ROWS, Training(4, batch=8, learning_rate=1e-2, weight_decay=0.1))
+  for path, leaf in tree.weights(done).items():
+    if isinstance(leaf, MaskedArray):
+      was = np.asarray(tree.get(pruned, path).materialize())
+      now = np.asarray(leaf.materialize())
+      assert (now[was == 0] == 0).all() and (now[was != 0] != was[was != 0]).all()
+  start = compress(MODEL, PARAMS, magnitude(0.0), None, None)[0]
+  ramp = magnitude(cubic(0.75, start=0, end=4))
+  done, _ = fit(MODEL, start, ROWS, Training(6, batch=8, learning_rate=1e-3), transform=ramp)
+  frozen = compress(MODEL, done, freeze(), None, None)[0]
+  down = np.asarray(frozen["layers"]["0"]["mlp"]["down"]["kernel"])
+  assert np.mean(down == 0) == 0.75
+
+
+# ---------------------------------------------------------------------------------------- adapters and codes
+
+
+def test_adapters_train_alone_merge_and_are_exchanged():
+  """Over 4 bits: the base keeps its bits, the product learns; merged it computes the same; two share one base."""
+  base, _ = compress(MODEL, PARAMS, round_to_nearest(4, 16), None, None)
+  start, _ = compress(MODEL, base, lora(4), None, jax.random.key(1))
+  tokens = ROWS[:2]
+  np.testing.assert_allclose(MODEL.apply(start, tokens), MODEL.apply(base, tokens), atol=1e-5)
+  done, history = fit(MODEL, start, ROWS, Training(20, batch=8, learning_rate=2e-2), trainable=DELTAS)
+  assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+  for path, leaf in tree.weights(done).items():
+    old = tree.get(start, path)
+    if isinstance(leaf, SumArray):
+      assert isinstance(leaf.base, QuantizedArray) and same({"kernel": leaf.base}, {"kernel": old.base})
+    else:
+      assert same({"table": leaf}, {"table": old})
+  merged, _ = compress(MODEL, done, merge(), None, None)
+  assert isinstance(merged["layers"]["0"]["mlp"]["up"]["kernel"], jax.Array)
+  np.testing.assert_allclose(MODEL.apply(merged, tokens), MODEL.apply(done, tokens), atol=1e-4)
+  mine = adapters(done)
+  assert len(mine) == 14
+  np.testing.assert_array_equal(MODEL.apply(adapted(base, mine), tokens), MODEL.apply(done, tokens))
+  assert same(adapted(done, adapters(start)), start)  # the other user's adapters over the same base
+  with pytest.raises(WeightError, match=r"adapted at layers/9/x/kernel: .* over nothing"):
+    adapted(base, {"layers/9/x/kernel": mine["layers/0/mlp/up/kernel"]})
+
+
+def test_what_compression_lost_is_a_start():
+  """A residual of low rank trains as an adapter does, and starts nearer than none."""
+  tokens = ROWS[:4]
+  start, _ = compress(MODEL, PARAMS, chain(round_to_nearest(2, 16), low_rank_residual(8, "none")), tokens)
+  _, history = fit(
+    MODEL, start, ROWS, Training(10, batch=8, learning_rate=5e-3, loss=Distill()), trainable=DELTAS,
+    teacher=(MODEL, PARAMS),
+  )  # fmt: skip
+  assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_train_and_freeze_to_the_same_outputs(symmetric):
+  """LSQ: fewer bits are learned back, and the packed form computes what the training form did, within 1e-5."""
+  recipe = chain(quantize_inputs(), fake_quantize(3, 16, symmetric))
+  start, _ = compress(MODEL, PARAMS, recipe, None, None)
+  leaf = start["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert isinstance(leaf, InputArray) and isinstance(leaf.weight, FakeQuantArray)
+  training = Training(15, batch=8, learning_rate=3e-3, loss=Distill())
+  done, history = fit(MODEL, start, ROWS, training, teacher=(MODEL, PARAMS))
+  assert history[-1]["loss"] < 0.85 * history[0]["loss"]
+  frozen, _ = compress(MODEL, done, freeze(), None, None)
+  packed = frozen["layers"]["0"]["mlp"]["up"]["kernel"].weight
+  assert isinstance(packed, QuantizedArray) and packed.nbits < packed.size * (3 + 2.1)
+  np.testing.assert_allclose(MODEL.apply(frozen, ROWS[:2]), MODEL.apply(done, ROWS[:2]), atol=1e-5)
+  old = compress(MODEL, start, freeze(), None, None)[0]["layers"]["0"]["mlp"]["up"]["kernel"].weight
+  assert not np.array_equal(old.scale, packed.scale) and not np.array_equal(old.codes.data, packed.codes.data)
+
+
+def test_gradients_of_a_step_size_are_lsqs():
+  """The paper's equation 3, times its gradient scale, in NumPy."""
+  w = np.random.default_rng(3).normal(size=(8, 5)).astype(np.float32)
+  s = np.full((2, 5), 0.4, np.float32)
+  leaf = FakeQuantArray(jnp.asarray(w), jnp.asarray(s), None, 3, 4, -2, "float32")
+  g = np.random.default_rng(4).normal(size=w.shape).astype(np.float32)
+  found = jax.grad(lambda leaf: jnp.sum(g * leaf.materialize()))(leaf)
+  v = w / np.repeat(s, 4, 0)
+  inside = (v > -4) & (v < 3)
+  each = np.where(inside, np.round(v) - v, np.clip(v, -4, 3)) * g / np.sqrt(4 * 3)
+  np.testing.assert_allclose(found.scale, each.reshape(2, 4, 5).sum(1), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(found.values, np.where(inside, g, 0), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def test_batches_by_position():
+  source = batches(ROWS, 8, seed=3)
+  epoch = np.concatenate([source[i] for i in range(3)])
+  assert sorted(map(tuple, epoch)) == sorted(map(tuple, ROWS))
+  np.testing.assert_array_equal(batches(ROWS, 8, seed=3)[7], source[7])
+  assert not np.array_equal(batches(ROWS, 8, seed=4)[0], source[0])
+
+
+CUT = """
+import pickle, sys, os
+sys.path.insert(0, {tests!r})
+import conftest
+from training.test_training import *
+folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+def on_step(step, metrics):
+  if step == stop:
+    os.kill(os.getpid(), 9)
+kind = KINDS[sys.argv[3]]
+done, history = fit(MODEL, kind[0](), ROWS, kind[1], folder=folder, save_every=2, on_step=on_step, **kind[2])
+print(checkpoint.tree_hash(done), [row["loss"] for row in history])
+"""
+KINDS = {
+  "adapters": (
+    lambda: compress(MODEL, PARAMS, chain(round_to_nearest(4, 16), lora(2)), None, jax.random.key(0))[0],
+    Training(6, batch=8, learning_rate=1e-2, loss=Distill("reverse")),
+    {"trainable": DELTAS, "teacher": (MODEL, PARAMS)},
+  ),
+  "schedule": (
+    lambda: compress(MODEL, PARAMS, magnitude(0.0), None, None)[0],
+    Training(6, batch=8, learning_rate=1e-2, average=0.9), {"transform": magnitude(cubic(0.75, start=0, end=4))},
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere_it_resumes_to_the_bit(kind, tmp_path):
+  """`kill -9` after step 5 of 6, one after the last state: the tree and every loss are those of a run never cut."""
+  script = CUT.format(tests=str(Path(__file__).parents[1]))
+
+  def attempt(folder, stop):
+    return subprocess.run(
+      [sys.executable, "-c", script, str(folder), str(stop), kind], capture_output=True, text=True, env=os.environ
+    )
+
+  assert attempt(tmp_path / "cut", 5).returncode == -signal.SIGKILL
+  resumed, straight = attempt(tmp_path / "cut", 0), attempt(tmp_path / "straight", 0)
+  assert resumed.returncode == 0, resumed.stderr[-2000:]
+  assert resumed.stdout == straight.stdout and resumed.stdout.strip()
+  logs = [
+    [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+    for name in ("cut", "straight")
+  ]
+  assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_saved_states_are_checked(tmp_path):
+  """Another run's, and a damaged one, are refused by name; nothing is overwritten."""
+  training = Training(2, batch=8, learning_rate=1e-2)
+  fit(MODEL, PARAMS, ROWS, training, folder=tmp_path, save_every=1)
+  with pytest.raises(FormatError, match="a state of another run"):
+    fit(MODEL, PARAMS, ROWS, training, seed=1, folder=tmp_path)
+  files = sorted((p for p in (tmp_path / "states" / "2").rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
+  data = bytearray(files[0].read_bytes())
+  data[len(data) // 2] ^= 4
+  files[0].write_bytes(data)
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+  with pytest.raises(FormatError, match="states/2"):
+    fit(MODEL, PARAMS, ROWS, training, folder=tmp_path)
+  assert all(p.read_bytes() == data for p, data in before.items())
+
+
+def test_what_cannot_be_trained(tmp_path):
+  small = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=32, embed=32, mlp=64, layers=1, heads=4, kv_heads=2))
+  ok = Training(2, batch=8)
+  distilling = Training(2, batch=8, loss=Distill())
+  for make, said in (
+    (lambda: fit(MODEL, PARAMS, ROWS, distilling), "needs a teacher"),
+    (lambda: fit(MODEL, PARAMS, ROWS, distilling, teacher=(small, small.init(jax.random.key(0)))), "32 entries"),
+    (lambda: fit(MODEL, PARAMS, ROWS[:4], ok), "a batch of 8 rows"),
+    (lambda: fit(MODEL, PARAMS, ROWS[:0], ok), "a batch of 8 rows"),
+    (lambda: fit(MODEL, PARAMS, ROWS, ok, trainable=DELTAS), "nothing trains"),
+    (lambda: fit(MODEL, PARAMS, ROWS, ok, transform=magnitude(0.5)), "of phase 'once'"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      make()
+  wild = Training(40, batch=8, learning_rate=1e30, optimizer="sgd", clip=None, schedule="constant")
+  with pytest.raises(WeightError, match=r"step \d+: the loss is .*lower the learning rate \(1e\+30\).*kept in"):
+    fit(MODEL, PARAMS, ROWS, wild, folder=tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [
+  {"steps": 0}, {"batch": 0}, {"batch": 4, "accumulate": 3}, {"learning_rate": 0.0}, {"learning_rate": float("nan")},
+  {"warmup": 2}, {"clip": 0.0}, {"average": 1.0}, {"weight_decay": -1.0}, {"chunk": 0},
+])  # fmt: skip
+def test_arguments_out_of_range(arguments):
+  with pytest.raises(ValueError, match="Training"):
+    Training(**{"steps": 2, **arguments})
+
+
+@pytest.mark.parametrize(("make", "said"), [
+  (lambda: lora(0), "a rank from 1"), (lambda: fake_quantize(1), "2 to 8"), (lambda: fake_quantize(4, 1), "groups"),
+  (lambda: Distill("sideways"), "kind is one of"), (lambda: Distill(temperature=0.0), "temperature above 0"),
+  (lambda: Distill(mix=1.0), "mix between"), (lambda: Distill(labels=2.0), "labels from 0"),
+])  # fmt: skip
+def test_methods_out_of_range(make, said):
+  with pytest.raises(ValueError, match=said):
+    make()
+
+
+@pytest.mark.parametrize(("recipe", "said"), [
+  (lora(33), "full rank is"), (chain(lora(2), lora(2)), "of rank 2 already"), (fake_quantize(4, 24), "not a multiple"),
+  (chain(round_to_nearest(4, 16), fake_quantize(4, 16)), "already stored as int4"),
+  (chain(magnitude(0.5), fake_quantize(4, 16)), "freeze it first"),
+])  # fmt: skip
+def test_weights_that_do_not_fit(recipe, said):
+  with pytest.raises(WeightError, match=said):
+    compress(MODEL, PARAMS, recipe, None, jax.random.key(0))
