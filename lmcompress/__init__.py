@@ -77,7 +77,7 @@ _HOMES = {
   "fit": "lmcompress.training",
   "generate": "lmcompress.generation.generate",
   "perplexity": "lmcompress.evaluate.perplexity",
-  "summary": "lmcompress.summary",
+  "summary": "lmcompress.leaf_table",
   **dict.fromkeys(("backends", "prepare", "use_backend"), "lmcompress.ops"),
   **dict.fromkeys(("FormatError", "ConfigError", "SourceError", "WeightError", "LmcompressError"), "lmcompress.errors"),
 }
@@ -89,8 +89,8 @@ if TYPE_CHECKING:
   from lmcompress.generation.generate import generate
   from lmcompress.io.checkpoint import save
   from lmcompress.io.load import load
+  from lmcompress.leaf_table import summary
   from lmcompress.ops import backends, prepare, use_backend
-  from lmcompress.summary import summary
   from lmcompress.training import fit
   from lmcompress.transforms import (
     alps,

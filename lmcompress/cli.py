@@ -535,7 +535,7 @@ def inspect(
   from lmcompress import experiment
   from lmcompress.calibration import Report
   from lmcompress.io.load import load
-  from lmcompress.summary import table
+  from lmcompress.leaf_table import table
 
   _, params, _ = load(model)
   beside = Path(model).parent
