@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, fake_quant
+from lmcompress.arrays import FakeQuantArray, InputArray, Integer, QuantizedArray, fake_quant
 from lmcompress.transforms.combine import leafwise, require_dense
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import Transform, WeightError
@@ -20,8 +20,9 @@ def fake_quantize(
   """Makes weights compute as the codes they will become while floats train (LSQ, arXiv:1902.08153).
 
   The weight becomes a `FakeQuantArray` whose scales, and minimums, train too; they start where rounding to nearest
-  with the least squared error has them. `freeze` makes the codes of it, with the same outputs. An input that is
-  rounded at run time (`quantize_inputs`) stays so.
+  with the least squared error has them. A weight of integer codes, such as `gptq` leaves, starts from those: its own
+  bits, groups and scales. `freeze` makes the codes of it, with the same outputs. An input that is rounded at run time
+  (`quantize_inputs`) stays so.
 
   Args:
     bits: width of a code, 2 to 8.
@@ -43,6 +44,9 @@ def fake_quantize(
 
   def check(path: str, leaf: Any) -> None:
     inner = leaf.weight if isinstance(leaf, InputArray) else leaf
+    if isinstance(inner, QuantizedArray):
+      _require_codes(path, inner, bits)
+      return
     require_dense("fake_quantize", path, inner)
     if not isinstance(inner, jax.Array) and hasattr(inner, "mask"):
       raise WeightError(
@@ -52,7 +56,9 @@ def fake_quantize(
     if group_size != -1 and inputs % group_size:
       raise WeightError(f"fake_quantize(group_size={group_size}) at {path}: {inputs} inputs are not a multiple of it")
 
-  def start(w: jax.Array, axis: int) -> FakeQuantArray:
+  def start(w: Any, axis: int) -> FakeQuantArray:
+    if isinstance(w, QuantizedArray):
+      return _from_codes(w, scale_dtype)
     found = quantize_matrix(
       w, axis=axis, bits=bits, group_size=group_size, symmetric=symmetric, zero="real", clip="mse",
       scale_dtype="float32",
@@ -66,3 +72,21 @@ def fake_quantize(
     return start(w, axis)
 
   return leafwise(visit, name="fake_quantize", check=check)
+
+
+def _require_codes(path: str, leaf: QuantizedArray, bits: int) -> None:
+  """Raises unless the codes are evenly spaced, of so many bits, and groups divide the inputs."""
+  inputs, groups = leaf.shape[leaf.axis], leaf.scale.shape[leaf.axis]
+  if not isinstance(leaf.grid, Integer) or leaf.grid.bits != bits or not bits >= 2:
+    raise WeightError(f"fake_quantize(bits={bits}) at {path}: the weight is {leaf.kind}; give the bits of its codes")
+  if inputs % groups or leaf.scale.shape[-3 - leaf.axis] != leaf.shape[-3 - leaf.axis]:
+    raise WeightError(f"fake_quantize at {path}: scales of {leaf.kind} do not divide {inputs} inputs of each output")
+
+
+def _from_codes(w: QuantizedArray, scale_dtype: str) -> FakeQuantArray:
+  """The same values, with a minimum in the place of a zero point."""
+  scale, zeros = w.scales(), w.zeros()
+  minimum = w.minimum if zeros is None else -zeros * scale
+  values = w.materialize().astype(jnp.float32)
+  offset = None if minimum is None else minimum.astype(jnp.float32)
+  return fake_quant(values, scale, offset, w.grid.bits, w.axis, scale_dtype)  # type: ignore[attr-defined]

@@ -253,6 +253,16 @@ def test_codes_train_and_freeze_to_the_same_outputs(symmetric):
   assert not np.array_equal(old.scale, packed.scale) and not np.array_equal(old.codes.data, packed.codes.data)
 
 
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"symmetric": False, "zero": "real"}])
+def test_codes_go_on_from_where_a_quantizer_left_them(options):
+  """The same values to the rounding of a minimum, and the very same codes where there is none."""
+  first = compress(MODEL, PARAMS, round_to_nearest(3, 16, scale_dtype="float32", **options), None, None)[0]
+  start = compress(MODEL, first, fake_quantize(3, scale_dtype="float32"), None, None)[0]
+  np.testing.assert_allclose(MODEL.apply(start, ROWS[:2]), MODEL.apply(first, ROWS[:2]), atol=1e-4)
+  if not options:
+    assert same(compress(MODEL, start, freeze(), None, None)[0], first)
+
+
 def test_gradients_of_a_step_size_are_lsqs():
   """The paper's equation 3, times its gradient scale, in NumPy."""
   w = np.random.default_rng(3).normal(size=(8, 5)).astype(np.float32)
@@ -382,7 +392,8 @@ def test_methods_out_of_range(make, said):
 
 @pytest.mark.parametrize(("recipe", "said"), [
   (lora(33), "full rank is"), (chain(lora(2), lora(2)), "of rank 2 already"), (fake_quantize(4, 24), "not a multiple"),
-  (chain(round_to_nearest(4, 16), fake_quantize(4, 16)), "already stored as int4"),
+  (chain(round_to_nearest(4, 16), fake_quantize(3)), "the weight is int4 g16; give the bits"),
+  (chain(round_to_nearest(grid="nf4", group_size=16), fake_quantize(4)), "the weight is nf4"),
   (chain(magnitude(0.5), fake_quantize(4, 16)), "freeze it first"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit(recipe, said):
