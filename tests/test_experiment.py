@@ -30,7 +30,7 @@ RECIPE = [
 STAGES = ["original", "magnitude at layers/*/mlp/down", "round_to_nearest at layers/*/mlp/down"]
 KEYS = {"format", "name", "description", "config_hash", "seed", "model", "original", "versions", "device",
         "tree_hash", "command",
-        "config", "stages", "weights", "histograms", "generation"}
+        "config", "stages", "weights", "training", "histograms", "generation"}
 STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
               "compression_efficiency", "perplexity",
               "kl", "top1", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
@@ -424,3 +424,65 @@ def test_blocks_of_another_model_or_text_are_not_used(place, config, tmp_path):
   os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
   assert first != experiment._decides(config, tokens)
   os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def training(place, **over):
+  text = str(place / "text.txt")
+  table = yaml.safe_load((place / "tiny.yaml").read_text())
+  train = {"text": text, "length": 16, "steps": 4, "batch": 4, "learning_rate": 1e-3, "save_every": 2,
+           "loss": {"name": "distill"}, "trainable": ["layers/*/mlp"], **over}
+  recipe = [{"name": "fake_quantize", "at": "layers/*/mlp", "bits": 3, "group_size": 32}]
+  return check({**table, "name": "trained", "recipe": recipe, "train": train, "finish": [{"name": "freeze"}],
+                "bench": {"rounds": 0}, "generate": None}, "trained")
+
+
+def test_a_config_trains_finishes_and_resumes(place, monkeypatch):
+  """Stages before, after training and after `finish`; cut off after a saved state, the tree is the same."""
+  config = training(place)
+  result = experiment.run(config, place / "straight", COMMAND)
+  assert [stage["name"] for stage in result["stages"]] == [
+    "original", "fake_quantize at layers/*/mlp", "trained", "freeze"]
+  before, trained, frozen = result["stages"][1:]
+  text, = config.evaluate.texts
+  assert trained["kl"][text] < before["kl"][text]
+  assert frozen["kl"][text] == pytest.approx(trained["kl"][text], abs=1e-5)
+  assert frozen["bytes_on_disk"] < 0.6 * trained["bytes_on_disk"]
+  row = result["training"]
+  assert row["tokens"] == 4 * 4 * 16 and len(row["history"]) == 4
+  assert row["trained_parameters"] == 2 * (3 * 64 * 128 + 3 * 64 * 128 // 32)
+  assert json.loads((place / "straight" / config.folder / "result.json").read_text())["training"] == row
+
+  class Cut:
+    def step(self, what, done, total):
+      if what.startswith("training") and done == 3:
+        raise KeyboardInterrupt
+
+    def note(self, text):
+      return
+
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(config, place / "cut", COMMAND, Cut())
+  again = experiment.run(config, place / "cut", COMMAND)
+  assert again["tree_hash"] == result["tree_hash"]
+  assert [r["loss"] for r in again["training"]["history"]] == [r["loss"] for r in row["history"]]
+
+
+@pytest.mark.parametrize(("over", "said"), [
+  ({"length": 400}, "more than the model's context"), ({"batch": 4000}, "give more rows"),
+  ({"trainable": ["**/delta"]}, "nothing trains"), ({"windows": 9000}, "use windows: 106 or a longer text"),
+])  # fmt: skip
+def test_training_that_cannot_be(place, over, said):
+  with pytest.raises(LmcompressError, match=said):
+    experiment.run(training(place, **over), place / "refused", COMMAND)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+  ("loss", {"name": "distil"}), ("warmup", 4), ("accumulate", 3), ("learning_rate", 0), ("schedule", "step"),
+  ("trainable", []), ("lr", 1.0),
+])  # fmt: skip
+def test_training_tables_are_checked(place, key, value):
+  with pytest.raises(LmcompressError, match="train"):
+    training(place, **{key: value})

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmcompress import tree
 from lmcompress.arrays.clustered import ClusteredArray
+from lmcompress.arrays.fake_quant import FakeQuantArray
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
@@ -102,6 +103,8 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
     return dataclasses.replace(leaf, base=base, delta=delta)
   if isinstance(leaf, (OutlierArray, SharedRef)):
     return leaf  # its products gather what they need; what it refers to is prepared at its own place
+  if isinstance(leaf, FakeQuantArray):
+    return leaf.materialize()  # as large, and not rounded anew at each product
   if isinstance(leaf, NestedArray):
     leaf = leaf.quantized()
   if not isinstance(leaf, CompressedArray) and str(leaf.dtype) != "bfloat16":
