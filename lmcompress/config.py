@@ -123,7 +123,8 @@ class Train(_Table):
 
   `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `trainable` the arrays that train
   by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
-  it was, or another by name. A state is saved every `save_every` steps.
+  it was, or another by name. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
+  state is saved every `save_every` steps.
   """
 
   text: str
@@ -146,6 +147,7 @@ class Train(_Table):
     default_factory=lambda: LabelsTable(name="labels"), discriminator="name"
   )
   teacher: str | None = None
+  during: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
   save_every: int = pydantic.Field(50, ge=1)
 
@@ -158,7 +160,8 @@ class Train(_Table):
     """The `training.Training` that the keys say."""
     from lmcompress.training import Distill, Labels, Training
 
-    given = self.model_dump(exclude={"text", "windows", "length", "loss", "teacher", "trainable", "save_every"})
+    others = {"text", "windows", "length", "loss", "teacher", "during", "trainable", "save_every"}
+    given = self.model_dump(exclude=others)
     loss = Labels() if isinstance(self.loss, LabelsTable) else Distill(**self.loss.model_dump(exclude={"name"}))
     return Training(loss=loss, **given)
 
@@ -346,6 +349,8 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   try:
     if config.recipe:
       recipes.build(config.recipe)
+    if config.train and config.train.during:
+      _require_steps(recipes.build(config.train.during, "train.during"))
     if config.finish:
       recipes.build(config.finish, "finish")
     for n, group in enumerate(config.search.groups if config.search else ()):
@@ -355,6 +360,12 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None
   return config
+
+
+def _require_steps(transform: Any) -> None:
+  if transform.phase != "step":
+    names = ", ".join(link.name for link in transform.links or (transform,))
+    raise ConfigError(f"train.during: {names}: what acts once belongs in recipe; prune_gradually acts at each step")
 
 
 def variants_of(config: Config) -> list[Config]:

@@ -266,6 +266,7 @@ def _train(
       seed=config.seed,
       trainable=lambda path: any(tree.matches(pattern, path) for pattern in train.trainable),
       teacher=teacher,
+      transform=recipes.build(train.during, "train.during") if train.during else None,
       folder=folder / TRAINING,
       decides=decides,
       save_every=train.save_every,

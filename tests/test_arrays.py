@@ -32,6 +32,7 @@ from lmcompress.arrays import (
   OutlierArray,
   Packed,
   QuantizedArray,
+  ScoredArray,
   SplitArray,
   SumArray,
   added,
@@ -46,6 +47,7 @@ from lmcompress.arrays import (
   nm_mask,
   nm_sparse,
   outliers,
+  scored,
   split,
   with_act,
 )
@@ -225,6 +227,12 @@ def towards(bits, groups, minimum=False):
   return of
 
 
+def by_scores(w, axis):
+  """The third that `third` keeps has scores above the threshold."""
+  leaf = scored(w, jnp.where(third(w), 1.0, -1.0) * jnp.abs(w), axis)
+  return dataclasses.replace(leaf, threshold=jnp.zeros((1, 1)))
+
+
 def few(count):
   return lambda w, axis: outliers(w, jnp.abs(w), count, axis)
 
@@ -293,6 +301,7 @@ ROWS = [
   Row("training int4 g16", towards(4, 4), 32 + 32 / 16, trains=("values", "scale"), error=0.2),
   Row("training int3 row min", towards(3, 1, minimum=True), 32 + 64 / 64, trains=("values", "scale", "minimum"),
       alike=True, error=0.25),
+  Row("scored", by_scores, 64 + 32 / 2560, trains=("values", "scores"), keeps=third),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
   Row("nested 3/4/8", finer(3, 1, 4), 8 + 2 * 16 / 32, trains=("base",), error=0.3),
@@ -589,6 +598,7 @@ INVARIANTS = {
   ClusteredArray: by_book,
   DictionaryArray: by_atoms,
   FakeQuantArray: by_step,
+  ScoredArray: lambda leaf: np.where(by_invariant(leaf.scores) >= by_invariant(leaf.threshold), leaf.values, 0.0),
   OutlierArray: by_index,
   SumArray: lambda leaf: by_invariant(leaf.base) + by_invariant(leaf.delta),
   LatticeArray: by_lattice,

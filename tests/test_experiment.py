@@ -481,7 +481,7 @@ def test_training_that_cannot_be(place, over, said):
 
 @pytest.mark.parametrize(("key", "value"), [
   ("loss", {"name": "distil"}), ("warmup", 4), ("accumulate", 3), ("learning_rate", 0), ("schedule", "step"),
-  ("trainable", []), ("lr", 1.0),
+  ("trainable", []), ("lr", 1.0), ("during", [{"name": "magnitude", "sparsity": 0.5}]), ("during", [{"name": "x"}]),
 ])  # fmt: skip
 def test_training_tables_are_checked(place, key, value):
   with pytest.raises(LmcompressError, match="train"):

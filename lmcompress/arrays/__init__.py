@@ -25,6 +25,7 @@ from lmcompress.arrays.nm_sparse import NMSparseArray, nm_mask, nm_sparse
 from lmcompress.arrays.outliers import OutlierArray, outliers
 from lmcompress.arrays.packing import Packed, pack
 from lmcompress.arrays.quantized import QuantizedArray, integer
+from lmcompress.arrays.scored import ScoredArray, scored
 from lmcompress.arrays.shared import SharedRef, refer, resolve
 from lmcompress.arrays.split import SplitArray, split
 from lmcompress.arrays.stored import StoredArray, fetch
@@ -58,6 +59,7 @@ __all__ = [
   "OutlierArray",
   "Packed",
   "QuantizedArray",
+  "ScoredArray",
   "SharedRef",
   "SplitArray",
   "StoredArray",
@@ -81,6 +83,7 @@ __all__ = [
   "pack",
   "refer",
   "resolve",
+  "scored",
   "split",
   "with_act",
 ]

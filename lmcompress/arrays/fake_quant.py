@@ -19,7 +19,7 @@ from lmcompress.types import CompressedArray
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("values", "scale", "minimum"),
-  meta_fields=("bits", "group_size", "axis", "scale_dtype"),
+  meta_fields=("bits", "group_size", "axis", "scale_dtype", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class FakeQuantArray(CompressedArray):
@@ -37,6 +37,7 @@ class FakeQuantArray(CompressedArray):
     group_size: inputs that share a scale, a divisor of them; -1 for a row.
     axis: the contraction axis.
     scale_dtype: what scales and minimums are rounded to, as they will be stored.
+    dtype: name of the dtype of the dense value; what trains is finer.
   """
 
   values: jax.Array
@@ -46,14 +47,11 @@ class FakeQuantArray(CompressedArray):
   group_size: int
   axis: int
   scale_dtype: str
+  dtype: str
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.values.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.values.dtype
 
   @property
   def nbits(self) -> int:
@@ -132,7 +130,13 @@ class FakeQuantArray(CompressedArray):
 
 
 def fake_quant(
-  values: jax.Array, scale: jax.Array, minimum: jax.Array | None, bits: int, axis: int, scale_dtype: str = "bfloat16"
+  values: jax.Array,
+  scale: jax.Array,
+  minimum: jax.Array | None,
+  bits: int,
+  axis: int,
+  scale_dtype: str = "bfloat16",
+  dtype: Any = None,
 ) -> FakeQuantArray:
   """A weight that trains towards codes.
 
@@ -142,6 +146,8 @@ def fake_quant(
     minimum: shaped as the scale, or None.
     bits: 2 to 8.
     axis: the contraction axis.
+    scale_dtype: what scales and minimums are rounded to.
+    dtype: of the dense value; that of the values if None.
 
   Raises:
     ValueError: the parts do not fit one another.
@@ -156,4 +162,5 @@ def fake_quant(
     raise ValueError(f"{what}: scales {tuple(scale.shape)} do not fit values {tuple(values.shape)}")
   if minimum is not None and minimum.shape != scale.shape:
     raise ValueError(f"{what}: minimums {tuple(minimum.shape)} do not fit scales {tuple(scale.shape)}")
-  return FakeQuantArray(values, scale, minimum, bits, -1 if groups == 1 else inputs // groups, axis, scale_dtype)
+  group_size, name = -1 if groups == 1 else inputs // groups, str(jnp.dtype(values.dtype if dtype is None else dtype))
+  return FakeQuantArray(values, scale, minimum, bits, group_size, axis, scale_dtype, name)

@@ -14,6 +14,7 @@ from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.nested import NestedArray
 from lmcompress.arrays.outliers import OutlierArray
+from lmcompress.arrays.scored import ScoredArray
 from lmcompress.arrays.shared import SharedRef, resolve
 from lmcompress.arrays.split import SplitArray
 from lmcompress.arrays.sum import SumArray
@@ -103,7 +104,7 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
     return dataclasses.replace(leaf, base=base, delta=delta)
   if isinstance(leaf, (OutlierArray, SharedRef)):
     return leaf  # its products gather what they need; what it refers to is prepared at its own place
-  if isinstance(leaf, FakeQuantArray):
+  if isinstance(leaf, (FakeQuantArray, ScoredArray)):
     return leaf.materialize()  # as large, and not rounded anew at each product
   if isinstance(leaf, NestedArray):
     leaf = leaf.quantized()

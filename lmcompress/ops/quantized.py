@@ -1,6 +1,6 @@
 """Reference products of quantized and masked weights, in plain JAX, never more than a tile dense.
 
-A weight that trains towards codes is as large as its dense value already, and is multiplied as one.
+A weight that trains towards codes or zeros is as large as its dense value already, and is multiplied as one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lmcompress.arrays.grids import Integer
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.packing import fields, multiple
 from lmcompress.arrays.quantized import QuantizedArray, affine, cut_outputs, per_block
+from lmcompress.arrays.scored import ScoredArray
 from lmcompress.ops.linear import (
   DENSE,
   Rules,
@@ -121,9 +122,10 @@ register(
   QuantizedArray, Rules(or_pallas(quantized_linear, "linear"), gathered_embed, or_pallas(tiled_attend, "attend"))
 )
 register(MaskedArray, Rules(tiled_linear, gathered_embed, tiled_attend))
-register(
-  FakeQuantArray,
-  Rules(
-    lambda x, w: DENSE.linear(x, w.materialize()), gathered_embed, lambda x, w: DENSE.attend(x, w.materialize())
-  ),
-)
+for _training in (FakeQuantArray, ScoredArray):
+  register(
+    _training,
+    Rules(
+      lambda x, w: DENSE.linear(x, w.materialize()), gathered_embed, lambda x, w: DENSE.attend(x, w.materialize())
+    ),
+  )

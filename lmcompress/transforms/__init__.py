@@ -17,6 +17,7 @@ from lmcompress.transforms.low_rank_residual import low_rank_residual
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
 from lmcompress.transforms.product_quantize import product_quantize
+from lmcompress.transforms.prune_gradually import movement, prune_gradually
 from lmcompress.transforms.prune_heads import prune_heads
 from lmcompress.transforms.prune_layers import prune_layers
 from lmcompress.transforms.prune_neurons import prune_neurons
@@ -59,6 +60,8 @@ METHODS = {
     alps,
     gradient,
     sensitivity,
+    movement,
+    prune_gradually,
     prune_neurons,
     prune_heads,
     prune_width,
@@ -103,9 +106,11 @@ __all__ = [
   "magnitude",
   "merge",
   "mixed_precision",
+  "movement",
   "named_chain",
   "partition",
   "product_quantize",
+  "prune_gradually",
   "prune_heads",
   "prune_layers",
   "prune_neurons",

@@ -64,7 +64,7 @@ def fake_quantize(
       scale_dtype="float32",
     )  # fmt: skip
     minimum = None if symmetric else found.minimum
-    return fake_quant(w.astype(jnp.float32), found.scale, minimum, bits, axis, scale_dtype)
+    return fake_quant(w.astype(jnp.float32), found.scale, minimum, bits, axis, scale_dtype, w.dtype)
 
   def visit(w: Any, *, axis: int) -> Any:
     if isinstance(w, InputArray):
@@ -89,4 +89,4 @@ def _from_codes(w: QuantizedArray, scale_dtype: str) -> FakeQuantArray:
   minimum = w.minimum if zeros is None else -zeros * scale
   values = w.materialize().astype(jnp.float32)
   offset = None if minimum is None else minimum.astype(jnp.float32)
-  return fake_quant(values, scale, offset, w.grid.bits, w.axis, scale_dtype)  # type: ignore[attr-defined]
+  return fake_quant(values, scale, offset, w.grid.bits, w.axis, scale_dtype, w.dtype)  # type: ignore[attr-defined]

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, LowRankArray, MaskedArray, QuantizedArray, SumArray, integer
+from lmcompress.arrays import (
+  FakeQuantArray,
+  InputArray,
+  LowRankArray,
+  MaskedArray,
+  QuantizedArray,
+  ScoredArray,
+  SumArray,
+  integer,
+)
 from lmcompress.arrays.sparse_form import as_bitmap, as_n_of_m, smallest_sparse
 from lmcompress.ops import masks
 from lmcompress.ops.rounding import assemble
@@ -23,8 +32,8 @@ def freeze(sparse: str = "none") -> Transform:
 
   A mask over a compressed weight that is exactly 0 wherever the mask removes is dropped: the codes say it
   already. A mask over dense values is applied to them. Where codes cannot express 0 (a real minimum), the mask
-  stays. A weight that trains as floats (`fake_quantize`) becomes the codes that it computes as. Within an
-  `InputArray`, the factors of a `LowRankArray` and the base of a `SumArray` the same holds. Nothing is rounded.
+  stays. A weight that trains as floats becomes what it computes as: codes (`fake_quantize`), zeros (`movement`). Within
+  an `InputArray`, the factors of a `LowRankArray` and the base of a `SumArray` the same holds. Nothing is rounded.
 
   Args:
     sparse: how zeros are stored: `none` as any value; `"n:m"`, such as `2:4`, as an `NMSparseArray`; `bitmap` as a
@@ -65,6 +74,8 @@ def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:
     return dataclasses.replace(w, left=_freeze(w.left, lambda x: x), right=_freeze(w.right, lambda x: x))
   if isinstance(w, SumArray):
     return dataclasses.replace(w, base=_freeze(w.base, stored), delta=_freeze(w.delta, lambda x: x))
+  if isinstance(w, ScoredArray):
+    return stored(w.materialize())
   if isinstance(w, FakeQuantArray):
     return stored(_as_codes(w))
   if not isinstance(w, MaskedArray):

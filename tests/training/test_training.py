@@ -1,5 +1,6 @@
 """The step, the loop and resuming: against PyTorch, bitwise after a cut, masks and frozen arrays left alone."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, MaskedArray, QuantizedArray, SumArray
+from lmcompress.arrays import FakeQuantArray, InputArray, MaskedArray, QuantizedArray, SumArray, scored
 from lmcompress.calibration import compress
 from lmcompress.io import checkpoint
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
@@ -30,6 +31,8 @@ from lmcompress.transforms import (
   low_rank_residual,
   magnitude,
   merge,
+  movement,
+  prune_gradually,
   quantize_inputs,
   round_to_nearest,
 )
@@ -196,6 +199,35 @@ def test_masks_hold_and_a_schedule_moves_them():
   assert np.mean(down == 0) == 0.75
 
 
+@pytest.mark.parametrize("form", [movement, lambda: magnitude(0.0)], ids=["movement", "magnitude"])
+def test_pruning_gradually(form):
+  """Sparsity follows the cubic schedule to its end, to the entry; freezing changes nothing; the rest learns."""
+  start, _ = compress(MODEL, PARAMS, form(), None, None)
+  seen = []
+  training = Training(9, batch=8, learning_rate=1e-2, schedule="constant")
+  plan = prune_gradually(0.75, start=0, end=6, interval=2)
+  done, history = fit(
+    MODEL, start, ROWS, training, transform=plan, trainable=lambda path: path.startswith("layers"),
+    on_step=lambda step, metrics: seen.append(metrics["loss"]),
+  )  # fmt: skip
+  frozen, _ = compress(MODEL, done, freeze(), None, None)
+  for path, leaf in tree.weights(frozen).items():
+    if path.startswith("layers"):
+      assert isinstance(leaf, jax.Array) and float(jnp.mean(leaf == 0)) == pytest.approx(0.75, abs=1 / leaf.size)
+  np.testing.assert_allclose(MODEL.apply(frozen, ROWS[:2]), MODEL.apply(done, ROWS[:2]), atol=1e-5)
+  assert seen == [row["loss"] for row in history] and seen[-1] < seen[0]
+
+
+def test_scores_follow_the_movement():
+  """The paper's equation: a score learns the gradient times the weight, kept or not; a weight only if kept."""
+  rng = np.random.default_rng(5)
+  w, s, g = (rng.normal(size=(6, 4)).astype(np.float32) for _ in range(3))
+  leaf = dataclasses.replace(scored(jnp.asarray(w), jnp.asarray(s), -2), threshold=jnp.zeros((1, 1)))
+  found = jax.grad(lambda leaf: jnp.sum(g * leaf.materialize()))(leaf)
+  np.testing.assert_allclose(found.scores, g * w, rtol=1e-6)
+  np.testing.assert_allclose(found.values, np.where(s >= 0, g, 0), rtol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------- adapters and codes
 
 
@@ -267,7 +299,7 @@ def test_gradients_of_a_step_size_are_lsqs():
   """The paper's equation 3, times its gradient scale, in NumPy."""
   w = np.random.default_rng(3).normal(size=(8, 5)).astype(np.float32)
   s = np.full((2, 5), 0.4, np.float32)
-  leaf = FakeQuantArray(jnp.asarray(w), jnp.asarray(s), None, 3, 4, -2, "float32")
+  leaf = FakeQuantArray(jnp.asarray(w), jnp.asarray(s), None, 3, 4, -2, "float32", "float32")
   g = np.random.default_rng(4).normal(size=w.shape).astype(np.float32)
   found = jax.grad(lambda leaf: jnp.sum(g * leaf.materialize()))(leaf)
   v = w / np.repeat(s, 4, 0)
@@ -382,7 +414,9 @@ def test_arguments_out_of_range(arguments):
 
 @pytest.mark.parametrize(("make", "said"), [
   (lambda: lora(0), "a rank from 1"), (lambda: fake_quantize(1), "2 to 8"), (lambda: fake_quantize(4, 1), "groups"),
-  (lambda: Distill("sideways"), "kind is one of"), (lambda: Distill(temperature=0.0), "temperature above 0"),
+  (lambda: prune_gradually(1.0), "between 0 and 1"), (lambda: prune_gradually(0.5, 5, 5), "start < end"),
+  (lambda: prune_gradually(0.5, interval=0), "interval from 1"), (lambda: Distill("sideways"), "kind is one of"),
+  (lambda: Distill(temperature=0.0), "temperature above 0"),
   (lambda: Distill(mix=1.0), "mix between"), (lambda: Distill(labels=2.0), "labels from 0"),
 ])  # fmt: skip
 def test_methods_out_of_range(make, said):
@@ -395,6 +429,7 @@ def test_methods_out_of_range(make, said):
   (chain(round_to_nearest(4, 16), fake_quantize(3)), "the weight is int4 g16; give the bits"),
   (chain(round_to_nearest(grid="nf4", group_size=16), fake_quantize(4)), "the weight is nf4"),
   (chain(magnitude(0.5), fake_quantize(4, 16)), "freeze it first"),
+  (chain(round_to_nearest(4, 16), movement()), "already stored as int4"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit(recipe, said):
   with pytest.raises(WeightError, match=said):
