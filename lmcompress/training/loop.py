@@ -79,11 +79,13 @@ def fit(
     log = _Log(None if folder is None else folder / "train.jsonl", history)
     for step in range(int(state.step), training.steps):
       state, metrics = _update(model, state, source[step], training, transform, teacher, seed)
+      broken = metrics.pop("broken")
       if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
+        where = _names(state.trained)[int(broken)] if broken >= 0 else "no gradient"
         kept = "" if saved is None else f"; the states saved before it are kept in {saved.folder}"
         raise WeightError(
-          f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}; lower "
-          f"the learning rate ({training.learning_rate:g}) or clip (at {training.clip}){kept}"
+          f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}, first "
+          f"not finite at {where}; lower the learning rate ({training.learning_rate:g}) or clip (at {training.clip}){kept}"
         )
       history.append(metrics)
       log.add(metrics)
@@ -118,6 +120,12 @@ def _update(
   metrics = {name: float(value) for name, value in found.items()}
   kept = state.kept if new.kept is None else new.kept
   return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
+
+
+def _names(trained: Params) -> list[str]:
+  """The path of each array, in the order of the tree's leaves."""
+  keys = (where for where, _ in jax.tree_util.tree_leaves_with_path(trained))
+  return ["/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in where) for where in keys]
 
 
 def _check_teacher(params: Params, teacher: tuple[Any, Params] | None, training: Training) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmcompress.types import FormatError
+from lmcompress.types import FormatError, SourceError
 
 
 class Saved:
@@ -37,11 +39,15 @@ class Saved:
     self._args = ocp.args
 
   def save(self, step: int, state: Any) -> None:
-    """Copies the state and returns; the writing goes on."""
+    """Copies the state and returns; the writing goes on.
+
+    Raises:
+      SourceError: it, or the one before it, could not be written.
+    """
     arrays = {f"{i:05d}": np.array(x) for i, x in enumerate(jax.tree.leaves(state))}  # donated buffers are used again
     record = {"decides": self._decides, "digests": {name: _digest(x) for name, x in arrays.items()}}
     given = self._args.Composite(arrays=self._args.StandardSave(arrays), record=self._args.JsonSave(record))
-    self._manager.save(step, args=given)
+    self._writing(step, lambda: self._manager.save(step, args=given))
 
   def latest(self, like: Any) -> tuple[int, Any] | None:
     """The step and state last written, in the structure of `like`; None where there is none.
@@ -76,8 +82,25 @@ class Saved:
     return step, treedef.unflatten([arrays[name] for name in wanted])
 
   def wait(self) -> None:
-    """Returns when everything is written; raises what went wrong."""
-    self._manager.wait_until_finished()
+    """Returns when everything is written.
+
+    Raises:
+      SourceError: something could not be; the states before it are kept.
+    """
+    self._writing(None, self._manager.wait_until_finished)
+
+  def _writing(self, step: int | None, act: Callable[[], Any]) -> None:
+    """Orbax and the file system raise many kinds, of this save or of the one before it."""
+    try:
+      act()
+    except Exception as error:
+      free = shutil.disk_usage(self.folder).free
+      what = " ".join(str(error).split())[:200]
+      which = "a state" if step is None else f"the state of step {step}, or the one before it,"
+      raise SourceError(
+        f"{self.folder}: {which} could not be written ({type(error).__name__}: {what}); {free} bytes are free; the "
+        "states before it are kept: make space and resume"
+      ) from None
 
   def close(self) -> None:
     self._manager.close()

@@ -163,8 +163,8 @@ def train_step(
     key: for the transform.
 
   Returns:
-    The state, its `kept` None unless a transform changed it, and float32 scalars `loss` (a mean over tokens),
-    `grad_norm` and `learning_rate`.
+    The state, its `kept` None unless a transform changed it, and scalars: `loss` (a mean over tokens), `grad_norm`,
+    `learning_rate`, and `broken`, the first of the arrays that train whose gradient is not finite, or -1.
   """
 
   def lost(trained: Params, piece: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -191,8 +191,10 @@ def train_step(
   average = moving.average
   if training.average is not None:
     average = optax.incremental_update(trained, average, 1 - training.average)
+  finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
   metrics = {
-    "loss": total / tokens, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step)
+    "loss": total / tokens, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step),
+    "broken": jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
   }  # fmt: skip
   return TrainState(moving.step + 1, trained, moments, average, changed, links), metrics
 

@@ -37,7 +37,7 @@ from lmcompress.transforms import (
   round_to_nearest,
 )
 from lmcompress.transforms.schedules import cubic
-from lmcompress.types import FormatError, WeightError
+from lmcompress.types import FormatError, SourceError, WeightError
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2)
 MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
@@ -399,8 +399,29 @@ def test_what_cannot_be_trained(tmp_path):
     with pytest.raises(ValueError, match=said):
       make()
   wild = Training(40, batch=8, learning_rate=1e30, optimizer="sgd", clip=None, schedule="constant")
-  with pytest.raises(WeightError, match=r"step \d+: the loss is .*lower the learning rate \(1e\+30\).*kept in"):
+  with pytest.raises(WeightError, match=r"step \d+: .* at [a-z_/0-9]+; lower the learning rate \(1e\+30\).*kept in"):
     fit(MODEL, PARAMS, ROWS, wild, folder=tmp_path)
+
+
+def test_a_state_that_cannot_be_written(tmp_path, monkeypatch):
+  """A full disk: the error says where and how much is free, the state before it is whole, and the run goes on."""
+  import orbax.checkpoint as ocp
+
+  training, save = Training(4, batch=8, learning_rate=1e-2), ocp.CheckpointManager.save
+  straight, _ = fit(MODEL, PARAMS, ROWS, training)
+
+  def full(self, step, **arguments):
+    if step > 2:
+      raise OSError(28, "No space left on device")
+    return save(self, step, **arguments)
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  with pytest.raises(SourceError, match=r"states: the state of step 3.* No space left on device\); \d+ bytes are free"):
+    fit(MODEL, PARAMS, ROWS, training, folder=tmp_path, save_every=1)
+  monkeypatch.undo()
+  seen = []
+  done, history = fit(MODEL, PARAMS, ROWS, training, folder=tmp_path, on_step=lambda step, _: seen.append(step))
+  assert seen == [3, 4] and len(history) == 4 and same(done, straight)
 
 
 @pytest.mark.parametrize("arguments", [
