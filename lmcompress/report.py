@@ -82,7 +82,7 @@ def html(result: Result) -> str:
   ).from_string(source)
   stages, columns = _stages(result), _stage_columns(result, agreement=True)
   weights = _last_rows(result)
-  quality, errors, output_errors, histograms = _plots(result, stages, weights)
+  quality, errors, output_errors, training, histograms = _plots(result, stages, weights)
   return template.render(
     name=_run_name(result),
     description=_text(result.get("description", "")),
@@ -95,6 +95,8 @@ def html(result: Result) -> str:
     quality=quality,
     errors=errors,
     output_errors=output_errors,
+    training=training,
+    trained=_trained(result),
     not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not _drawn(x, y)],
     outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items() if not _LAYER.match(path)],
     histograms=histograms,
@@ -121,9 +123,9 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
   """Writes one event file.
 
   The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>` and `tokens_per_s/<phase>` is the stage's
-  index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers. Numbers
-  that are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard
-  shows both.
+  index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers; the step of
+  `training/loss`, `training/grad_norm` and `training/learning_rate` is the update. Numbers that are missing or NaN are
+  skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
   """
   from tensorboardX import SummaryWriter
 
@@ -142,6 +144,9 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
     for path, row in _last_rows(result).items():
       linear, depth = _split(path)
       scalar(f"weight_error/{linear}", row.get("weight_error"), depth or 0)
+    for step, row in enumerate(_history(result), 1):
+      for key in ("loss", "grad_norm", "learning_rate"):
+        scalar(f"training/{key}", row.get(key), step)
     indented = "\n".join(f"    {line}" for line in _yaml(result.get("config") or {}).splitlines())
     writer.add_text("config", indented)  # four spaces are a code block in TensorBoard's Markdown
 
@@ -230,11 +235,39 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 # Plots
 
 
-def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str, str]:
-  """SVG of perplexity against size, of error against depth, and of the weights' values; "" where no data."""
+def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str, str, str]:
+  """SVG of perplexity against size, of errors against depth, of the loss, and of the weights' values; "" for none."""
   with _style():
+    errors = _plot_errors(weights, "weight"), _plot_errors(weights, "output")
     histograms = _plot_histograms(result.get("histograms") or {})
-    return _plot_quality(stages), _plot_errors(weights, "weight"), _plot_errors(weights, "output"), histograms
+    return _plot_quality(stages), *errors, _plot_training(_history(result)), histograms
+
+
+def _history(result: Result) -> list[Row]:
+  """A row for each step of a training; empty where there was none."""
+  return list((result.get("training") or {}).get("history") or [])
+
+
+def _trained(result: Result) -> str:
+  """What was trained, in a line."""
+  training = result.get("training") or {}
+  counts = (("steps", len(_history(result))), ("tokens", training.get("tokens")), ("rows", training.get("rows")))
+  known = [f"{value:,} {name}" for name, value in counts if isinstance(value, int)]
+  if isinstance(training.get("trained_parameters"), int):
+    known.append(f"{training['trained_parameters']:,} numbers that trained")
+  return ", ".join(known)
+
+
+def _plot_training(history: Sequence[Row]) -> str:
+  losses = [(n, _float(row.get("loss"))) for n, row in enumerate(history, 1)]
+  drawn = [(n, loss) for n, loss in losses if math.isfinite(loss)]
+  if not drawn:
+    return ""
+  figure, axes = _figure(3.2)
+  axes.plot([n for n, _ in drawn], [loss for _, loss in drawn], color=_COLORS[0], linewidth=1.4)
+  axes.set_xlabel("step")
+  axes.set_ylabel("loss (nats a token)")
+  return _svg(figure, "training")
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def fit(
         kept = "" if saved is None else f"; the states saved before it are kept in {saved.folder}"
         raise WeightError(
           f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}, first "
-          f"not finite at {where}; lower the learning rate ({training.learning_rate:g}) or clip (at {training.clip}){kept}"
+          f"not finite at {where}; lower the learning rate ({training.learning_rate:g}) or clip ({training.clip}){kept}"
         )
       history.append(metrics)
       log.add(metrics)
