@@ -118,6 +118,14 @@ class DistillTable(_Table):
   labels: float = pydantic.Field(0.0, ge=0, le=1)
 
 
+class PrivacyTable(_Table):
+  """Differentially private training; keys as of `training.Privacy`."""
+
+  noise: float = pydantic.Field(gt=0)
+  clip: float = pydantic.Field(1.0, gt=0)
+  delta: float = pydantic.Field(1e-5, gt=0, lt=1)
+
+
 class Train(_Table):
   """Training after the recipe; keys as of `training.Training`, and what trains on what.
 
@@ -147,6 +155,7 @@ class Train(_Table):
     default_factory=lambda: LabelsTable(name="labels"), discriminator="name"
   )
   teacher: str | None = None
+  privacy: PrivacyTable | None = None
   during: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
   save_every: int = pydantic.Field(50, ge=1)
@@ -158,12 +167,13 @@ class Train(_Table):
 
   def settings(self) -> Any:
     """The `training.Training` that the keys say."""
-    from lmcompress.training import Distill, Labels, Training
+    from lmcompress.training import Distill, Labels, Privacy, Training
 
-    others = {"text", "windows", "length", "loss", "teacher", "during", "trainable", "save_every"}
+    others = {"privacy", "text", "windows", "length", "loss", "teacher", "during", "trainable", "save_every"}
     given = self.model_dump(exclude=others)
     loss = Labels() if isinstance(self.loss, LabelsTable) else Distill(**self.loss.model_dump(exclude={"name"}))
-    return Training(loss=loss, **given)
+    privacy = None if self.privacy is None else Privacy(**self.privacy.model_dump())
+    return Training(loss=loss, privacy=privacy, **given)
 
 
 class Config(_Table):

@@ -248,7 +248,7 @@ def _train(
   decides: dict[str, Any],
 ) -> dict[str, Any]:
   """Appends the stage `trained`; returns what the result says of the training."""
-  from lmcompress.training import fit
+  from lmcompress.training import epsilon, fit
 
   rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
   settings = train.settings()
@@ -282,6 +282,7 @@ def _train(
     "rows": len(rows),
     "tokens": train.steps * train.batch * train.length,
     "trained_parameters": int(sum(x.size for x in trained)),
+    "epsilon": None if settings.privacy is None else epsilon(settings, len(rows)),
     "history": history,
   }
 

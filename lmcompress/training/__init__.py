@@ -2,16 +2,19 @@
 
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence, mean_loss
-from lmcompress.training.step import Training, TrainState, result, start, train_step
+from lmcompress.training.privacy import epsilon
+from lmcompress.training.step import Privacy, Training, TrainState, result, start, train_step
 
 __all__ = [
   "DIVERGENCES",
   "Distill",
   "Labels",
+  "Privacy",
   "TrainState",
   "Training",
   "batches",
   "divergence",
+  "epsilon",
   "fit",
   "mean_loss",
   "result",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.training.privacy import Poisson, private_step
 from lmcompress.training.resume import Saved
 from lmcompress.training.step import Training, TrainState, result, start, train_step
 from lmcompress.types import FormatError, Params, Transform, WeightError
@@ -66,7 +67,8 @@ def fit(
     FormatError: a saved state is damaged or of another run.
   """
   _check_teacher(params, teacher, training)
-  source = batches(np.asarray(rows), training.batch, seed)
+  rows = np.asarray(rows)
+  source = batches(rows, training.batch, seed) if training.privacy is None else Poisson(rows, training.batch, seed)
   state = start(params, training, trainable, transform)
   saved = None if folder is None else Saved(folder / "states", [decides, seed, repr(training)])
   history: list[Metrics] = []
@@ -112,11 +114,13 @@ def _update(
   seed: int,
 ) -> tuple[TrainState, Metrics]:
   begun = time.perf_counter()
-  batch = {"tokens": jnp.asarray(rows).reshape(training.accumulate, -1, rows.shape[-1])}
   who, guide = teacher if teacher is not None and training.loss.needs_teacher else (None, None)
-  key = jax.random.fold_in(jax.random.key(seed), int(state.step))
-  moving = state._replace(kept=None)  # type: ignore[arg-type]
-  new, found = train_step(model, moving, state.kept, batch, training, transform, who, guide, key)
+  key, moving = jax.random.fold_in(jax.random.key(seed), int(state.step)), state._replace(kept=None)
+  if training.privacy is not None:
+    new, found = private_step(model, moving, state.kept, rows, training, transform, who, guide, key)
+  else:
+    batch = {"tokens": jnp.asarray(rows).reshape(training.accumulate, -1, rows.shape[-1])}
+    new, found = train_step(model, moving, state.kept, batch, training, transform, who, guide, key)
   metrics = {name: float(value) for name, value in found.items()}
   kept = state.kept if new.kept is None else new.kept
   return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}

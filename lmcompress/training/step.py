@@ -19,6 +19,30 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Privacy:
+  """Differentially private training (Abadi et al. 2016, arXiv:1607.00133), an example being a row of tokens.
+
+  Attributes:
+    noise: deviation of the noise on the summed gradients, in units of `clip`.
+    clip: largest norm that the gradient of one row has; larger ones are scaled down.
+    delta: for which epsilon is stated; less than one over the number of rows.
+
+  Raises:
+    ValueError: an attribute is out of range.
+  """
+
+  noise: float
+  clip: float = 1.0
+  delta: float = 1e-5
+
+  def __post_init__(self) -> None:
+    if not 0 < self.noise < float("inf") or not 0 < self.clip < float("inf") or not 0 < self.delta < 1:
+      raise ValueError(
+        f"Privacy(noise={self.noise}, clip={self.clip}, delta={self.delta}): noise, clip above 0, delta between 0 and 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
   """How a tree is trained.
 
@@ -38,6 +62,7 @@ class Training:
     compute: dtype of products; what trains is float32 all the while.
     chunk: positions whose logits are in memory at a time.
     remat: recompute each block on the way back.
+    privacy: clip each row's gradient and add noise (DP-SGD); rows are then drawn one by one, `batch` in the mean.
 
   Raises:
     ValueError: an attribute is out of range.
@@ -57,6 +82,7 @@ class Training:
   compute: Literal["float32", "bfloat16"] = "float32"
   chunk: int = 64
   remat: bool = True
+  privacy: Privacy | None = None
 
   def __post_init__(self) -> None:
     if min(self.steps, self.batch, self.accumulate, self.chunk) < 1 or self.batch % self.accumulate:
@@ -69,6 +95,8 @@ class Training:
         f"Training(learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}): a rate "
         f"above 0, a warmup below the {self.steps} steps, no negative decay"
       )
+    if self.privacy is not None and self.accumulate > 1:
+      raise ValueError("Training(privacy=..., accumulate=...): rows are taken one by one; leave accumulate at 1")
     if (self.clip is not None and not self.clip > 0) or (self.average is not None and not 0 < self.average < 1):
       raise ValueError(f"Training(clip={self.clip}, average={self.average}): above 0; between 0 and 1")
 
@@ -141,6 +169,17 @@ def result(state: TrainState, like: Params) -> Params:
   return jax.tree.map(lambda x, old: x.astype(old.dtype), whole, like)
 
 
+def loss_of(
+  model: Any, kept: Params, training: Training, teacher: tuple[Any, Params] | None, trained: Params, rows: Any
+) -> tuple[jax.Array, jax.Array]:
+  """The summed loss of rows and the tokens that it counts, as a function of what trains."""
+  whole = tree.combine(
+    jax.tree.map(lambda x: x.astype(training.compute), trained),
+    kept if training.compute == "float32" else _floats_as(kept, training.compute),
+  )
+  return mean_loss(model, whole, rows, training.loss, teacher, training.chunk, training.remat)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "training", "transform", "teacher_model"), donate_argnums=(1,))
 def train_step(
   model: Any,
@@ -167,11 +206,7 @@ def train_step(
     `learning_rate`, and `broken`, the first of the arrays that train whose gradient is not finite, or -1.
   """
 
-  def lost(trained: Params, piece: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    cast = functools.partial(jax.tree.map, lambda x: x.astype(training.compute))
-    whole = tree.combine(cast(trained), kept if training.compute == "float32" else _floats_as(kept, training.compute))
-    guide = None if teacher is None else (teacher_model, teacher)
-    return mean_loss(model, whole, piece, training.loss, guide, training.chunk, training.remat)
+  lost = functools.partial(loss_of, model, kept, training, None if teacher is None else (teacher_model, teacher))
 
   def add(sums: Any, piece: Mapping[str, jax.Array]) -> tuple[Any, None]:
     (total, count), grads = jax.value_and_grad(lost, has_aux=True)(moving.trained, piece)
@@ -180,7 +215,19 @@ def train_step(
   zeros = (jnp.zeros(()), jnp.int32(0), jax.tree.map(jnp.zeros_like, moving.trained))
   (total, count, grads), _ = jax.lax.scan(add, zeros, dict(batch))
   tokens = jnp.maximum(count, 1).astype(jnp.float32)
-  grads = jax.tree.map(lambda g: g / tokens, grads)
+  return advance(moving, kept, jax.tree.map(lambda g: g / tokens, grads), total / tokens, training, transform, key)
+
+
+def advance(
+  moving: TrainState,
+  kept: Params,
+  grads: Params,
+  loss: jax.Array,
+  training: Training,
+  transform: Transform | None,
+  key: jax.Array | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The update that gradients of what trains make: the optimizer, the transform, the average, and the metrics."""
   updates, moments = training.transformation().update(grads, moving.moments, moving.trained)
   trained = optax.apply_updates(moving.trained, updates)
   links, changed = moving.links, None
@@ -193,7 +240,7 @@ def train_step(
     average = optax.incremental_update(trained, average, 1 - training.average)
   finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
   metrics = {
-    "loss": total / tokens, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step),
+    "loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step),
     "broken": jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
   }  # fmt: skip
   return TrainState(moving.step + 1, trained, moments, average, changed, links), metrics
