@@ -255,6 +255,12 @@ def _train(
   teacher = None
   if settings.loss.needs_teacher:
     teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
+
+  def on_step(step: int, metrics: dict[str, float]) -> None:
+    watcher.step("training", step, train.steps)
+    if step % max(1, train.steps // 10) == 0:
+      watcher.note(f"step {step} of {train.steps}: loss {metrics['loss']:.4f}, {metrics['seconds']:.1f} s a step")
+
   reset_peak()
   begun = time.perf_counter()
   try:
@@ -270,7 +276,7 @@ def _train(
       folder=folder / TRAINING,
       decides=decides,
       save_every=train.save_every,
-      on_step=lambda step, metrics: watcher.step(f"training, loss {metrics['loss']:.3f}", step, train.steps),
+      on_step=on_step,
     )
   except LmcompressError:
     raise

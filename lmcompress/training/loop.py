@@ -59,7 +59,8 @@ def fit(
     folder: where states and `train.jsonl` are kept; a run that was cut off goes on to the same bits.
     decides: JSON that tells this run from others in that folder.
     save_every: steps from one saved state to the next.
-    on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds`.
+    on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds`; when it raises,
+      the state is saved first.
 
   Raises:
     ValueError: nothing trains, too few rows, no teacher or one of another vocabulary.
@@ -91,11 +92,17 @@ def fit(
         )
       history.append(metrics)
       log.add(metrics)
-      if saved is not None and ((step + 1) % save_every == 0 or step + 1 == training.steps):
-        log.flush()
-        saved.save(step + 1, _portable(state, transform))
-      if on_step is not None:
-        on_step(step + 1, metrics)
+      due = (step + 1) % save_every == 0 or step + 1 == training.steps
+      try:
+        if on_step is not None:
+          on_step(step + 1, metrics)
+      except BaseException:
+        due = True  # an interrupt: what is done is kept
+        raise
+      finally:
+        if saved is not None and due:
+          log.flush()
+          saved.save(step + 1, _portable(state, transform))
     if saved is not None:
       saved.wait()
   finally:

@@ -438,6 +438,19 @@ def test_a_state_that_cannot_be_written(tmp_path, monkeypatch):
   assert seen == [3, 4] and len(history) == 4 and same(done, straight)
 
 
+def test_an_interrupt_keeps_what_is_done(tmp_path):
+  training, seen = Training(4, batch=8, learning_rate=1e-2), []
+
+  def interrupted(step, metrics):
+    if step == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    fit(MODEL, PARAMS, ROWS, training, folder=tmp_path, save_every=50, on_step=interrupted)
+  done, _ = fit(MODEL, PARAMS, ROWS, training, folder=tmp_path, on_step=lambda step, _: seen.append(step))
+  assert seen == [4] and same(done, fit(MODEL, PARAMS, ROWS, training)[0])
+
+
 # ---------------------------------------------------------------------------------------- privacy
 
 
