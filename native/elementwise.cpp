@@ -1,4 +1,5 @@
-// `lmc_rms_norm`, `lmc_gated_silu`, `lmc_argmax`: what stands around products; `lmc_read`: the memory's speed, for benchmarks.
+// `lmc_rms_norm`, `lmc_gated_silu`, `lmc_argmax`: what stands around products; `lmc_sparse_linear`: a dense product that
+// skips zero inputs; `lmc_read`: the memory's speed, for benchmarks.
 #include <atomic>
 #include <string>
 
@@ -81,6 +82,22 @@ ffi::Error read(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::U
   return ffi::Error::Success();
 }
 
+ffi::Error sparse_linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[0] || ys[0] != xs[0] || ys[1] != ws[1])
+    return ffi::Error::InvalidArgument("lmc_sparse_linear: x [rows, in], w [in, out] and y [rows, out] are needed");
+  int64_t rows = xs[0], inputs = ws[0], outputs = ws[1];
+  int64_t threads = threads_of(pool), tile = std::max<int64_t>(64, (outputs / threads + 15) / 16 * 16);
+  int64_t tiles = (outputs + tile - 1) / tile;
+  const Kernels& k = kernels();
+  parallel_for(pool, rows * inputs * outputs < kShare ? 1 : threads, rows * tiles, [&](int64_t p) {
+    int64_t r = p / tiles, from = p % tiles * tile;
+    k.sparse_row(x.typed_data() + r * inputs, w.typed_data() + from, inputs, outputs, std::min(tile, outputs - from),
+                 y->typed_data() + r * outputs + from);
+  });
+  return ffi::Error::Success();
+}
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_rms_norm, rms_norm,
@@ -99,6 +116,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_gated_silu, gated_silu,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     lmc_argmax, argmax,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_sparse_linear, sparse_linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lmc_read, read,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>());
 

@@ -930,6 +930,30 @@ int64_t argmax(const float* x, int64_t n) {  // the first of the largest; the fi
   return 0;
 }
 
+void sparse_row(const float* x, const float* w, int64_t inputs, int64_t stride, int64_t n, float* y) {
+  constexpr int kTogether = 8;  // rows added in one pass over y
+  std::fill(y, y + n, 0.f);
+  const float* rows[kTogether];
+  float factors[kTogether];
+  for (int64_t i = 0; i < inputs;) {
+    int found = 0;
+    for (; i < inputs && found < kTogether; i++)
+      if (x[i] != 0.f) rows[found] = w + i * stride, factors[found++] = x[i];  // NaN too
+    int64_t j = 0;
+    if (found == kTogether)
+      for (; j + 16 <= n; j += 16) {
+        f32 even = load<f32>(y + j), odd = f32{};
+        for (int k = 0; k < kTogether; k += 2) {
+          even += load<f32>(rows[k] + j) * factors[k];
+          odd += load<f32>(rows[k + 1] + j) * factors[k + 1];
+        }
+        store(y + j, even + odd);
+      }
+    for (; j < n; j++)
+      for (int k = 0; k < found; k++) y[j] += rows[k][j] * factors[k];
+  }
+}
+
 void gated_silu(const float* gate, const float* up, int64_t n, float* y) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) store(y + i, silu(load<f32>(gate + i)) * load<f32>(up + i));
@@ -1326,7 +1350,7 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
 
 const Kernels table = {
     LMC_NAME,  few_float, few_int8, many_float, many_bf16, many_int8, row,    quantize, quantize_units, bf16_row,
-    group_sums, rms_norm, gated_silu, argmax, rotate,   append,    append_group, attend,    attend_scratch,
+    group_sums, rms_norm, gated_silu, argmax, sparse_row, rotate,   append,    append_group, attend,    attend_scratch,
 };
 
 }  // namespace LMC_ISA

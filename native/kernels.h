@@ -90,6 +90,8 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t n, float* y);
   void (*gated_silu)(const float* gate, const float* up, int64_t n, float* y);
   int64_t (*argmax)(const float* x, int64_t n);
+  // y[n] = x[inputs] @ w[inputs, n] (rows `stride` apart), reading the rows of w whose x is not 0.
+  void (*sparse_row)(const float* x, const float* w, int64_t inputs, int64_t stride, int64_t n, float* y);
   void (*rotate)(const float* x, const float* cos, const float* sin, float factor, int64_t head, float* y);
   void (*append)(const Cache&, int64_t head, int64_t row, const float* x);
   // Codes of `group` keys `x: [group, head]`, each channel with a scale, as entries from `row` on.

@@ -39,6 +39,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_attention);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_rms_norm);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_gated_silu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_argmax);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_sparse_linear);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(lmc_read);
 }  // namespace lmc
 
@@ -73,6 +74,7 @@ NB_MODULE(_native, m) {
         add("lmc_rms_norm", lmc::lmc_rms_norm);
         add("lmc_gated_silu", lmc::lmc_gated_silu);
         add("lmc_argmax", lmc::lmc_argmax);
+        add("lmc_sparse_linear", lmc::lmc_sparse_linear);
         add("lmc_read", lmc::lmc_read);
         return found;
       },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return (normal * scale).astype(x.dtype)
 
-  if not _native(x, scale):
+  if not is_native(x, scale):
     return reference(x, scale)
   from lmcompress.ops.kernels import cpu
 
-  return _with_gradients(lambda x, scale: cpu.rms_norm(x, scale, epsilon), reference)(x, scale)
+  return with_gradients(lambda x, scale: cpu.rms_norm(x, scale, epsilon), reference)(x, scale)
 
 
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -31,28 +32,30 @@ def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   def reference(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
-  if not _native(gate, up):
+  if not is_native(gate, up):
     return reference(gate, up)
   from lmcompress.ops.kernels import cpu
 
-  return _with_gradients(cpu.gated_silu, reference)(gate, up)
+  return with_gradients(cpu.gated_silu, reference)(gate, up)
 
 
 def argmax(x: jax.Array) -> jax.Array:
   """The first largest of the last axis, int32 `[...]`; a NaN counts as largest. For sampling: not differentiable."""
-  if not _native(x) or not x.shape[-1]:
+  if not is_native(x) or not x.shape[-1]:
     return jnp.argmax(x, axis=-1).astype(jnp.int32)
   from lmcompress.ops.kernels import cpu
 
   return cpu.argmax(x)
 
 
-def _native(*xs: jax.Array) -> bool:
-  floats = all(x.dtype == jnp.float32 for x in xs)
+def is_native(*xs: Any) -> bool:
+  """Whether dense float32 arrays all, and the CPU kernels run."""
+  floats = all(isinstance(x, jax.Array) and x.dtype == jnp.float32 for x in xs)
   return floats and backend.runs_native()
 
 
-def _with_gradients(kernel: Callable, reference: Callable) -> Callable:
+def with_gradients(kernel: Callable, reference: Callable) -> Callable:
+  """A kernel that is differentiated as its reference is."""
   run = jax.custom_vjp(kernel)
   run.defvjp(lambda *args: (kernel(*args), args), lambda saved, g: jax.vjp(reference, *saved)[1](g))
   return run

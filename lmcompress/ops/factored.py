@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays import parts
-from lmcompress.arrays.input import InputArray
+from lmcompress.arrays.input import InputArray, Threshold
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.outliers import OutlierArray
 from lmcompress.arrays.split import SplitArray
 from lmcompress.arrays.sum import SumArray
+from lmcompress.ops.elementwise import is_native, with_gradients
 from lmcompress.ops.linear import TILE, Rules, attend, embed, gathered_embed, linear, register
 from lmcompress.types import CompressedArray
+
+_FEW = 2
+"""Rows of an input of which each reads its own part of a weight; for more, the parts overlap and all of it is read."""
 
 
 def low_rank_linear(x: jax.Array, w: LowRankArray) -> jax.Array:
@@ -53,8 +57,16 @@ def _times_table(x: jax.Array, table: Any) -> jax.Array:
 
 
 def input_linear(x: jax.Array, w: InputArray) -> jax.Array:
-  """`linear(act(x), weight)`, float32 from the act on."""
-  return linear(w.act(x), w.weight).astype(x.dtype)
+  """`linear(act(x), weight)`, float32 from the act on; for a row or two, what a zero input meets is not read."""
+  acted = w.act(x)
+  rows = x.size // max(x.shape[-1], 1)
+  if not isinstance(w.act, Threshold) or rows > _FEW or not is_native(acted, w.weight):
+    return linear(acted, w.weight).astype(x.dtype)
+  from lmcompress.ops.kernels import cpu
+
+  product = with_gradients(cpu.sparse_linear, jnp.matmul)
+  y = product(acted.reshape(rows, x.shape[-1]), w.weight)
+  return y.reshape(*x.shape[:-1], w.shape[-1]).astype(x.dtype)
 
 
 def input_attend(x: jax.Array, w: InputArray) -> jax.Array:

@@ -216,6 +216,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   return run(x, scale)
 
 
+@jax.custom_batching.sequential_vmap
+def sparse_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+  """`x @ w` for float32 `x: [rows, in]`, `w: [in, out]`; rows of `w` whose input is 0 are not read."""
+
+  def call(x: jax.Array, w: jax.Array) -> Sequence[jax.Array]:
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.float32)
+    return [jax.ffi.ffi_call("lmc_sparse_linear", out)(x, w)]
+
+  rows, inputs, outputs = (("rows", x.shape[0]), ("inputs", w.shape[0]), ("outputs", w.shape[1]))
+  return partitioned(call, [[rows, inputs], [inputs, outputs]], [[rows, outputs]], sums="inputs")(x, w)[0]
+
+
 @_broadcasting
 def gated_silu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """`silu(gate) * up`, float32 of any shape."""
