@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_AT_ONCE = 1 << 13
+_AT_ONCE = 1 << 12
 """Vectors that are compared with all atoms in one go."""
+
+
+def _in_blocks(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """`fn` of as many vectors at a time, put side by side again; each array is `[n, width]`."""
+  n = arrays[0].shape[0]
+  size = min(_AT_ONCE, n)
+  blocks = [jnp.pad(x, ((0, -n % size), (0, 0))).reshape(-1, size, x.shape[1]) for x in arrays]
+  found = jax.lax.map(lambda block: fn(*block), tuple(blocks))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], found)
+
+
+def _first(scores: jax.Array, best: jax.Array) -> jax.Array:
+  """int32 `[vectors]`: where each column of `scores: [count, vectors]` first is `best`; argmin is far slower."""
+  places = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None]
+  return jnp.min(jnp.where(scores == best, places, scores.shape[0] - 1), axis=0)
 
 
 @jax.jit
@@ -22,13 +39,12 @@ def nearest_atoms(x: jax.Array, importance: jax.Array, atoms: jax.Array) -> tupl
     int32 `[n]` and float32 `[n]`.
   """
 
-  def one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    v, s = pair
-    cost = jnp.sum(s * v * v) - 2 * atoms @ (s * v) + jnp.square(atoms) @ s
-    best = jnp.argmin(cost)
-    return best.astype(jnp.int32), jnp.maximum(cost[best], 0.0)
+  def some(v: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cost = jnp.square(atoms) @ s.T - 2 * (atoms @ (s * v).T)
+    least = jnp.min(cost, axis=0)
+    return _first(cost, least), jnp.maximum(least + jnp.sum(s * v * v, axis=1), 0.0)
 
-  return jax.lax.map(one, (x, importance), batch_size=min(_AT_ONCE, x.shape[0]))
+  return _in_blocks(some, x, importance)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "steps"))
@@ -76,22 +92,22 @@ def pursue(x: jax.Array, importance: jax.Array, atoms: jax.Array, terms: int) ->
   Returns:
     int32 and float32 `[n, terms]`: which atoms, all different, and their coefficients.
   """
-  size = min(_AT_ONCE, x.shape[0])
-  return jax.lax.map(lambda pair: _pursue(pair[0], pair[1], atoms, terms), (x, importance), batch_size=size)
+  return _in_blocks(lambda v, s: _pursue(v, s, atoms, terms), x, importance)
 
 
 def _pursue(v: jax.Array, s: jax.Array, atoms: jax.Array, terms: int) -> tuple[jax.Array, jax.Array]:
-  norms = jnp.sqrt(jnp.square(atoms) @ s)
-  chosen = jnp.zeros((terms,), jnp.int32)
-  rest, fitted = v, jnp.zeros((0,))
-  for j in range(terms):
-    gain = jnp.abs(atoms @ (s * rest)) / jnp.where(norms > 0, norms, 1.0)
-    taken = jnp.zeros(atoms.shape[0], bool).at[chosen[:j]].set(True)
-    chosen = chosen.at[j].set(jnp.argmax(jnp.where(taken, -1.0, gain)).astype(jnp.int32))
-    some = atoms[chosen[: j + 1]]
-    fitted = _least_squares(some, s, v)
-    rest = v - fitted @ some
-  return chosen, fitted
+  norms = jnp.sqrt(jnp.square(atoms) @ s.T)  # [count, vectors]
+  places = jnp.arange(atoms.shape[0], dtype=jnp.int32)[:, None]
+  taken = jnp.zeros(norms.shape, bool)
+  rest, chosen, fitted = v, [], jnp.zeros((v.shape[0], 0))
+  for _ in range(terms):
+    gain = jnp.where(taken, -1.0, jnp.abs(atoms @ (s * rest).T) / jnp.where(norms > 0, norms, 1.0))
+    chosen.append(_first(gain, jnp.max(gain, axis=0)))
+    taken = taken | (places == chosen[-1])
+    some = atoms[jnp.stack(chosen, axis=1)]  # [vectors, terms so far, width]
+    fitted = jax.vmap(_least_squares)(some, s, v)
+    rest = v - jnp.einsum("nt,ntw->nw", fitted, some)
+  return jnp.stack(chosen, axis=1), fitted
 
 
 def _least_squares(some: jax.Array, s: jax.Array, v: jax.Array) -> jax.Array:
