@@ -37,7 +37,7 @@ def train(kind: str, folder: Path) -> None:
   from lmcompress import transforms as t
   from lmcompress.io.checkpoint import tree_hash
   from lmcompress.models import Llama, LlamaConfig, LlamaSizes
-  from lmcompress.training import Distill, Privacy, Training
+  from lmcompress.training import Distill, Labels, Privacy, Training
 
   model = Llama(LlamaConfig(head_dim=16), LlamaSizes(vocab=256, embed=64, mlp=128, layers=2, heads=4, kv_heads=2))
   params = model.init(jax.random.key(0))
@@ -47,15 +47,15 @@ def train(kind: str, folder: Path) -> None:
     "movement": t.movement(),
   }  # fmt: skip
   start = compress(model, params, recipes[kind], None, jax.random.key(0))[0] if kind in recipes else params
-  loss = {"loss": Distill("jensen_shannon")} if kind in ("adapters", "codes") else {}
+  distils = kind in ("adapters", "codes")
   training = Training(
     _STEPS, batch=8, learning_rate=1e-3, average=0.9 if kind == "labels" else None,
-    privacy=Privacy(1.0) if kind == "private" else None, **loss,
+    privacy=Privacy(1.0) if kind == "private" else None, loss=Distill("jensen_shannon") if distils else Labels(),
   )  # fmt: skip
   done, history = fit(
     model, start, rows, training,
     trainable=lambda path: kind != "adapters" or tree.matches("**/delta", path),
-    teacher=(model, params) if loss else None,
+    teacher=(model, params) if distils else None,
     transform=t.prune_gradually(0.5, 0, 40, 5) if kind == "movement" else None,
     folder=folder, save_every=3, on_step=lambda step, _: print(f"step {step}", flush=True),
   )  # fmt: skip

@@ -52,6 +52,7 @@ from lmcompress.transforms import (
   quantize_activations,
   quantize_inputs,
   quip_sharp,
+  rigl,
   rotate,
   round_to_nearest,
   scheduled,
@@ -232,6 +233,7 @@ ROWS = [
   Row("freeze scores", freeze, before=movement),
   Row("prune_gradually", lambda: prune_gradually(0.5, 0, 10, 2), before=movement, step=8),
   Row("prune_gradually masks", lambda: prune_gradually(0.5, 0, 10, 2), before=lambda: magnitude(0.0), step=8),
+  Row("rigl", lambda: rigl(0.3, 10, 2), before=lambda: magnitude(0.5), step=4),
   Row("lora", lambda: lora(4), random=True, sums=True),
   Row("merge", merge, before=low_rank_of_codes, sums=True),
   Row("fake_quantize", lambda: fake_quantize(3, 16, symmetric=False)),
@@ -421,7 +423,8 @@ def test_a_step_transform_jits(row, params, results):
   @jax.jit
   @functools.partial(chex.assert_max_traces, n=1)
   def update(params, state, step):
-    return transform.apply(params, state, Evidence(step=step))
+    grads = dense_like(params, "grads") if "grads" in transform.needs else None
+    return transform.apply(params, state, Evidence(step=step, grads=grads))
 
   done, new = update(start, state, row.step)
   same_tree(done, results(row))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from lmcompress import tree
+from lmcompress.arrays import MaskedArray
 from lmcompress.training.losses import Labels, Loss, mean_loss
-from lmcompress.types import Evidence, Params, Transform
+from lmcompress.types import CompressedArray, Evidence, Params, Transform
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -154,6 +155,8 @@ def start(
   """
   if transform is not None and transform.phase != "step":
     raise ValueError(f"training applies transforms of phase 'step'; {transform.name} is of phase {transform.phase!r}")
+  if training.privacy is not None and _reads_gradients(transform):
+    raise ValueError(f"private training clips gradients, and {transform.name} reads them; leave one of the two out")  # type: ignore[union-attr]
   trained, kept = tree.partition(params, trainable)
   trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
   if not jax.tree.leaves(trained):
@@ -170,14 +173,34 @@ def result(state: TrainState, like: Params) -> Params:
 
 
 def loss_of(
-  model: Any, kept: Params, training: Training, teacher: tuple[Any, Params] | None, trained: Params, rows: Any
+  model: Any,
+  kept: Params,
+  training: Training,
+  teacher: tuple[Any, Params] | None,
+  trained: Params,
+  rows: Any,
+  through_masks: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """The summed loss of rows and the tokens that it counts, as a function of what trains."""
+  """The summed loss of rows and the tokens that it counts, as a function of what trains.
+
+  Args:
+    through_masks: gradients reach what a mask over dense values removes, too.
+  """
   whole = tree.combine(
     jax.tree.map(lambda x: x.astype(training.compute), trained),
     kept if training.compute == "float32" else _floats_as(kept, training.compute),
   )
+  if through_masks:
+    whole = tree.map_leaves(lambda _, x: _through_mask(x) if isinstance(x, MaskedArray) else x, whole)
   return mean_loss(model, whole, rows, training.loss, teacher, training.chunk, training.remat)
+
+
+def _through_mask(w: MaskedArray) -> Any:
+  """The dense value, with the gradient of a weight that no mask lies over."""
+  if isinstance(w.values, CompressedArray):
+    return w
+  removed = w.values - jax.lax.stop_gradient(w.values)  # 0
+  return jnp.where(w.mask.unpack() != 0, w.values, removed)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "training", "transform", "teacher_model"), donate_argnums=(1,))
@@ -206,7 +229,8 @@ def train_step(
     `learning_rate`, and `broken`, the first of the arrays that train whose gradient is not finite, or -1.
   """
 
-  lost = functools.partial(loss_of, model, kept, training, None if teacher is None else (teacher_model, teacher))
+  guide = None if teacher is None else (teacher_model, teacher)
+  lost = functools.partial(loss_of, model, kept, training, guide, through_masks=_reads_gradients(transform))
 
   def add(sums: Any, piece: Mapping[str, jax.Array]) -> tuple[Any, None]:
     (total, count), grads = jax.value_and_grad(lost, has_aux=True)(moving.trained, piece)
@@ -228,11 +252,15 @@ def advance(
   key: jax.Array | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The update that gradients of what trains make: the optimizer, the transform, the average, and the metrics."""
+  dense = grads
+  if _reads_gradients(transform):
+    grads = jax.tree.map(lambda g, k: _where_kept(g, k), grads, kept, is_leaf=lambda x: isinstance(x, MaskedArray))
   updates, moments = training.transformation().update(grads, moving.moments, moving.trained)
   trained = optax.apply_updates(moving.trained, updates)
   links, changed = moving.links, None
   if transform is not None:
-    evidence = Evidence(step=moving.step, key=key)
+    bare = tree.map_leaves(lambda _, g: g.values if isinstance(g, MaskedArray) else g, dense)
+    evidence = Evidence(step=moving.step, key=key, grads=bare)
     whole, links = transform.apply(tree.combine(trained, kept), links, evidence)  # type: ignore[arg-type]
     trained, changed = _split_like(whole, trained)  # type: ignore[arg-type]
   average = moving.average
@@ -244,6 +272,17 @@ def advance(
     "broken": jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
   }  # fmt: skip
   return TrainState(moving.step + 1, trained, moments, average, changed, links), metrics
+
+
+def _reads_gradients(transform: Transform | None) -> bool:
+  return transform is not None and "grads" in transform.needs
+
+
+def _where_kept(g: Any, kept: Any) -> Any:
+  """A gradient without what a mask removes; `kept` holds the mask."""
+  if not isinstance(g, MaskedArray) or g.values is None:
+    return g
+  return dataclasses.replace(g, values=jnp.where(kept.mask.unpack() != 0, g.values, 0.0))
 
 
 def _floats_as(kept: Params, dtype: str) -> Params:

@@ -23,6 +23,7 @@ from lmcompress.transforms.prune_layers import prune_layers
 from lmcompress.transforms.prune_neurons import prune_neurons
 from lmcompress.transforms.prune_width import prune_width
 from lmcompress.transforms.quip_sharp import quip_sharp
+from lmcompress.transforms.rigl import rigl
 from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.sensitivity import sensitivity
@@ -62,6 +63,7 @@ METHODS = {
     sensitivity,
     movement,
     prune_gradually,
+    rigl,
     prune_neurons,
     prune_heads,
     prune_width,
@@ -118,6 +120,7 @@ __all__ = [
   "quantize_activations",
   "quantize_inputs",
   "quip_sharp",
+  "rigl",
   "rotate",
   "round_to_nearest",
   "scheduled",

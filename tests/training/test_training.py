@@ -48,6 +48,7 @@ from lmcompress.transforms import (
   movement,
   prune_gradually,
   quantize_inputs,
+  rigl,
   round_to_nearest,
 )
 from lmcompress.transforms.schedules import cubic
@@ -232,6 +233,32 @@ def test_pruning_gradually(form):
   assert seen == [row["loss"] for row in history] and seen[-1] < seen[0]
 
 
+def test_rigl_moves_masks_to_where_gradients_are():
+  """Sparsity stays to the entry; at a change the smallest go and the largest gradients come, from 0; then no more."""
+  start, _ = compress(MODEL, PARAMS, magnitude(0.75), None, None)
+  kernel = lambda params: params["layers"]["0"]["mlp"]["up"]["kernel"]  # noqa: E731
+  kept = lambda params: np.asarray(kernel(params).mask.unpack() != 0)  # noqa: E731
+  training = Training(9, batch=8, learning_rate=1e-2, schedule="constant")
+  states = {}
+  for steps in (2, 3, 9):
+    cut = dataclasses.replace(training, steps=steps)
+    states[steps], history = fit(MODEL, start, ROWS, cut, transform=rigl(0.4, end=6, interval=2))
+    assert kept(states[steps]).sum() == kept(start).sum() == kernel(start).size // 4
+  assert (kept(states[2]) == kept(start)).all()  # the first change comes after step 2
+  before, after = states[2], states[3]
+  count = (kept(before) & ~kept(after)).sum()
+  most = round(0.2 * (1 + np.cos(np.pi * 2 / 6)) * kept(before).sum())
+  assert 0 < count <= most
+  grown = kept(after) & ~kept(before)
+  assert not np.asarray(kernel(after).values)[grown].any()  # they start at 0, and learn from the next step on
+  rows = batches(ROWS, 8, 0)[2]
+  dense = compress(MODEL, before, freeze(), None, None)[0]
+  grads = jax.grad(lambda p: mean_loss(MODEL, p, {"tokens": rows}, Labels())[0])(dense)
+  size = np.abs(np.asarray(kernel(grads)))
+  assert size[grown].min() >= np.quantile(size[~kept(after) & ~kept(before)], 0.99)
+  assert history[-1]["loss"] < history[0]["loss"]
+
+
 def test_scores_follow_the_movement():
   """The paper's equation: a score learns the gradient times the weight, kept or not; a weight only if kept."""
   rng = np.random.default_rng(5)
@@ -409,6 +436,8 @@ def test_what_cannot_be_trained(tmp_path):
     (lambda: fit(MODEL, PARAMS, ROWS[:0], ok), "a batch of 8 rows"),
     (lambda: fit(MODEL, PARAMS, ROWS, ok, trainable=DELTAS), "nothing trains"),
     (lambda: fit(MODEL, PARAMS, ROWS, ok, transform=magnitude(0.5)), "of phase 'once'"),
+    (lambda: fit(MODEL, PARAMS, ROWS, ok, transform=rigl()), "the weight is dense float32; make it a mask"),
+    (lambda: fit(MODEL, PARAMS, ROWS, Training(2, privacy=Privacy(1.0)), transform=rigl()), "rigl reads them"),
   ):
     with pytest.raises(ValueError, match=said):
       make()
@@ -531,7 +560,8 @@ def test_arguments_out_of_range(arguments):
   (lambda: Training(2, accumulate=2, privacy=Privacy(1.0)), "leave accumulate at 1"),
   (lambda: lora(0), "a rank from 1"), (lambda: fake_quantize(1), "2 to 8"), (lambda: fake_quantize(4, 1), "groups"),
   (lambda: prune_gradually(1.0), "between 0 and 1"), (lambda: prune_gradually(0.5, 5, 5), "start < end"),
-  (lambda: prune_gradually(0.5, interval=0), "interval from 1"), (lambda: Distill("sideways"), "kind is one of"),
+  (lambda: rigl(0.0), "above 0 to 1"), (lambda: prune_gradually(0.5, interval=0), "interval from 1"),
+  (lambda: Distill("sideways"), "kind is one of"),
   (lambda: Distill(temperature=0.0), "temperature above 0"),
   (lambda: Distill(mix=1.0), "mix between"), (lambda: Distill(labels=2.0), "labels from 0"),
 ])  # fmt: skip
