@@ -132,7 +132,7 @@ class Train(_Table):
   `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `trainable` the arrays that train
   by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
   it was, or another by name. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
-  state is saved every `save_every` steps.
+  state is saved every `save_every` steps, and `held_out` is scored every `evaluate_every`.
   """
 
   text: str
@@ -159,6 +159,8 @@ class Train(_Table):
   during: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
   save_every: int = pydantic.Field(50, ge=1)
+  held_out: Tokens | None = None
+  evaluate_every: int = pydantic.Field(50, ge=1)
 
   @pydantic.model_validator(mode="after")
   def _fits(self) -> Train:
@@ -169,8 +171,8 @@ class Train(_Table):
     """The `training.Training` that the keys say."""
     from lmcompress.training import Distill, Labels, Privacy, Training
 
-    others = {"privacy", "text", "windows", "length", "loss", "teacher", "during", "trainable", "save_every"}
-    given = self.model_dump(exclude=others)
+    ours = {"text", "windows", "length", "teacher", "during", "trainable", "save_every", "held_out", "evaluate_every"}
+    given = self.model_dump(exclude={*ours, "loss", "privacy"})
     loss = Labels() if isinstance(self.loss, LabelsTable) else Distill(**self.loss.model_dump(exclude={"name"}))
     privacy = None if self.privacy is None else Privacy(**self.privacy.model_dump())
     return Training(loss=loss, privacy=privacy, **given)

@@ -111,6 +111,7 @@ def run(
     ("evaluate.length", config.evaluate.length),
     ("calibration.length", config.calibration.length if config.calibration else 0),
     ("train.length", config.train.length if config.train else 0),
+    ("train.held_out.length", config.train.held_out.length if config.train and config.train.held_out else 0),
     (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if b.rounds else 0),
   ):
     if length > most:
@@ -251,6 +252,8 @@ def _train(
   from lmcompress.training import epsilon, fit
 
   rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
+  held = train.held_out
+  held_out = None if held is None else windows(tokenizer, load_text(held.text), held.windows, held.length)
   settings = train.settings()
   teacher = None
   if settings.loss.needs_teacher:
@@ -258,8 +261,10 @@ def _train(
 
   def on_step(step: int, metrics: dict[str, float]) -> None:
     watcher.step("training", step, train.steps)
-    if step % max(1, train.steps // 10) == 0:
-      watcher.note(f"step {step} of {train.steps}: loss {metrics['loss']:.4f}, {metrics['seconds']:.1f} s a step")
+    if step % max(1, train.steps // 10) == 0 or "held_out" in metrics:
+      held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
+      said = f"loss {metrics['loss']:.4f}{held_out}, {metrics['seconds']:.1f} s a step"
+      watcher.note(f"step {step} of {train.steps}: {said}")
 
   reset_peak()
   begun = time.perf_counter()
@@ -276,6 +281,8 @@ def _train(
       folder=folder / TRAINING,
       decides=decides,
       save_every=train.save_every,
+      held_out=held_out,
+      evaluate_every=train.evaluate_every,
       on_step=on_step,
     )
   except LmcompressError:

@@ -124,8 +124,8 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
 
   The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>` and `tokens_per_s/<phase>` is the stage's
   index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers; the step of
-  `training/loss`, `training/grad_norm` and `training/learning_rate` is the update. Numbers that are missing or NaN are
-  skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
+  `training/loss`, `training/grad_norm`, `training/learning_rate` and `training/held_out` is the update. Numbers that
+  are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
   """
   from tensorboardX import SummaryWriter
 
@@ -145,7 +145,7 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
       linear, depth = _split(path)
       scalar(f"weight_error/{linear}", row.get("weight_error"), depth or 0)
     for step, row in enumerate(_history(result), 1):
-      for key in ("loss", "grad_norm", "learning_rate"):
+      for key in ("loss", "grad_norm", "learning_rate", "held_out"):
         scalar(f"training/{key}", row.get(key), step)
     indented = "\n".join(f"    {line}" for line in _yaml(result.get("config") or {}).splitlines())
     writer.add_text("config", indented)  # four spaces are a code block in TensorBoard's Markdown
@@ -265,6 +265,10 @@ def _plot_training(history: Sequence[Row]) -> str:
     return ""
   figure, axes = _figure(3.2)
   axes.plot([n for n, _ in drawn], [loss for _, loss in drawn], color=_COLORS[0], linewidth=1.4)
+  held = [(n, _float(row["held_out"])) for n, row in enumerate(history, 1) if "held_out" in row]
+  if held:
+    axes.plot([n for n, _ in held], [loss for _, loss in held], color=_COLORS[1], marker=_MARKERS[1], label="held out")
+    _legend(axes)
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")
   return _svg(figure, "training")

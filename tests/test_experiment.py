@@ -433,7 +433,8 @@ def training(place, **over):
   text = str(place / "text.txt")
   table = yaml.safe_load((place / "tiny.yaml").read_text())
   train = {"text": text, "length": 16, "steps": 4, "batch": 4, "learning_rate": 1e-3, "save_every": 2,
-           "loss": {"name": "distill"}, "trainable": ["layers/*/mlp"], **over}
+           "loss": {"name": "distill"}, "trainable": ["layers/*/mlp"],
+           "held_out": {"text": text, "windows": 4, "length": 16}, **over}
   recipe = [{"name": "fake_quantize", "at": "layers/*/mlp", "bits": 3, "group_size": 32}]
   return check({**table, "name": "trained", "recipe": recipe, "train": train, "finish": [{"name": "freeze"}],
                 "bench": {"rounds": 0}, "generate": None}, "trained")
@@ -467,6 +468,7 @@ def test_a_config_trains_finishes_and_resumes(place, monkeypatch):
     experiment.run(config, place / "cut", COMMAND, Cut())
   again = experiment.run(config, place / "cut", COMMAND)
   assert again["tree_hash"] == result["tree_hash"]
+  assert row["history"][-1]["held_out"] == again["training"]["history"][-1]["held_out"] > 0
   assert [r["loss"] for r in again["training"]["history"]] == [r["loss"] for r in row["history"]]
 
 

@@ -135,14 +135,15 @@ def test_holes_do_not_crash(result):
 def test_a_training_is_drawn_and_reads_back(result, page, tmp_path):
   """A curve of the loss and what was trained, here and in TensorBoard; a hole in the history is left out."""
   history = [{"loss": 2.0 / n, "grad_norm": 1.0, "learning_rate": 1e-3, "seconds": 1.0} for n in range(1, 6)]
-  history[2]["loss"] = math.nan
+  history[2]["loss"], history[4]["held_out"] = math.nan, 0.6
   training = {"rows": 40, "tokens": 5120, "trained_parameters": 1234567, "history": history}
   trained = report.html({**result, "training": training})
   assert "5 steps, 5,120 tokens, 40 rows, 1,234,567 numbers that trained" in trained
   assert trained.count("<svg") == page.count("<svg") + 1 and "Training" not in page
   report.write_tensorboard({**result, "training": training}, tmp_path)
   np.testing.assert_allclose(scalars(tmp_path)["training/loss"], [2.0, 1.0, 0.5, 0.4], rtol=1e-6)
-  assert len(scalars(tmp_path)["training/learning_rate"]) == 5
+  assert len(scalars(tmp_path)["training/learning_rate"]) == 5 and "held out" in trained
+  np.testing.assert_allclose(scalars(tmp_path)["training/held_out"], [0.6], rtol=1e-6)
 
 
 def test_table_has_a_row_per_stage_and_fits(result):

@@ -87,7 +87,8 @@ class Row:
     random: draws from the key.
     norms: changes norms too, which a structure names.
     sums: solves or sums over inputs, so that another device layout rounds otherwise.
-    meshes: is checked on eight devices; a method made of another row's, which only measures first, need not be.
+    meshes: is checked on eight devices; a method made of another row's, which only measures first, or one that differs
+      from another row by an argument, need not be.
   """
 
   name: str
@@ -198,18 +199,23 @@ ROWS = [
     {"fine": round_to_nearest(bits=8, group_size=-1), "coarse": chain(magnitude(0.5), freeze())},
   )),
   Row("gptq", lambda: gptq(4, 16), sums=True),
-  Row("gptq row nf4", lambda: gptq(group_size=-1, grid="nf4", order="activation", clip="none"), sums=True),
-  Row("gptq propagating", lambda: gptq(3, 16, symmetric=False, zero="real", error_propagation=0.5), sums=True),
+  Row("gptq row nf4", lambda: gptq(group_size=-1, grid="nf4", order="activation", clip="none"), sums=True,
+      meshes=False),
+  Row("gptq propagating", lambda: gptq(3, 16, symmetric=False, zero="real", error_propagation=0.5), sums=True,
+      meshes=False),
   Row("awq", lambda: awq(4, 16), norms=True, sums=True),
   Row("awq_scale", lambda: awq_scale(4, 16), norms=True, sums=True),
   Row("hqq", lambda: hqq(3, 16), sums=True),
-  Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True, meshes=False),
+  Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True,
+      meshes=False),
   Row("any_precision", lambda: any_precision((3, 4, 8), 16), sums=True),
   Row("learned_rounding", lambda: learned_rounding(3, 16, steps=3, learning_rate=0.1), sums=True),
   Row("llm_int8", lambda: llm_int8(threshold=4.0)),
-  Row("llm_int8 fraction", lambda: llm_int8(4, 16, None, 0.1, 8, "none"), sums=True),
+  Row("llm_int8 fraction", lambda: llm_int8(4, 16, None, 0.1, 8, "none"), sums=True,
+      meshes=False),
   Row("quip_sharp", quip_sharp, sums=True),
-  Row("quip_sharp g16 propagating", lambda: quip_sharp(16, error_propagation=0.5), sums=True),
+  Row("quip_sharp g16 propagating", lambda: quip_sharp(16, error_propagation=0.5), sums=True,
+      meshes=False),
   Row("rotate", rotate, random=True, norms=True, sums=True),
   Row("smooth", smooth, norms=True),
   Row("smooth_quant", smooth_quant, norms=True),
@@ -225,14 +231,18 @@ ROWS = [
   Row("alps", lambda: alps(0.7, iterations=12), sums=True),
   Row("gradient", lambda: gradient(0.5, score="snip")),
   Row("gradient global", lambda: gradient(0.5, score="taylor", scope="global")),
-  Row("sensitivity", lambda: sensitivity(0.5, method="wanda"), sums=True, meshes=False),
-  Row("sensitivity outliers", lambda: sensitivity(0.6, "outliers", "magnitude", spread=0.2), sums=True, meshes=False),
+  Row("sensitivity", lambda: sensitivity(0.5, method="wanda"), sums=True,
+      meshes=False),
+  Row("sensitivity outliers", lambda: sensitivity(0.6, "outliers", "magnitude", spread=0.2), sums=True,
+      meshes=False),
   Row("kmeans", lambda: kmeans(16, "row", sensitivity="activation"), sums=True),
-  Row("kmeans tensor", lambda: kmeans(8, method="lloyd", sensitivity="fisher", outlier_fraction=0.05), sums=True),
+  Row("kmeans tensor", lambda: kmeans(8, method="lloyd", sensitivity="fisher", outlier_fraction=0.05), sums=True,
+      meshes=False),
   Row("movement", movement),
   Row("freeze scores", freeze, before=movement),
   Row("prune_gradually", lambda: prune_gradually(0.5, 0, 10, 2), before=movement, step=8),
-  Row("prune_gradually masks", lambda: prune_gradually(0.5, 0, 10, 2), before=lambda: magnitude(0.0), step=8),
+  Row("prune_gradually masks", lambda: prune_gradually(0.5, 0, 10, 2), before=lambda: magnitude(0.0), step=8,
+      meshes=False),
   Row("rigl", lambda: rigl(0.3, 10, 2), before=lambda: magnitude(0.5), step=4),
   Row("lora", lambda: lora(4), random=True, sums=True),
   Row("merge", merge, before=low_rank_of_codes, sums=True),
@@ -246,7 +256,7 @@ ROWS = [
       meshes=False),
   Row("low_rank_residual", lambda: low_rank_residual(4), before=lambda: round_to_nearest(3, 16), sums=True),
   Row("freeze sparse", lambda: freeze("2:4"), before=lambda: magnitude(pattern="2:4")),
-  Row("freeze smallest", lambda: freeze("auto"), before=lambda: magnitude(0.9)),
+  Row("freeze smallest", lambda: freeze("auto"), before=lambda: magnitude(0.9), meshes=False),
   Row("leafwise", halve),
   Row("leafwise random", noise, random=True),
 ]

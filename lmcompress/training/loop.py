@@ -14,7 +14,7 @@ import numpy as np
 
 from lmcompress.training.privacy import Poisson, private_step
 from lmcompress.training.resume import Saved
-from lmcompress.training.step import Training, TrainState, result, start, train_step
+from lmcompress.training.step import Training, TrainState, held_out_loss, result, start, train_step
 from lmcompress.types import FormatError, Params, Transform, WeightError
 
 Metrics = dict[str, float]
@@ -46,6 +46,8 @@ def fit(
   folder: Path | None = None,
   decides: Any = None,
   save_every: int = 50,
+  held_out: np.ndarray | None = None,
+  evaluate_every: int = 50,
   on_step: Callable[[int, Metrics], None] | None = None,
 ) -> tuple[Params, list[Metrics]]:
   """Trains a tree, dense or compressed, and returns it in its own form with the metrics of every step.
@@ -59,6 +61,8 @@ def fit(
     folder: where states and `train.jsonl` are kept; a run that was cut off goes on to the same bits.
     decides: JSON that tells this run from others in that folder.
     save_every: steps from one saved state to the next.
+    held_out: token ids `[n, length]` that do not train; every `evaluate_every` steps, and at the last, the metrics have
+      `held_out`, their cross entropy, nats a token.
     on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds`; when it raises,
       the state is saved first.
 
@@ -90,6 +94,8 @@ def fit(
           f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}, first "
           f"not finite at {where}; lower the learning rate ({training.learning_rate:g}) or clip ({training.clip}){kept}"
         )
+      if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == training.steps):
+        metrics["held_out"] = _score(model, state, held_out, training)
       history.append(metrics)
       log.add(metrics)
       due = (step + 1) % save_every == 0 or step + 1 == training.steps
@@ -131,6 +137,17 @@ def _update(
   metrics = {name: float(value) for name, value in found.items()}
   kept = state.kept if new.kept is None else new.kept
   return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
+
+
+def _score(model: Any, state: TrainState, rows: np.ndarray, training: Training) -> float:
+  """Cross entropy of rows, a batch at a time; nats a token."""
+  total, count = 0.0, 0
+  for i in range(0, len(rows), training.batch):
+    some = jnp.asarray(rows[i : i + training.batch])
+    trained = state.trained if state.average is None else state.average
+    lost, tokens = held_out_loss(model, trained, state.kept, some, training)
+    total, count = total + float(lost), count + int(tokens)
+  return total / max(count, 1)
 
 
 def _names(trained: Params) -> list[str]:

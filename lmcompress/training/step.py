@@ -274,6 +274,14 @@ def advance(
   return TrainState(moving.step + 1, trained, moments, average, changed, links), metrics
 
 
+@functools.partial(jax.jit, static_argnames=("model", "training"))
+def held_out_loss(
+  model: Any, trained: Params, kept: Params, rows: jax.Array, training: Training
+) -> tuple[jax.Array, jax.Array]:
+  """The summed cross entropy of rows `[n, length]`, whatever the training's loss, and the tokens that it counts."""
+  return loss_of(model, kept, dataclasses.replace(training, loss=Labels()), None, trained, {"tokens": rows})
+
+
 def _reads_gradients(transform: Transform | None) -> bool:
   return transform is not None and "grads" in transform.needs
 

@@ -188,6 +188,16 @@ def test_rates():
   np.testing.assert_allclose(cosine, [(1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)], atol=1e-6)
 
 
+def test_held_out_rows_are_scored_on_the_way():
+  """Every third step and at the last; the last score is of the tree that comes back, whatever the loss."""
+  training = Training(7, batch=8, learning_rate=1e-2, loss=Distill())
+  done, history = fit(
+    MODEL, PARAMS, ROWS[:16], training, teacher=(MODEL, PARAMS), held_out=ROWS[16:], evaluate_every=3,
+  )  # fmt: skip
+  assert [i for i, row in enumerate(history, 1) if "held_out" in row] == [3, 6, 7]
+  assert history[-1]["held_out"] == pytest.approx(loss_of(done, ROWS[16:]), rel=1e-5)
+
+
 def test_the_average_and_bfloat16():
   kept, _ = fit(MODEL, PARAMS, ROWS, Training(1, batch=8, learning_rate=1e-2, schedule="constant", average=0.75))
   last, _ = fit(MODEL, PARAMS, ROWS, Training(1, batch=8, learning_rate=1e-2, schedule="constant"))
