@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,10 +36,10 @@ from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
-from lmcompress.types import ConfigError, FormatError, LmcompressError, Params, SourceError
+from lmcompress.types import ConfigError, FormatError, LmcompressError, Params, SourceError, Transform
 
 RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
-TRAINING = "training"
+TRAINING, FINISHED = "training", "finished"
 _HISTOGRAM_BINS = 80
 _FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
@@ -132,15 +133,15 @@ def run(
   rows: list[dict[str, Any]] = []
   store = Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
   if config.recipe:
-    rows = _compress(config, config.recipe, model, calibration, stages, watcher, store)
+    rows = _compress(config, recipes.build(config.recipe), model, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder / CONFIG, dump(config))
   training = None
   if config.train is not None:
     training = _train(config, config.train, model, tokenizer, stages, watcher, folder, _decides(config, calibration))
+  last = Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
-    last = Store(folder / BLOCKS / "finish", _decides(config, calibration), mapped=False)
-    rows += _compress(config, config.finish, model, calibration, stages, watcher, last)
+    rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
   records = _Records(folder / METRICS)
   digest = checkpoint.tree_hash(stages[-1].params)
   if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
@@ -186,6 +187,7 @@ def run(
   report.write_html(result, folder / "report.html")
   _write(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
   store.clear()
+  last.clear()
   return _through_gates(config, result)
 
 
@@ -255,6 +257,8 @@ def _train(
   held = train.held_out
   held_out = None if held is None else windows(tokenizer, load_text(held.text), held.windows, held.length)
   settings = train.settings()
+  spent = None if settings.privacy is None else epsilon(settings, len(rows))
+  trains = _selector(train.trainable, stages[-1].params)
   teacher = None
   if settings.loss.needs_teacher:
     teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
@@ -275,7 +279,7 @@ def _train(
       rows,
       settings,
       seed=config.seed,
-      trainable=lambda path: any(tree.matches(pattern, path) for pattern in train.trainable),
+      trainable=trains,
       teacher=teacher,
       transform=recipes.build(train.during, "train.during") if train.during else None,
       folder=folder / TRAINING,
@@ -290,19 +294,34 @@ def _train(
   except ValueError as error:
     raise ConfigError(f"train: {error}") from None
   stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
-  trained = jax.tree.leaves(tree.partition(params, lambda p: any(tree.matches(t, p) for t in train.trainable))[0])
+  trained = jax.tree.leaves(tree.partition(params, trains)[0])
   return {
     "rows": len(rows),
     "tokens": train.steps * train.batch * train.length,
     "trained_parameters": int(sum(x.size for x in trained)),
-    "epsilon": None if settings.privacy is None else epsilon(settings, len(rows)),
+    "epsilon": spent,
     "history": history,
   }
 
 
+def _selector(patterns: Sequence[str], params: Params) -> Callable[[str], bool]:
+  """Whether a path of an array is selected by one of the patterns, each of which selects something.
+
+  Raises:
+    ConfigError: a pattern selects nothing that trains; shows the nearest paths.
+  """
+  paths: list[str] = []
+  tree.partition(params, lambda path: bool(paths.append(path)))
+  for pattern in patterns:
+    if not any(tree.matches(pattern, path) for path in paths):
+      near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)) or "none"
+      raise ConfigError(f"train.trainable: {pattern!r} selects none of {len(paths)} arrays that may train; nearest: {near}")
+  return lambda path: any(tree.matches(pattern, path) for pattern in patterns)
+
+
 def _compress(
   config: Config,
-  links: Sequence[dict[str, Any]],
+  recipe: Transform,
   model: Any,
   calibration: Any,
   stages: list[_Stage],
@@ -316,11 +335,10 @@ def _compress(
     stages.append(_Stage(name, tree_, 0.0, peak_bytes()))
     reset_peak()
 
-  recipe = recipes.build(links, "recipe" if first == 1 else "finish")
   if calibration is not None:
     rows, length = calibration.shape
-    transforms = recipe.links or (recipe,)
-    beside = [expected_bytes(params, rows, length, link.needs) for link in transforms if link.needs & set(STATISTICS)]
+    links = recipe.links or (recipe,)
+    beside = [expected_bytes(params, rows, length, link.needs) for link in links if link.needs & set(STATISTICS)]
     if beside:
       most = max(beside, key=lambda parts: sum(parts.values()))
       watcher.note(

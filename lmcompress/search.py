@@ -137,6 +137,8 @@ def search(config: configs.Config, results: Path, watcher: Watcher | None = None
   Raises:
     ConfigError: no search, an empty budget that no choice meets, or optuna is missing.
   """
+  if config.train is not None or config.finish:
+    raise ConfigError(f"{config.name}: a search trains nothing; leave train and finish out, and train what it finds")
   watcher = watcher or Silent()
   folder = results / config.folder
   groups = space(config)

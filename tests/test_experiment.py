@@ -472,9 +472,31 @@ def test_a_config_trains_finishes_and_resumes(place, monkeypatch):
   assert [r["loss"] for r in again["training"]["history"]] == [r["loss"] for r in row["history"]]
 
 
+def test_a_run_cut_off_while_it_finishes_goes_on(place):
+  """With nothing to do before training: the parts that `finish` has made do not stand in the way."""
+  config = training(place, steps=1, warmup=0, loss={"name": "labels"}, trainable=["layers/*"])
+  finish = [{"name": "round_to_nearest", "at": "layers/*", "bits": 4, "group_size": 32}]
+  config = check({**config.model_dump(mode="json"), "recipe": [], "finish": finish}, "finish")
+
+  class Cut:
+    def step(self, what, done, total):
+      if what.startswith("round") and done == 3:
+        raise KeyboardInterrupt
+
+    def note(self, text):
+      return
+
+  with pytest.raises(KeyboardInterrupt):
+    experiment.run(config, place / "finish", COMMAND, Cut())
+  again, straight = (experiment.run(config, place / name, COMMAND) for name in ("finish", "at once"))
+  assert again["tree_hash"] == straight["tree_hash"]
+  assert not {"blocks", "finished"} & {p.name for p in (place / "finish" / config.folder).iterdir()}
+
+
 @pytest.mark.parametrize(("over", "said"), [
   ({"length": 400}, "more than the model's context"), ({"batch": 4000}, "give more rows"),
-  ({"trainable": ["**/delta"]}, "nothing trains"), ({"windows": 9000}, "use windows: 106 or a longer text"),
+  ({"trainable": ["layers/*", "**/delta"]}, r"'\*\*/delta' selects none of \d+ arrays that may train; nearest: embed"),
+  ({"windows": 9000}, "use windows: 106 or a longer text"),
 ])  # fmt: skip
 def test_training_that_cannot_be(place, over, said):
   with pytest.raises(LmcompressError, match=said):

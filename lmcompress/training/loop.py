@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,16 @@ def fit(
       the state is saved first.
 
   Raises:
-    ValueError: nothing trains, too few rows, no teacher or one of another vocabulary.
+    ValueError: nothing trains, rows that are too few or no tokens of the model's, no teacher or one of another
+      vocabulary.
     WeightError: the loss or a gradient is not finite; says where, and what was kept.
     FormatError: a saved state is damaged or of another run.
   """
   _check_teacher(params, teacher, training)
-  rows = np.asarray(rows)
+  rows = _checked("rows", rows, params)
+  held_out = None if held_out is None else _checked("held_out", held_out, params)
+  if save_every < 1 or evaluate_every < 1:
+    raise ValueError(f"fit(save_every={save_every}, evaluate_every={evaluate_every}): steps, from 1")
   source = batches(rows, training.batch, seed) if training.privacy is None else Poisson(rows, training.batch, seed)
   state = start(params, training, trainable, transform)
   saved = None if folder is None else Saved(folder / "states", [decides, seed, repr(training)])
@@ -83,7 +88,8 @@ def fit(
       history = _records(folder / "train.jsonl")[: found[0]]
       if len(history) < found[0]:
         raise FormatError(f"{folder / 'train.jsonl'}: tells of {len(history)} of {found[0]} steps; remove {folder}")
-    log = _Log(None if folder is None else folder / "train.jsonl", history)
+    if folder is not None:
+      _rewrite(folder / "train.jsonl", history)
     for step in range(int(state.step), training.steps):
       state, metrics = _update(model, state, source[step], training, transform, teacher, seed)
       broken = metrics.pop("broken")
@@ -97,7 +103,9 @@ def fit(
       if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == training.steps):
         metrics["held_out"] = _score(model, state, held_out, training)
       history.append(metrics)
-      log.add(metrics)
+      if folder is not None:
+        with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
+          log.write(json.dumps(metrics) + "\n")
       due = (step + 1) % save_every == 0 or step + 1 == training.steps
       try:
         if on_step is not None:
@@ -107,7 +115,6 @@ def fit(
         raise
       finally:
         if saved is not None and due:
-          log.flush()
           saved.save(step + 1, _portable(state, transform))
     if saved is not None:
       saved.wait()
@@ -180,23 +187,24 @@ def _placed(found: Any, state: TrainState, transform: Transform | None) -> Train
   return found if transform is not None else found._replace(kept=state.kept)
 
 
-class _Log:
-  """`train.jsonl`: a line for each step, cut to the steps that a saved state knows of when a run goes on."""
+def _checked(what: str, rows: Any, params: Params) -> np.ndarray:
+  """Token ids as NumPy has them, or an error that says what is wrong; a compiled gather would clamp them silently."""
+  rows = np.asarray(rows)
+  if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] < 2 or not len(rows):
+    found = f"{rows.dtype}{list(rows.shape)}"
+    raise ValueError(f"{what}: token ids [n, length] are needed, two or more in a row; found {found}")
+  vocabulary = _vocabulary(params)
+  if rows.min() < 0 or rows.max() >= vocabulary:
+    raise ValueError(f"{what}: tokens from {rows.min()} to {rows.max()} are outside the vocabulary of {vocabulary}")
+  return rows
 
-  def __init__(self, path: Path | None, history: list[Metrics]):
-    self._file = None
-    if path is not None:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text("".join(json.dumps(row) + "\n" for row in history), "utf-8")
-      self._file = path.open("a", encoding="utf-8")
 
-  def add(self, metrics: Mapping[str, float]) -> None:
-    if self._file is not None:
-      self._file.write(json.dumps(metrics) + "\n")
-
-  def flush(self) -> None:
-    if self._file is not None:
-      self._file.flush()
+def _rewrite(path: Path, history: list[Metrics]) -> None:
+  """A line for each step that a saved state knows of, whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.partial")
+  partial.write_text("".join(json.dumps(row) + "\n" for row in history), "utf-8")
+  os.replace(partial, path)
 
 
 def _records(path: Path) -> list[Metrics]:

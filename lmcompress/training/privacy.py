@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lmcompress.training.step import Training, TrainState, advance, loss_of
-from lmcompress.types import Params, Transform
+from lmcompress.types import ConfigError, Params, Transform
 
 
 class Poisson:
@@ -45,12 +45,15 @@ def epsilon(training: Training, rows: int, steps: int | None = None) -> float:
 
   Raises:
     ValueError: the training is not private.
+    ConfigError: dp-accounting is missing.
   """
-  import dp_accounting
-  from dp_accounting import rdp
-
   if training.privacy is None:
     raise ValueError("epsilon: the training has no privacy; give Training(privacy=Privacy(noise=...))")
+  try:
+    import dp_accounting
+    from dp_accounting import rdp
+  except ImportError:
+    raise ConfigError("epsilon needs dp-accounting: pip install 'lmcompress[privacy]'") from None
   probability = min(training.batch / rows, 1.0)
   event = dp_accounting.PoissonSampledDpEvent(probability, dp_accounting.GaussianDpEvent(training.privacy.noise))
   accountant = rdp.RdpAccountant()
