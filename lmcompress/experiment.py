@@ -315,7 +315,8 @@ def _selector(patterns: Sequence[str], params: Params) -> Callable[[str], bool]:
   for pattern in patterns:
     if not any(tree.matches(pattern, path) for path in paths):
       near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)) or "none"
-      raise ConfigError(f"train.trainable: {pattern!r} selects none of {len(paths)} arrays that may train; nearest: {near}")
+      found = f"selects none of {len(paths)} arrays that may train"
+      raise ConfigError(f"train.trainable: {pattern!r} {found}; nearest: {near}")
   return lambda path: any(tree.matches(pattern, path) for pattern in patterns)
 
 
