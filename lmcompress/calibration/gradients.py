@@ -12,6 +12,7 @@ import numpy as np
 
 from lmcompress import tree
 from lmcompress.arrays import InputArray, fetch, parts, resolve
+from lmcompress.calibration.token_loss import cross_entropy, mean_loss
 from lmcompress.types import Params, WeightError
 
 GRADIENTS = ("grads", "fisher")
@@ -69,7 +70,9 @@ def _add(
   mask: jax.Array,
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
   def lost(w: Mapping[str, jax.Array]) -> jax.Array:
-    return next_token_loss(model, tree.unflatten({**rest, **w}), tokens, mask)
+    batch = {"tokens": tokens, "attention_mask": mask}
+    total, count = mean_loss(model, tree.unflatten({**rest, **w}), batch, cross_entropy)
+    return total / jnp.maximum(count, 1)
 
   loss, found = jax.value_and_grad(lost)(floats)
   new = {
@@ -77,15 +80,3 @@ def _add(
     for name, old in sums.items()
   }
   return loss, new
-
-
-def next_token_loss(model: Any, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean negative log-likelihood of the next token, nats, over real tokens; blocks are recomputed on the way back."""
-  carry = model.start(params, {"tokens": tokens, "attention_mask": mask})
-  for block in model.blocks(params):
-    carry = jax.checkpoint(lambda p, c, block=block: model.run(block, p, c)[0])(params, carry)
-  logits = model.finish(params, carry)
-  said = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-  counted = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-  each = jnp.take_along_axis(said, tokens[:, 1:, None], axis=-1)[..., 0]
-  return -jnp.sum(jnp.where(counted, each, 0.0)) / jnp.maximum(jnp.sum(counted), 1)

@@ -13,7 +13,8 @@ import optax
 
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray
-from lmcompress.training.losses import Labels, Loss, mean_loss
+from lmcompress.calibration.token_loss import mean_loss
+from lmcompress.training.losses import Labels, Loss
 from lmcompress.types import CompressedArray, Evidence, Params, Transform
 
 Schedule = Literal["constant", "linear", "cosine"]
