@@ -25,9 +25,9 @@ def study(path: Path, overrides: list[str]) -> dict[str, Any]:
 
   from lmcompress import compress, load
   from lmcompress.data.text import load_text, windows
+  from lmcompress.environment import device, versions
   from lmcompress.evaluate.perplexity import Score, compare
   from lmcompress.evaluate.size import sizes
-  from lmcompress.experiment import device, versions
   from lmcompress.io.checkpoint import tree_hash
   from lmcompress.io.load import origin
   from lmcompress.recipe import build

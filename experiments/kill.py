@@ -99,7 +99,7 @@ def study(kills: int, seed: int) -> dict[str, Any]:
       straight = attempt(kind, Path(place) / "straight", None, 0.0)[0]
       rows.append({"kind": kind, "killed": moments, "same": resumed == straight})
       print(f"{kind}: killed {len(moments)} times, {'the same' if resumed == straight else 'NOT the same'}", flush=True)
-  from lmcompress.experiment import device, versions
+  from lmcompress.environment import device, versions
 
   return {"format": 1, "name": "kill", "steps": _STEPS, "versions": versions(), "device": device(), "rows": rows}
 

@@ -85,7 +85,7 @@ def main() -> int:
 
   import lmcompress as lmc
   from lmcompress.data.text import load_text, windows
-  from lmcompress.experiment import device, versions
+  from lmcompress.environment import device, versions
   from lmcompress.generation.cache import CACHE_DTYPES
 
   model, params, tokenizer = lmc.load(arguments.model)

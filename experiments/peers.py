@@ -307,7 +307,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
   """Measures everything; returns the study's result."""
   from lmcompress import load
   from lmcompress.data.fetch import cache_folder
-  from lmcompress.experiment import device, versions
+  from lmcompress.environment import device, versions
   from lmcompress.io.hub import resolve_model
   from lmcompress.io.load import origin
 

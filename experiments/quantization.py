@@ -106,7 +106,7 @@ def study(
         what = [str(resolve_model(config.model)), *files, name[:-1], name[-1], str(target)]
         with (folder / "peer.log").open("w") as log:
           subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
-  from lmcompress.experiment import device, versions
+  from lmcompress.environment import device, versions
 
   rows = []
   for who, name in jobs:

@@ -103,7 +103,7 @@ def main() -> int:
     folder, out, recipe, tokens = arguments.worker
     print(json.dumps(compress(Path(folder), Path(out), recipe, int(tokens))))
     return 0
-  from lmcompress.experiment import device, versions
+  from lmcompress.environment import device, versions
 
   rows = []
   for recipe, depths in zip(RECIPES, (arguments.depths, arguments.gptq_depths), strict=True):

@@ -27,9 +27,9 @@ def study(path: Path, only: list[str], rounds: int, windows: int) -> dict[str, A
 
   from lmcompress import compress, load
   from lmcompress.data import text
+  from lmcompress.environment import device, versions
   from lmcompress.evaluate import latency
   from lmcompress.evaluate.size import sizes
-  from lmcompress.experiment import device, versions
   from lmcompress.recipe import build
 
   config = load_config(path, [])

@@ -132,16 +132,16 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. resul
 
     lmcompress resume results/quickstart-1a2b3c4d
   """
-  from lmcompress.experiment import read_run
+  from lmcompress.run_folder import read_run
 
   _run(read_run(folder), folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder)
 
 
 def _run(config: Any, results: Path, command: str, folder: Path | None = None) -> None:
-  from lmcompress import experiment, report
+  from lmcompress import experiment, report, run_folder
 
   console = _console()
-  folder = experiment.prepare(config, results, folder)
+  folder = run_folder.prepare(config, results, folder)
   try:
     with _Progress(console) as progress:
       result = experiment.run(config, results, command, progress, folder)
@@ -151,7 +151,7 @@ def _run(config: Any, results: Path, command: str, folder: Path | None = None) -
     )
     raise typer.Exit(130) from None
   except LmcompressError:
-    if not (folder / experiment.METRICS).exists():
+    if not (folder / run_folder.METRICS).exists():
       shutil.rmtree(folder, ignore_errors=True)
     raise
   _wide(console).print(report.table(result))
@@ -162,7 +162,7 @@ def _run(config: Any, results: Path, command: str, folder: Path | None = None) -
       console.print(text.strip(), markup=False, highlight=False)
   for label, text in (
     ("report", folder / "report.html"),
-    ("model", folder / experiment.MODEL),
+    ("model", folder / run_folder.MODEL),
     ("repeat", result["command"]),
   ):
     console.print(f"{label:>7}: {text}", markup=False, highlight=False, soft_wrap=True)
@@ -240,8 +240,8 @@ def list_(results: Results = RESULTS) -> None:
   from rich.table import Table
 
   from lmcompress.data.text import TEXTS
-  from lmcompress.experiment import RESULT, run_folders
   from lmcompress.io.hub import MODELS
+  from lmcompress.run_folder import RESULT, run_folders
 
   console = _console()
 
@@ -532,7 +532,7 @@ def inspect(
 
     lmcompress inspect results/quickstart-1a2b3c4d/model
   """
-  from lmcompress import experiment
+  from lmcompress import run_folder
   from lmcompress.calibration import Report
   from lmcompress.io.load import load
   from lmcompress.leaf_table import table
@@ -540,8 +540,8 @@ def inspect(
   _, params, _ = load(model)
   beside = Path(model).parent
   report = None
-  if Path(model).is_dir() and (beside / experiment.RESULT).is_file():
-    report = Report(rows=experiment.read_result(beside)["weights"])
+  if Path(model).is_dir() and (beside / run_folder.RESULT).is_file():
+    report = Report(rows=run_folder.read_result(beside)["weights"])
   _wide(_console()).print(table(params, report, None if all_layers else 1))
 
 
@@ -553,10 +553,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A complete run folder.")
 
     lmcompress report results/quickstart-1a2b3c4d
   """
-  from lmcompress import experiment
   from lmcompress import report as reports
+  from lmcompress import run_folder
 
-  result = experiment.read_result(folder)
+  result = run_folder.read_result(folder)
   reports.write_html(result, folder / "report.html")
   console = _wide(_console())
   console.print(reports.table(result))
@@ -571,10 +571,10 @@ def compare(folders: Annotated[list[Path], typer.Argument(help="Two complete run
 
     lmcompress compare results/quickstart-1a2b3c4d results/int8-5e6f7a8b
   """
-  from lmcompress import experiment
   from lmcompress import report as reports
+  from lmcompress import run_folder
 
-  _wide(_console()).print(reports.compare_table([experiment.read_result(folder) for folder in folders]))
+  _wide(_console()).print(reports.compare_table([run_folder.read_result(folder) for folder in folders]))
 
 
 @app.command()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import lmcompress
 
 _ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
 
@@ -14,7 +18,6 @@ def facts() -> dict[str, str]:
   """What `lmcompress env` prints, in order."""
   import jax
 
-  from lmcompress.experiment import device, versions
   from lmcompress.ops import backend
 
   devices = device()
@@ -30,6 +33,30 @@ def facts() -> dict[str, str]:
     "compiler": _compiler(),
     "isa": " ".join(_flags()) or "unknown",
     "machine": f"{platform.system()} {platform.machine()}",
+  }
+
+
+def versions() -> dict[str, str]:
+  """Versions of what decides a result."""
+  from importlib.metadata import version
+
+  return {
+    "lmcompress": lmcompress.__version__,
+    "python": platform.python_version(),
+    **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+  }
+
+
+def device() -> dict[str, Any]:
+  """The devices that ran."""
+  import jax
+
+  first = jax.devices()[0]
+  return {
+    "platform": first.platform,
+    "name": first.device_kind,
+    "devices": jax.device_count(),
+    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
   }
 
 

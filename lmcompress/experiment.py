@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-import lmcompress
 from lmcompress import ops, tree
 from lmcompress import recipe as recipes
 from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, Train, check, dump, parse
+from lmcompress.config import Config, Train, dump
 from lmcompress.data.text import load_text, windows
+from lmcompress.environment import device, versions
 from lmcompress.errors import GateError
 from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
@@ -36,12 +33,21 @@ from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
+from lmcompress.io.whole import write_text
+from lmcompress.run_folder import (
+  BLOCKS,
+  CONFIG,
+  FINISHED,
+  METRICS,
+  MODEL,
+  RESULT,
+  TRAINING,
+  Records,
+  read_result,
+)
 from lmcompress.types import ConfigError, FormatError, LmcompressError, Params, SourceError, Transform
 
-RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
-TRAINING, FINISHED = "training", "finished"
 _HISTOGRAM_BINS = 80
-_FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
 
 class Watcher(Protocol):
@@ -135,14 +141,14 @@ def run(
   if config.recipe:
     rows = _compress(config, recipes.build(config.recipe), model, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
-  _write(folder / CONFIG, dump(config))
+  write_text(folder / CONFIG, dump(config))
   training = None
   if config.train is not None:
     training = _train(config, config.train, model, tokenizer, stages, watcher, folder, _decides(config, calibration))
   last = Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
-  records = _Records(folder / METRICS)
+  records = Records(folder / METRICS)
   digest = checkpoint.tree_hash(stages[-1].params)
   if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
     raise FormatError(f"{folder / METRICS}: it was written for another tree; remove {folder} and run again")
@@ -185,7 +191,7 @@ def run(
 
   report.write_tensorboard(result, folder / "tensorboard")
   report.write_html(result, folder / "report.html")
-  _write(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
+  write_text(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
   store.clear()
   last.clear()
   return _through_gates(config, result)
@@ -366,33 +372,6 @@ def _compress(
 # ---------------------------------------------------------------------------------------- measuring
 
 
-class _Records:
-  """The lines of `metrics.jsonl`: written one by one and flushed, so that nothing measured is lost."""
-
-  def __init__(self, path: Path):
-    self.path = path
-    self.rows: list[dict[str, Any]] = []
-    if path.is_file():
-      whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line]  # a cut last line is dropped
-      try:
-        self.rows = [json.loads(line) for line in whole]
-        for row in self.rows:
-          _ = [row[key] for key in _FIELDS[row["kind"]]]
-      except (ValueError, KeyError, TypeError):
-        raise FormatError(f"{path}: not JSON lines; remove the file and resume") from None
-      _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-  def found(self, kind: str) -> list[dict[str, Any]]:
-    return [row for row in self.rows if row.get("kind") == kind]
-
-  def add(self, row: dict[str, Any]) -> None:
-    self.rows.append(row)
-    with self.path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(row) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-
-
 def _key(stages: Sequence[_Stage], i: int) -> str:
   return f"{i}:{stages[i].name}"
 
@@ -420,7 +399,7 @@ def _scores(
   stages: list[_Stage],
   ready: list[Params],
   texts: dict[str, np.ndarray],
-  records: _Records,
+  records: Records,
   watcher: Watcher,
 ) -> dict[str, dict[str, Score]]:
   """Per stage and text; every window is one record, and windows on record are not scored again."""
@@ -442,7 +421,7 @@ def _scores(
 
 
 def _speeds(
-  config: Config, model: Any, stages: list[_Stage], ready: list[Params], records: _Records, watcher: Watcher
+  config: Config, model: Any, stages: list[_Stage], ready: list[Params], records: Records, watcher: Watcher
 ) -> dict[str, dict[str, float]]:
   found = {row["stage"]: row["tokens_per_s"] for row in records.found("latency")}
   b = config.bench
@@ -512,89 +491,3 @@ def _histograms(before: Params, after: Params, count: int = 4) -> dict[str, Any]
       "after": np.histogram(w1, edges)[0].tolist(),
     }
   return found
-
-
-# ---------------------------------------------------------------------------------------- records of a run
-
-
-def versions() -> dict[str, str]:
-  """Versions of what decides a result."""
-  from importlib.metadata import version
-
-  return {
-    "lmcompress": lmcompress.__version__,
-    "python": platform.python_version(),
-    **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-  }
-
-
-def device() -> dict[str, Any]:
-  """The devices that ran."""
-  first = jax.devices()[0]
-  return {
-    "platform": first.platform,
-    "name": first.device_kind,
-    "devices": jax.device_count(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-  }
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-  """The result of a run folder.
-
-  Raises:
-    SourceError: the run is not complete; says how to continue it.
-    FormatError: the file is damaged.
-  """
-  path = folder / RESULT
-  if not path.is_file():
-    hint = f"`lmcompress resume {folder}` continues it" if (folder / CONFIG).is_file() else "it is no run folder"
-    raise SourceError(f"{folder} has no {RESULT}; {hint}")
-  try:
-    result = json.loads(path.read_text("utf-8"))
-    _ = result["stages"], result["name"]
-  except (ValueError, KeyError, TypeError):
-    raise FormatError(f"{path}: not a result; remove it and resume the run") from None
-  return result
-
-
-def read_run(folder: Path) -> Config:
-  """The config of a run folder."""
-  path = folder / CONFIG
-  if not path.is_file():
-    raise SourceError(f"{folder} has no {CONFIG}; resume takes a run folder such as results/quickstart-1a2b3c4d")
-  table = parse(path.read_text("utf-8"), str(path))
-  if not isinstance(table, dict):
-    raise ConfigError(f"{path}: a config is a table of keys")
-  return check(table, str(path))
-
-
-def prepare(config: Config, results: Path, folder: Path | None = None) -> Path:
-  """Makes the run folder and writes the config, so that `resume` finds it whatever happens next."""
-  if not Path(config.model).exists() and config.model not in hub.MODELS:
-    hub.resolve_model(config.model)  # raises with the names that there are
-  folder = folder or results / config.folder
-  folder.mkdir(parents=True, exist_ok=True)
-  _write(folder / CONFIG, dump(config))
-  return folder
-
-
-def _write(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    with partial.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except OSError:
-    with contextlib.suppress(OSError):
-      partial.unlink()
-    raise
-
-
-def run_folders(results: Path) -> Iterator[Path]:
-  """The run folders below `results`, newest last."""
-  if results.is_dir():
-    yield from sorted((p for p in results.iterdir() if (p / CONFIG).is_file()), key=lambda p: p.stat().st_mtime)

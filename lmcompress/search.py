@@ -18,10 +18,11 @@ from lmcompress import config as configs
 from lmcompress import ops, recipe
 from lmcompress.calibration.compress import compress
 from lmcompress.data.text import load_text, windows
+from lmcompress.environment import device, versions
 from lmcompress.errors import ConfigError, FormatError, SourceError
 from lmcompress.evaluate.latency import latency
 from lmcompress.evaluate.perplexity import Score, compare
-from lmcompress.experiment import Silent, Watcher, device, versions
+from lmcompress.experiment import Silent, Watcher
 from lmcompress.io import checkpoint
 from lmcompress.io.load import load
 

@@ -15,11 +15,12 @@ import yaml
 from small_model import byte_level, random_params
 
 import lmcompress as lmc
-from lmcompress import experiment
+from lmcompress import experiment, run_folder
 from lmcompress import recipe as recipes
 from lmcompress.config import check, load_config
 from lmcompress.errors import GateError
 from lmcompress.io.checkpoint import tree_hash
+from lmcompress.io.whole import write_text
 from lmcompress.models import Llama, LlamaConfig
 from lmcompress.types import FormatError, LmcompressError
 
@@ -119,7 +120,7 @@ def test_a_stage_for_the_original_and_each_link(result, config):
 def test_the_folder_holds_model_report_config_and_records(whole, config, result):
   assert {p.name for p in whole.iterdir()} == {"config.yaml", "metrics.jsonl", "model", "report.html",
                                                "result.json", "tensorboard"}
-  assert load_config(whole / "config.yaml") == experiment.read_run(whole) == config
+  assert load_config(whole / "config.yaml") == run_folder.read_run(whole) == config
   model, params, _ = lmc.load(whole / "model")
   assert tree_hash(params) == result["tree_hash"]
   assert (whole / "model" / "weights.safetensors").stat().st_size == result["stages"][-1]["bytes_on_disk"]
@@ -330,31 +331,31 @@ def test_records_of_another_tree_are_refused(config, tmp_path):
 def test_a_damaged_result_is_named(tmp_path, text):
   (tmp_path / "result.json").write_text(text)
   with pytest.raises(FormatError, match=r"result\.json: not a result; remove it and resume the run"):
-    experiment.read_result(tmp_path)
+    run_folder.read_result(tmp_path)
 
 
 def test_a_run_that_is_not_complete_says_how_to_go_on(config, tmp_path):
   with pytest.raises(lmc.SourceError, match=r"has no result\.json; it is no run folder"):
-    experiment.read_result(tmp_path)
-  folder = experiment.prepare(config, tmp_path)
+    run_folder.read_result(tmp_path)
+  folder = run_folder.prepare(config, tmp_path)
   with pytest.raises(lmc.SourceError, match=f"`lmcompress resume {folder}` continues it"):
-    experiment.read_result(folder)
+    run_folder.read_result(folder)
   with pytest.raises(lmc.SourceError, match=r"has no config\.yaml; resume takes a run folder"):
-    experiment.read_run(tmp_path)
-  assert list(experiment.run_folders(tmp_path)) == [folder]
-  assert list(experiment.run_folders(tmp_path / "none")) == []
+    run_folder.read_run(tmp_path)
+  assert list(run_folder.run_folders(tmp_path)) == [folder]
+  assert list(run_folder.run_folders(tmp_path / "none")) == []
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / "x.json"
-  experiment._write(path, "old")
+  write_text(path, "old")
 
   def full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(experiment.os, "fsync", full)
+  monkeypatch.setattr(os, "fsync", full)
   with pytest.raises(OSError, match="No space left"):
-    experiment._write(path, "new")
+    write_text(path, "new")
   assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.io.whole import write_text
 from lmcompress.training.privacy import Poisson, private_step
 from lmcompress.training.resume import Saved
 from lmcompress.training.step import Training, TrainState, held_out_loss, result, start, train_step
@@ -89,7 +89,8 @@ def fit(
       if len(history) < found[0]:
         raise FormatError(f"{folder / 'train.jsonl'}: tells of {len(history)} of {found[0]} steps; remove {folder}")
     if folder is not None:
-      _rewrite(folder / "train.jsonl", history)
+      folder.mkdir(parents=True, exist_ok=True)
+      write_text(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     for step in range(int(state.step), training.steps):
       state, metrics = _update(model, state, source[step], training, transform, teacher, seed)
       broken = metrics.pop("broken")
@@ -197,14 +198,6 @@ def _checked(what: str, rows: Any, params: Params) -> np.ndarray:
   if rows.min() < 0 or rows.max() >= vocabulary:
     raise ValueError(f"{what}: tokens from {rows.min()} to {rows.max()} are outside the vocabulary of {vocabulary}")
   return rows
-
-
-def _rewrite(path: Path, history: list[Metrics]) -> None:
-  """A line for each step that a saved state knows of, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text("".join(json.dumps(row) + "\n" for row in history), "utf-8")
-  os.replace(partial, path)
 
 
 def _records(path: Path) -> list[Metrics]:
