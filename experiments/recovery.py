@@ -74,8 +74,9 @@ def main() -> int:
   print(f"{'variant':<16}{'parameters':>11}  {'text':<12}{'ratio':>9}{'trained':>9}{'KL':>8}{'trained':>9}{'back':>7}")
   for r in result["rows"]:
     for text, t in r["texts"].items():
-      print(f"{r['name']:<16}{r['parameters_ratio']:>11.3f}  {text:<12}{t['compressed'] / t['float32']:>9.3f}"
-            f"{t['trained'] / t['float32']:>9.3f}{t['kl']:>8.3f}{t['kl_trained']:>9.3f}{t['recovered']:>7.0%}")  # fmt: skip
+      ratios = [t[key] / t["float32"] for key in ("compressed", "trained")]
+      print(f"{r['name']:<16}{r['parameters_ratio']:>11.3f}  {text:<12}{ratios[0]:>9.3f}{ratios[1]:>9.3f}"
+            f"{t['kl']:>8.3f}{t['kl_trained']:>9.3f}{t['recovered']:>7.0%}")  # fmt: skip
   return 0
 
 
