@@ -1,10 +1,12 @@
-"""Calibrated quantization, and llm-compressor beside it: perplexity, bits, seconds and memory, over calibration seeds.
+r"""Calibrated quantization or pruning beside llm-compressor: perplexity, bits, seconds and memory, over seeds.
 
 Each run of a method is a process of its own, and leaves a file in `results/quantization/`; a file that is there is not
 made again, so that an interrupted study goes on where it was. Reproduce the committed result:
 
   python -m venv PEER && PEER/bin/pip install -r experiments/quantization-requirements.txt
   python experiments/quantization.py --config configs/smollm2/quantization.yaml --peer PEER/bin/python
+  python experiments/quantization.py --config configs/smollm2/pruning.yaml --peer PEER/bin/python \
+    --out experiments/results/pruning.json
 
 One of ours alone:
 
@@ -29,8 +31,13 @@ from lmcompress.errors import ConfigError, LmcompressError
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).parent / "peers" / "llmcompressor_worker.py"
-PEERS = (("gptq", 4), ("awq", 4), ("gptq", 3), ("awq", 3))
-FIGURES = ("ratio", "perplexity", "kl", "bits_per_weight", "output_error", "seconds", "peak_bytes")
+PEERS = {
+  "quantization": ("gptq4", "awq4", "gptq3", "awq3"),
+  "pruning": ("wanda50", "wanda-2of4", "sparsegpt50", "sparsegpt-2of4", "sparsegpt60", "sparsegpt70"),
+}
+"""What the peer is asked for beside a config of that name."""
+
+FIGURES = ("ratio", "zeros", "perplexity", "kl", "bits_per_weight", "output_error", "seconds", "peak_bytes")
 _SHIFT = 4096
 """Tokens by which the calibration text of one seed starts after that of another."""
 
@@ -84,7 +91,7 @@ def study(
     raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
   folder.mkdir(parents=True, exist_ok=True)
   jobs = [("ours", v.name) for v in variants_of(config) if not only or v.name in only]
-  jobs += [("peer", f"{method}{bits}") for method, bits in PEERS if not only or f"peer-{method}{bits}" in only]
+  jobs += [("peer", name) for name in PEERS.get(config.name, ()) if not only or f"peer-{name}" in only]
   for seed in seeds:
     for who, name in jobs:
       target = folder / f"{who}-{name}-{seed}.json"
@@ -103,7 +110,7 @@ def study(
         for kind, rows in zip(("calibration", "evaluation"), tokens_of(config, seed), strict=True):
           np.save(folder / f"{kind}-{seed}.npy", rows)
         files = [str(folder / f"{kind}-{seed}.npy") for kind in ("calibration", "evaluation")]
-        what = [str(resolve_model(config.model)), *files, name[:-1], name[-1], str(target)]
+        what = [str(resolve_model(config.model)), *files, name, str(target)]
         with (folder / "peer.log").open("w") as log:
           subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
   from lmcompress.environment import device, versions

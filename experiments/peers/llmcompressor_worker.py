@@ -1,6 +1,6 @@
 """One run of llm-compressor: a GGUF model, calibration tokens, a method; perplexity, seconds and peak memory as JSON.
 
-  python llmcompressor_worker.py MODEL.gguf calibration.npy evaluation.npy gptq 4 result.json
+  python llmcompressor_worker.py MODEL.gguf calibration.npy evaluation.npy gptq4 result.json
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -48,33 +48,42 @@ def perplexity(model, tokens: np.ndarray) -> float:
   return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
 
 
-def recipe(method: str, bits: int):
-  """GPTQ as the peer recommends it (static activation order), or AWQ, both in groups of 64."""
+def recipe(method: str):
+  """A modifier as the peer recommends it: every linear of the blocks, GPTQ and AWQ in groups of 64."""
+  ignored = ["re:.*lm_head"]
+  if method.startswith(("wanda", "sparsegpt")):
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    modifier = WandaPruningModifier if method.startswith("wanda") else SparseGPTModifier
+    share = method.removeprefix("wanda").removeprefix("sparsegpt")
+    pattern = {"sparsity": 0.5, "mask_structure": "2:4"} if share == "-2of4" else {"sparsity": int(share) / 100}
+    return modifier(targets=["Linear"], ignore=ignored, **pattern)
   from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
   from llmcompressor.modifiers.quantization import GPTQModifier
 
+  method, bits = method[:-1], int(method[-1])
   symmetric = method == "gptq" and bits == 4
   weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=64)
   groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
   if method == "gptq":
-    return GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static")
+    return GPTQModifier(config_groups=groups, ignore=ignored, actorder="static")
   from llmcompressor.modifiers.awq import AWQModifier
 
-  return AWQModifier(config_groups=groups, ignore=["lm_head"])
+  return AWQModifier(config_groups=groups, ignore=ignored)
 
 
 def main() -> None:
   """Compresses, scores and writes what it found."""
-  gguf, calibration, evaluation, method, bits, out = sys.argv[1:]
+  gguf, calibration, evaluation, method, out = sys.argv[1:]
   torch.set_num_threads(1)
   tokens, held_out = np.load(calibration), np.load(evaluation)
   with loaded(Path(gguf)) as model:
-    found = run(model, tokens, held_out, method, int(bits))
+    found = run(model, tokens, held_out, method)
   Path(out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
   print(json.dumps(found))
 
 
-def run(model, tokens: np.ndarray, held_out: np.ndarray, method: str, bits: int) -> dict:
+def run(model, tokens: np.ndarray, held_out: np.ndarray, method: str) -> dict:
   """The figures of one method."""
   from datasets import Dataset
   from llmcompressor import oneshot
@@ -89,14 +98,16 @@ def run(model, tokens: np.ndarray, held_out: np.ndarray, method: str, bits: int)
     model=model,
     processor=unused,
     dataset=Dataset.from_dict(rows),
-    recipe=recipe(method, bits),
+    recipe=recipe(method),
     max_seq_length=tokens.shape[1],
     num_calibration_samples=len(tokens),
   )
   seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   after = perplexity(model, held_out)
+  linears = [w for name, w in model.named_parameters() if w.ndim == 2 and "layers." in name]
+  zeros = sum(int((w == 0).sum()) for w in linears) / sum(w.numel() for w in linears)
   return {
-    "method": method, "bits": bits, "float32": before, "perplexity": after, "ratio": after / before,
+    "method": method, "float32": before, "perplexity": after, "ratio": after / before, "zeros": zeros,
     "seconds": seconds, "peak_bytes": peak,
   }  # fmt: skip
 
