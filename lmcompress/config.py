@@ -118,6 +118,24 @@ class DistillTable(_Table):
   labels: float = pydantic.Field(0.0, ge=0, le=1)
 
 
+class MatchTable(_Table):
+  """What blocks see beside what the teacher's see; keys as of `training.Match`."""
+
+  hidden: float = pydantic.Field(1.0, ge=0)
+  relations: float = pydantic.Field(0.0, ge=0)
+  heads: int = pydantic.Field(8, ge=1)
+  layers: Literal["uniform", "name"] = "uniform"
+
+
+class GeneratedTable(_Table):
+  """Rows that a model writes; keys as of `training.Generated`."""
+
+  by: Literal["student", "teacher"] = "student"
+  share: float = pydantic.Field(0.5, gt=0, le=1)
+  prompt: int = pydantic.Field(32, ge=1)
+  temperature: float = pydantic.Field(1.0, ge=0)
+
+
 class PrivacyTable(_Table):
   """Differentially private training; keys as of `training.Privacy`."""
 
@@ -131,7 +149,8 @@ class Train(_Table):
 
   `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `trainable` the arrays that train
   by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
-  it was, or another by name. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
+  it was, or another by name; with `teacher_top_k` its likeliest tokens of all rows are written first, and it need not
+  run while the student trains. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
   state is saved every `save_every` steps, and `held_out` is scored every `evaluate_every`.
   """
 
@@ -154,7 +173,10 @@ class Train(_Table):
   loss: LabelsTable | DistillTable = pydantic.Field(
     default_factory=lambda: LabelsTable(name="labels"), discriminator="name"
   )
+  match: MatchTable | None = None
+  generated: GeneratedTable | None = None
   teacher: str | None = None
+  teacher_top_k: int | None = pydantic.Field(None, ge=1)
   privacy: PrivacyTable | None = None
   during: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
@@ -169,13 +191,14 @@ class Train(_Table):
 
   def settings(self) -> Any:
     """The `training.Training` that the keys say."""
-    from lmcompress.training import Distill, Labels, Privacy, Training
+    from lmcompress.training import Distill, Generated, Labels, Match, Privacy, Training
 
-    ours = {"text", "windows", "length", "teacher", "during", "trainable", "save_every", "held_out", "evaluate_every"}
-    given = self.model_dump(exclude={*ours, "loss", "privacy"})
+    parts = {"privacy": Privacy, "match": Match, "generated": Generated}
+    given = {name: value for name, value in self if name in Training.__dataclass_fields__ and name != "loss"}
+    for name, kind in parts.items():
+      given[name] = None if given[name] is None else kind(**given[name].model_dump())
     loss = Labels() if isinstance(self.loss, LabelsTable) else Distill(**self.loss.model_dump(exclude={"name"}))
-    privacy = None if self.privacy is None else Privacy(**self.privacy.model_dump())
-    return Training(loss=loss, privacy=privacy, **given)
+    return Training(loss=loss, **given)
 
 
 class Config(_Table):

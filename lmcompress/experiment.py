@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import time
@@ -257,7 +258,7 @@ def _train(
   decides: dict[str, Any],
 ) -> dict[str, Any]:
   """Appends the stage `trained`; returns what the result says of the training."""
-  from lmcompress.training import epsilon, fit
+  from lmcompress.training import epsilon, fit, store_predictions
 
   rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
   held = train.held_out
@@ -265,9 +266,17 @@ def _train(
   settings = train.settings()
   spent = None if settings.privacy is None else epsilon(settings, len(rows))
   trains = _selector(train.trainable, stages[-1].params)
-  teacher = None
-  if settings.loss.needs_teacher:
+  teacher: Any = None
+  if settings.needs_teacher:
     teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
+    if train.teacher_top_k is not None:
+      watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
+      told = functools.partial(watcher.step, "teacher")
+      where = folder / TRAINING / "teacher"
+      try:
+        teacher = store_predictions(teacher[0], teacher[1], rows, where, train.teacher_top_k, train.batch, told)
+      except ValueError as error:
+        raise ConfigError(f"train.teacher_top_k: {error}") from None
 
   def on_step(step: int, metrics: dict[str, float]) -> None:
     watcher.step("training", step, train.steps)

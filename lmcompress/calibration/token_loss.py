@@ -17,13 +17,25 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, teacher: jax.Array | No
   return -jnp.take_along_axis(said, targets[..., None], axis=-1)[..., 0]
 
 
-def forward(model: Any, params: Params, batch: Mapping[str, jax.Array], remat: bool = True) -> Any:
-  """The carry after the last block; with `remat` the way back keeps one carry a block and computes the rest again."""
-  carry = model.start(params, batch)
+def forward(
+  model: Any,
+  params: Params,
+  batch: Mapping[str, jax.Array],
+  remat: bool = True,
+  taps: Mapping[str, tuple[str, ...]] | None = None,
+) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+  """The carry after the last block, and the inputs of stages that `taps` names, by the path of their block.
+
+  With `remat` the way back keeps one carry a block and computes the rest again.
+  """
+  carry, tapped = model.start(params, batch), {}
   for block in model.blocks(params):
-    run = lambda p, c, block=block: model.run(block, p, c)[0]  # noqa: E731
-    carry = (jax.checkpoint(run) if remat else run)(params, carry)
-  return carry
+    wanted = (taps or {}).get(block.path, ())
+    run = lambda p, c, block=block, wanted=wanted: model.run(block, p, c, wanted)  # noqa: E731
+    carry, found = (jax.checkpoint(run) if remat else run)(params, carry)
+    if wanted:
+      tapped[block.path] = found
+  return carry, tapped
 
 
 def mean_loss(
@@ -41,17 +53,40 @@ def mean_loss(
   `[batch, chunk, vocab]`, twice with a teacher.
 
   Args:
-    batch: `tokens: [batch, length]` and perhaps `attention_mask`, alike.
+    batch: `tokens: [batch, length]` and perhaps `attention_mask` and `counted`, alike: the real tokens, and those among
+      them whose prediction counts.
     loss: `(logits [..., vocab], ids that follow [...], the teacher's logits or None) -> [...]`, nats.
     teacher: its model and parameters; gradients do not reach them.
   """
+  carry, _ = forward(model, params, batch, remat)
+  guide = None if teacher is None else predictions(*teacher, forward(*teacher, batch, remat=False)[0])
+  return head_loss(model, params, carry, batch, loss, guide, chunk)
+
+
+def predictions(model: Any, params: Params, carry: Any) -> Callable[[Any, int], jax.Array]:
+  """A teacher's logits of a run of tokens; gradients do not reach it."""
+  carry = jax.lax.stop_gradient(carry)
+  return lambda first, count: jax.lax.stop_gradient(model.finish(params, carry, span=(first, count)))
+
+
+def head_loss(
+  model: Any,
+  params: Params,
+  carry: Any,
+  batch: Mapping[str, jax.Array],
+  loss: Callable[..., jax.Array],
+  guide: Callable[[Any, int], Any] | None,
+  chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+  """What `mean_loss` gives, after the last block; `guide` says what the teacher says of a run of tokens."""
   tokens = jnp.asarray(batch["tokens"])
   real = jnp.ones(tokens.shape, bool) if batch.get("attention_mask") is None else batch["attention_mask"] != 0
-  carry = forward(model, params, batch, remat)
-  guide = None if teacher is None else jax.lax.stop_gradient(forward(*teacher, batch, remat=False))
+  counts = real[:, 1:] & real[:, :-1]
+  if batch.get("counted") is not None:
+    counts &= batch["counted"][:, 1:] != 0
   positions = tokens.shape[1] - 1
   chunk = min(chunk, positions)
-  counted = jnp.pad(real[:, 1:] & real[:, :-1], ((0, 0), (0, -positions % chunk)))
+  counted = jnp.pad(counts, ((0, 0), (0, -positions % chunk)))
   targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, -positions % chunk)))
 
   @jax.checkpoint
@@ -59,9 +94,7 @@ def mean_loss(
     """Positions from `start` on; the last run overlaps the one before it, and counts what that left."""
     first = jnp.minimum(start, tokens.shape[1] - chunk)
     said = model.finish(params, carry, span=(first, chunk))
-    wanted = (
-      None if teacher is None else jax.lax.stop_gradient(teacher[0].finish(teacher[1], guide, span=(first, chunk)))
-    )
+    wanted = None if guide is None else guide(first, chunk)
     each = loss(said, jax.lax.dynamic_slice_in_dim(targets, first, chunk, 1), wanted)
     own = jax.lax.dynamic_slice_in_dim(counted, first, chunk, 1) & (first + jnp.arange(chunk) >= start)
     return jnp.sum(jnp.where(own, each, 0.0))

@@ -1,16 +1,22 @@
 """Training: losses and distillation, the step, the loop, and states to resume from."""
 
 from lmcompress.calibration.token_loss import mean_loss
+from lmcompress.training.generated import Generated
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
+from lmcompress.training.match import Match
 from lmcompress.training.privacy import epsilon
 from lmcompress.training.step import Privacy, Training, TrainState, result, start, train_step
+from lmcompress.training.stored import StoredTeacher, store_predictions
 
 __all__ = [
   "DIVERGENCES",
   "Distill",
+  "Generated",
   "Labels",
+  "Match",
   "Privacy",
+  "StoredTeacher",
   "TrainState",
   "Training",
   "batches",
@@ -20,5 +26,6 @@ __all__ = [
   "mean_loss",
   "result",
   "start",
+  "store_predictions",
   "train_step",
 ]

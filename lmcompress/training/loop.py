@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress import tree
 from lmcompress.io.whole import write_text
+from lmcompress.training.generated import continued
+from lmcompress.training.match import PROJECTIONS
 from lmcompress.training.privacy import Poisson, private_step
 from lmcompress.training.resume import Saved
 from lmcompress.training.step import Training, TrainState, held_out_loss, result, start, train_step
+from lmcompress.training.stored import StoredTeacher
 from lmcompress.types import FormatError, Params, Transform, WeightError
 
 Metrics = dict[str, float]
@@ -42,7 +46,7 @@ def fit(
   *,
   seed: int = 0,
   trainable: Callable[[str], bool] = lambda path: True,
-  teacher: tuple[Any, Params] | None = None,
+  teacher: tuple[Any, Params] | StoredTeacher | None = None,
   transform: Transform | None = None,
   folder: Path | None = None,
   decides: Any = None,
@@ -57,7 +61,8 @@ def fit(
     rows: token ids `[n, length]`, n at least the batch.
     seed: of the order of rows, and of the transform's keys.
     trainable: of an array's path, as of `tree.partition`; `layers/0/attn/q/kernel/delta/left` is an adapter's.
-    teacher: model and parameters, for a loss that needs them; of the student's vocabulary.
+    teacher: model and parameters, for a loss that needs them, or their stored predictions of `rows`; of the student's
+      vocabulary.
     transform: of phase `step`, applied after each update.
     folder: where states and `train.jsonl` are kept; a run that was cut off goes on to the same bits.
     decides: JSON that tells this run from others in that folder.
@@ -73,13 +78,20 @@ def fit(
     WeightError: the loss or a gradient is not finite; says where, and what was kept.
     FormatError: a saved state is damaged or of another run.
   """
-  _check_teacher(params, teacher, training)
   rows = _checked("rows", rows, params)
+  _check_teacher(params, teacher, training, rows)
   held_out = None if held_out is None else _checked("held_out", held_out, params)
   if save_every < 1 or evaluate_every < 1:
     raise ValueError(f"fit(save_every={save_every}, evaluate_every={evaluate_every}): steps, from 1")
-  source = batches(rows, training.batch, seed) if training.privacy is None else Poisson(rows, training.batch, seed)
-  state = start(params, training, trainable, transform)
+  numbers = np.arange(len(rows))[:, None]
+  draw = batches if training.privacy is None else Poisson
+  source, whole = draw(numbers, training.batch, seed), params
+  if training.match is not None and isinstance(teacher, tuple):
+    key = jax.random.fold_in(jax.random.key(seed), training.steps)
+    maps = training.match.projections(model, params, teacher, rows.shape[1], key)
+    whole = {**params, PROJECTIONS: maps} if maps else params
+  trains = lambda path: tree.matches(PROJECTIONS, path) or trainable(path)  # noqa: E731
+  state = start(whole, training, trains, transform)
   saved = None if folder is None else Saved(folder / "states", [decides, seed, repr(training)])
   history: list[Metrics] = []
   try:
@@ -92,7 +104,8 @@ def fit(
       folder.mkdir(parents=True, exist_ok=True)
       write_text(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     for step in range(int(state.step), training.steps):
-      state, metrics = _update(model, state, source[step], training, transform, teacher, seed)
+      chosen = np.asarray(source[step])[:, 0]
+      state, metrics = _update(model, state, rows[chosen], chosen, training, transform, teacher, seed)
       broken = metrics.pop("broken")
       if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
         where = _names(state.trained)[int(broken)] if broken >= 0 else "no gradient"
@@ -122,26 +135,40 @@ def fit(
   finally:
     if saved is not None:
       saved.close()
-  return result(state, params), history
+  done = result(state, whole)
+  return {name: part for name, part in done.items() if name in params}, history
 
 
 def _update(
   model: Any,
   state: TrainState,
   rows: np.ndarray,
+  chosen: np.ndarray,
   training: Training,
   transform: Transform | None,
-  teacher: tuple[Any, Params] | None,
+  teacher: tuple[Any, Params] | StoredTeacher | None,
   seed: int,
 ) -> tuple[TrainState, Metrics]:
   begun = time.perf_counter()
-  who, guide = teacher if teacher is not None and training.loss.needs_teacher else (None, None)
-  key, moving = jax.random.fold_in(jax.random.key(seed), int(state.step)), state._replace(kept=None)
+  present = isinstance(teacher, tuple) and training.needs_teacher
+  who, guide = teacher if present else (None, None)  # type: ignore[misc]
+  step, moving = int(state.step), state._replace(kept=None)
+  key = jax.random.fold_in(jax.random.key(seed), step)
   if training.privacy is not None:
     new, found = private_step(model, moving, state.kept, rows, training, transform, who, guide, key)
   else:
-    batch = {"tokens": jnp.asarray(rows).reshape(training.accumulate, -1, rows.shape[-1])}
-    new, found = train_step(model, moving, state.kept, batch, training, transform, who, guide, key)
+    batch: dict[str, Any] = {"tokens": rows}
+    if training.generated is not None:
+      batch["counted"] = np.ones_like(rows)
+      if training.generated.due(seed, step):
+        own = training.generated.by == "student"
+        writer: Any = tree.combine(state.trained, state.kept) if own else guide
+        drawn = continued(model if own else who, writer, rows, training.generated, jax.random.fold_in(key, 2))
+        batch["tokens"], batch["counted"] = drawn
+    if isinstance(teacher, StoredTeacher):
+      batch |= teacher[chosen]
+    pieces = {name: jnp.asarray(x).reshape(training.accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+    new, found = train_step(model, moving, state.kept, pieces, training, transform, who, guide, key)
   metrics = {name: float(value) for name, value in found.items()}
   kept = state.kept if new.kept is None else new.kept
   return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
@@ -164,14 +191,31 @@ def _names(trained: Params) -> list[str]:
   return ["/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in where) for where in keys]
 
 
-def _check_teacher(params: Params, teacher: tuple[Any, Params] | None, training: Training) -> None:
-  if not training.loss.needs_teacher:
+def _check_teacher(
+  params: Params, teacher: tuple[Any, Params] | StoredTeacher | None, training: Training, rows: np.ndarray
+) -> None:
+  writes = training.generated
+  if writes is not None and writes.prompt >= rows.shape[1]:
+    raise ValueError(f"Generated(prompt={writes.prompt}): rows have {rows.shape[1]} tokens; nothing is left to write")
+  if not training.needs_teacher:
     return
   if teacher is None:
-    raise ValueError(f"{type(training.loss).__name__} needs a teacher: fit(..., teacher=(model, params))")
-  ours, theirs = (_vocabulary(p) for p in (params, teacher[1]))
+    raise ValueError(f"{_who_needs(training)} needs a teacher: fit(..., teacher=(model, params))")
+  if isinstance(teacher, StoredTeacher):
+    if training.match is not None or writes is not None or training.privacy is not None:
+      raise ValueError("a stored teacher has predictions of its rows alone: no match, no generated rows, no privacy")
+    if getattr(training.loss, "temperature", 1.0) != 1:
+      raise ValueError("a stored teacher's likeliest tokens cannot be softened: temperature 1 is needed")
+    teacher.check(rows)
+  theirs = teacher.vocabulary if isinstance(teacher, StoredTeacher) else _vocabulary(teacher[1])
+  ours = _vocabulary(params)
   if ours != theirs:
     raise ValueError(f"the teacher's vocabulary has {theirs} entries, the student's {ours}; they must be the same")
+
+
+def _who_needs(training: Training) -> str:
+  needing = training.loss if training.loss.needs_teacher else training.match or training.generated
+  return type(needing).__name__
 
 
 def _vocabulary(params: Params) -> int:

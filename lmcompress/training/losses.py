@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,25 @@ def divergence(teacher: jax.Array, student: jax.Array, kind: Divergence = "forwa
     return kl(student, mixed(student, teacher))
   middle = mixed(teacher, student)
   return mix * kl(teacher, middle) + (1 - mix) * kl(student, middle)
+
+
+class Likeliest(NamedTuple):
+  """A teacher's k likeliest tokens: `ids: [..., k]` and their log-probabilities."""
+
+  ids: jax.Array
+  logprobs: jax.Array
+
+
+def coarse(teacher: Likeliest, student: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Both distributions over k + 1 events, log-probabilities `[..., k + 1]`: the teacher's k tokens, and any other.
+
+  A divergence of these is at most that of all tokens, and equal where both spread what is left alike.
+  """
+  named = jnp.take_along_axis(student, teacher.ids, axis=-1)
+  others = jax.nn.logsumexp(jnp.put_along_axis(student, teacher.ids, -jnp.inf, axis=-1, inplace=False), axis=-1)
+  left = jnp.log(jnp.maximum(-jnp.expm1(jax.nn.logsumexp(teacher.logprobs, axis=-1)), 1e-7))
+  join = lambda most, rest: jnp.concatenate([most, rest[..., None]], axis=-1)  # noqa: E731
+  return join(teacher.logprobs, left), join(named, jnp.maximum(others, math.log(1e-30)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +101,22 @@ class Distill:
         f"one of {', '.join(DIVERGENCES)}, temperature above 0, mix between 0 and 1, labels from 0 to 1"
       )
 
-  def __call__(self, student: jax.Array, targets: jax.Array, teacher: jax.Array | None = None) -> jax.Array:
-    """`[...]` of logits `[..., vocab]`, the ids that follow, and the teacher's logits."""
+  def __call__(
+    self, student: jax.Array, targets: jax.Array, teacher: jax.Array | Likeliest | None = None
+  ) -> jax.Array:
+    """`[...]` of logits `[..., vocab]`, the ids that follow, and the teacher's logits or its likeliest tokens.
+
+    Raises:
+      ValueError: no teacher, or its likeliest tokens and a temperature, which all of them would be needed for.
+    """
     if teacher is None:
       raise ValueError("Distill needs the teacher's logits")
-    p, q = (jax.nn.log_softmax(logits / self.temperature, axis=-1) for logits in (teacher, student))
+    if isinstance(teacher, Likeliest):
+      if self.temperature != 1:
+        raise ValueError(f"Distill(temperature={self.temperature}): likeliest tokens cannot be softened; use 1")
+      p, q = coarse(teacher, jax.nn.log_softmax(student, axis=-1))
+    else:
+      p, q = (jax.nn.log_softmax(logits / self.temperature, axis=-1) for logits in (teacher, student))
     lost = self.temperature**2 * divergence(p, q, self.kind, self.mix)
     return lost if not self.labels else (1 - self.labels) * lost + self.labels * Labels()(student, targets)
 

@@ -13,8 +13,10 @@ import optax
 
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray
-from lmcompress.calibration.token_loss import mean_loss
-from lmcompress.training.losses import Labels, Loss
+from lmcompress.calibration.token_loss import forward, head_loss, predictions
+from lmcompress.training.generated import Generated
+from lmcompress.training.losses import Labels, Likeliest, Loss
+from lmcompress.training.match import PROJECTIONS, Match
 from lmcompress.types import CompressedArray, Evidence, Params, Transform
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -61,6 +63,8 @@ class Training:
     clip: largest norm of all gradients together; None leaves them.
     average: decay of an exponential moving average of what trains, which is then the result; None keeps the last.
     loss: `Labels()` or `Distill(...)`.
+    match: bring what blocks see towards what the teacher's see, too.
+    generated: let a model write some of the rows.
     compute: dtype of products; what trains is float32 all the while.
     chunk: positions whose logits are in memory at a time.
     remat: recompute each block on the way back.
@@ -81,6 +85,8 @@ class Training:
   clip: float | None = 1.0
   average: float | None = None
   loss: Loss = dataclasses.field(default_factory=Labels)
+  match: Match | None = None
+  generated: Generated | None = None
   compute: Literal["float32", "bfloat16"] = "float32"
   chunk: int = 64
   remat: bool = True
@@ -99,8 +105,16 @@ class Training:
       )
     if self.privacy is not None and self.accumulate > 1:
       raise ValueError("Training(privacy=..., accumulate=...): rows are taken one by one; leave accumulate at 1")
+    if self.privacy is not None and self.generated is not None:
+      raise ValueError("Training(privacy=..., generated=...): private rows are the text's own; leave one out")
     if (self.clip is not None and not self.clip > 0) or (self.average is not None and not 0 < self.average < 1):
       raise ValueError(f"Training(clip={self.clip}, average={self.average}): above 0; between 0 and 1")
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether another model takes part."""
+    writes = self.generated is not None and self.generated.by == "teacher"
+    return self.loss.needs_teacher or self.match is not None or writes
 
   def rate(self, step: Any) -> Any:
     """The learning rate of the update after `step` others."""
@@ -185,6 +199,8 @@ def loss_of(
   """The summed loss of rows and the tokens that it counts, as a function of what trains.
 
   Args:
+    rows: `tokens: [n, length]` and perhaps `attention_mask`, `counted`, and a teacher's `teacher_ids`,
+      `teacher_logprobs` in its stead.
     through_masks: gradients reach what a mask over dense values removes, too.
   """
   whole = tree.combine(
@@ -193,7 +209,22 @@ def loss_of(
   )
   if through_masks:
     whole = tree.map_leaves(lambda _, x: _through_mask(x) if isinstance(x, MaskedArray) else x, whole)
-  return mean_loss(model, whole, rows, training.loss, teacher, training.chunk, training.remat)
+  match, guide, shown = training.match, None, {}
+  paired = [] if match is None or teacher is None else match.pairs(model, whole, teacher)
+  taps = [{} if match is None else match.taps(paired, side) for side in (0, 1)]
+  carry, seen = forward(model, whole, rows, training.remat, taps[0])
+  if "teacher_ids" in rows:
+    guide = lambda first, count: Likeliest(  # noqa: E731
+      *(jax.lax.dynamic_slice_in_dim(rows[f"teacher_{name}"], first, count, 1) for name in Likeliest._fields)
+    )
+  elif teacher is not None:
+    theirs, shown = forward(*teacher, rows, False, taps[1])
+    guide = predictions(*teacher, theirs) if training.loss.needs_teacher else None
+  total, count = head_loss(model, whole, carry, rows, training.loss, guide, training.chunk)
+  if match is not None:
+    real = jnp.ones(rows["tokens"].shape, bool) if rows.get("attention_mask") is None else rows["attention_mask"] != 0
+    total += count * match.loss(paired, seen, shown, whole.get(PROJECTIONS, {}), real)
+  return total, count
 
 
 def _through_mask(w: MaskedArray) -> Any:
@@ -280,7 +311,7 @@ def held_out_loss(
   model: Any, trained: Params, kept: Params, rows: jax.Array, training: Training
 ) -> tuple[jax.Array, jax.Array]:
   """The summed cross entropy of rows `[n, length]`, whatever the training's loss, and the tokens that it counts."""
-  return loss_of(model, kept, dataclasses.replace(training, loss=Labels()), None, trained, {"tokens": rows})
+  return loss_of(model, kept, dataclasses.replace(training, loss=Labels(), match=None), None, trained, {"tokens": rows})
 
 
 def _reads_gradients(transform: Transform | None) -> bool:
