@@ -57,6 +57,7 @@ from lmcompress.transforms import (
   round_to_nearest,
   scheduled,
   sensitivity,
+  shrink,
   smooth,
   smooth_quant,
   sparse_code,
@@ -244,6 +245,8 @@ ROWS = [
   Row("prune_gradually masks", lambda: prune_gradually(0.5, 0, 10, 2), before=lambda: magnitude(0.0), step=8,
       meshes=False),
   Row("rigl", lambda: rigl(0.3, 10, 2), before=lambda: magnitude(0.5), step=4),
+  Row("shrink", lambda: shrink(0.05), step=4),
+  Row("shrink inputs", lambda: shrink(0.1, "input"), before=lambda: magnitude(0.5), step=4, meshes=False),
   Row("lora", lambda: lora(4), random=True, sums=True),
   Row("merge", merge, before=low_rank_of_codes, sums=True),
   Row("fake_quantize", lambda: fake_quantize(3, 16, symmetric=False)),
@@ -425,7 +428,7 @@ def test_one_trace_for_two_matrices(row, params, others):
 @rows_with(lambda row: row.step is not None)
 def test_a_step_transform_jits(row, params, results):
   """Inside a training step: state is an argument, the step is traced, one trace serves all steps."""
-  transform, start = row.make(), apply(row.before(), params)
+  transform, start = row.make(), params if row.before is None else apply(row.before(), params)
   assert transform.phase == "step" and "step" in transform.needs
   state = transform.init(start)
   chex.clear_trace_counter()

@@ -28,6 +28,7 @@ from lmcompress.transforms.rotate import rotate
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.transforms.sensitivity import sensitivity
 from lmcompress.transforms.share import share
+from lmcompress.transforms.shrink import shrink
 from lmcompress.transforms.smooth_quant import quantize_activations, quantize_inputs, smooth, smooth_quant
 from lmcompress.transforms.sparse_code import sparse_code
 from lmcompress.transforms.sparse_gpt import sparse_gpt
@@ -72,6 +73,7 @@ METHODS = {
     product_quantize,
     sparse_code,
     share,
+    shrink,
     tie_layers,
     truncated_svd,
     low_rank_residual,
@@ -126,6 +128,7 @@ __all__ = [
   "scheduled",
   "sensitivity",
   "share",
+  "shrink",
   "smooth",
   "smooth_quant",
   "sparse_code",

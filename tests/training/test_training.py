@@ -38,6 +38,7 @@ from lmcompress.training.privacy import Poisson, clipped
 from lmcompress.transforms import (
   adapted,
   adapters,
+  at,
   chain,
   fake_quantize,
   freeze,
@@ -47,12 +48,14 @@ from lmcompress.transforms import (
   merge,
   movement,
   prune_gradually,
+  prune_neurons,
   quantize_inputs,
   rigl,
   round_to_nearest,
+  shrink,
 )
 from lmcompress.transforms.schedules import cubic
-from lmcompress.types import FormatError, SourceError, WeightError
+from lmcompress.types import Evidence, FormatError, SourceError, WeightError
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2)
 MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
@@ -267,6 +270,33 @@ def test_rigl_moves_masks_to_where_gradients_are():
   size = np.abs(np.asarray(kernel(grads)))
   assert size[grown].min() >= np.quantile(size[~kept(after) & ~kept(before)], 0.99)
   assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("group", ["entry", "input", "output"])
+def test_weights_shrink_to_zero_as_the_proximal_step_says(group):
+  """One step in NumPy float64; over many of them of a loss with an optimum of its own, exact zeros stay."""
+  w = np.random.default_rng(0).normal(size=(6, 5)) * 0.1
+  found, _ = shrink(0.05, group).apply({"up": {"kernel": jnp.asarray(w, jnp.float32)}}, (), Evidence(step=jnp.int32(0)))
+  if group == "entry":
+    want = np.sign(w) * np.maximum(np.abs(w) - 0.05, 0)
+  else:
+    axis = 1 if group == "input" else 0
+    norm = np.linalg.norm(w, axis=axis, keepdims=True)
+    want = w * np.maximum(1 - 0.05 * np.sqrt(w.shape[axis]) / norm, 0)
+  np.testing.assert_allclose(found["up"]["kernel"], want, atol=1e-7)
+
+
+def test_training_with_shrinking_leaves_neurons_that_pruning_removes_for_nothing():
+  training = Training(steps=40, batch=8, learning_rate=3e-3, chunk=16)
+  less = at("layers/*/mlp/down", shrink(4e-3, "input"))
+  done, history = fit(MODEL, PARAMS, ROWS, training, transform=less)
+  dead = [
+    int(np.sum(~np.any(np.asarray(layer["mlp"]["down"]["kernel"]), axis=1))) for layer in done["layers"].values()
+  ]
+  assert history[-1]["loss"] < history[0]["loss"] - 1 and min(dead) >= 2
+  smaller = compress(MODEL, done, prune_neurons(count=min(dead), compensate=False), ROWS)[0]
+  assert smaller["layers"]["0"]["mlp"]["down"]["kernel"].shape == (64 - min(dead), 32)
+  np.testing.assert_allclose(MODEL.apply(smaller, ROWS[:2]), MODEL.apply(done, ROWS[:2]), atol=1e-4)
 
 
 def test_scores_follow_the_movement():
