@@ -30,6 +30,9 @@ ConfigFile = Annotated[str, typer.Argument(help="A config file, or its name as `
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. evaluate.windows=4 seed=1.")]
 ModelName = Annotated[str, typer.Argument(help="A known name, a GGUF file, a Hugging Face folder, or a saved folder.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders.")]
+Profile = Annotated[
+  bool, typer.Option("--profile", help="Traces a few steps for TensorBoard, and shows what took longest in the report.")
+]
 RESULTS = Path("results")
 CONFIGS = Path("configs")
 
@@ -108,6 +111,7 @@ def run(
   config: ConfigFile,
   overrides: Overrides = None,
   results: Results = RESULTS,
+  profile: Profile = False,
 ) -> None:
   """Runs a config: compresses, measures every stage, saves the model, writes the report.
 
@@ -116,16 +120,21 @@ def run(
     lmcompress run configs/smollm2/quickstart.yaml
 
     lmcompress run configs/smollm2/quickstart.yaml evaluate.windows=4 recipe.1.bits=3 seed=1
+
+    lmcompress run configs/smollm2/recover.yaml --profile
   """
   from lmcompress.config import load_config
 
   path = _find_config(config)
   command = shlex.join(["lmcompress", "run", path.as_posix(), *(overrides or [])])
-  _run(load_config(path, overrides or []), results, command)
+  _run(load_config(path, overrides or []), results, command, profile=profile)
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. results/quickstart-1a2b3c4d.")]) -> None:
+def resume(
+  folder: Annotated[Path, typer.Argument(help="A run folder, e.g. results/quickstart-1a2b3c4d.")],
+  profile: Profile = False,
+) -> None:
   """Continues a run that was cut off, keeping every score it had written.
 
   Example:
@@ -134,17 +143,17 @@ def resume(folder: Annotated[Path, typer.Argument(help="A run folder, e.g. resul
   """
   from lmcompress.run_folder import read_run
 
-  _run(read_run(folder), folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder)
+  _run(read_run(folder), folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder, profile)
 
 
-def _run(config: Any, results: Path, command: str, folder: Path | None = None) -> None:
+def _run(config: Any, results: Path, command: str, folder: Path | None = None, profile: bool = False) -> None:
   from lmcompress import experiment, report, run_folder
 
   console = _console()
   folder = run_folder.prepare(config, results, folder)
   try:
     with _Progress(console) as progress:
-      result = experiment.run(config, results, command, progress, folder)
+      result = experiment.run(config, results, command, progress, folder, profile)
   except KeyboardInterrupt:
     console.print(
       f"\ninterrupted; what was measured is kept. Continue with: lmcompress resume {folder}", highlight=False

@@ -25,6 +25,7 @@ from lmcompress.config import Config, Train, dump
 from lmcompress.data.text import load_text, windows
 from lmcompress.environment import device, versions
 from lmcompress.errors import GateError
+from lmcompress.evaluate import energy, profiling
 from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
@@ -35,6 +36,7 @@ from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
 from lmcompress.io.whole import write_text
+from lmcompress.ops.backend import threads
 from lmcompress.run_folder import (
   BLOCKS,
   CONFIG,
@@ -42,6 +44,7 @@ from lmcompress.run_folder import (
   METRICS,
   MODEL,
   RESULT,
+  TENSORBOARD,
   TRAINING,
   Records,
   read_result,
@@ -78,7 +81,12 @@ class _Stage:
 
 
 def run(
-  config: Config, results: Path, command: str, watcher: Watcher | None = None, folder: Path | None = None
+  config: Config,
+  results: Path,
+  command: str,
+  watcher: Watcher | None = None,
+  folder: Path | None = None,
+  profile: bool = False,
 ) -> dict[str, Any]:
   """Runs a config in `results/<name>-<hash>`, continuing what is already there, and returns its result.
 
@@ -90,6 +98,8 @@ def run(
     folder: the run folder, if it is not the config's own in `results`.
     command: what repeats the run, for the record.
     watcher: told of progress.
+    profile: trace three steps of the training, or a prompt and its continuation, for TensorBoard; the report says which
+      operations took longest, and what the training step needs.
 
   Raises:
     LmcompressError: the config, the model, a text or a weight is not as needed; nothing half-written is left.
@@ -106,7 +116,8 @@ def run(
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
     return _through_gates(config, read_result(folder))
 
-  mesh = _mesh(config)
+  mesh, counter = _mesh(config), energy.meter(threads=threads(), platform=jax.default_backend())
+  started, joules = time.perf_counter(), 0.0 if counter is None else counter.read()
   watcher.note(f"loading {config.model}")
   reset_peak()
   begun = time.perf_counter()
@@ -115,12 +126,13 @@ def run(
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
   b, most = config.bench, model.config.max_length
+  decodes = b.rounds > 0 or (profile and config.train is None)
   for what, length in (
     ("evaluate.length", config.evaluate.length),
     ("calibration.length", config.calibration.length if config.calibration else 0),
     ("train.length", config.train.length if config.train else 0),
     ("train.held_out.length", config.train.held_out.length if config.train and config.train.held_out else 0),
-    (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if b.rounds else 0),
+    (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if decodes else 0),
   ):
     if length > most:
       raise ConfigError(f"{what}: {length} tokens are more than the model's context of {most}")
@@ -145,7 +157,8 @@ def run(
   write_text(folder / CONFIG, dump(config))
   training = None
   if config.train is not None:
-    training = _train(config, config.train, model, tokenizer, stages, watcher, folder, _decides(config, calibration))
+    decides = _decides(config, calibration)
+    training = _train(config, config.train, model, tokenizer, stages, watcher, folder, decides, profile)
   last = Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
@@ -166,6 +179,11 @@ def run(
   if not config.stream:  # decoding needs all weights at once
     speeds = _speeds(config, model, stages, ready, records, watcher)
     generation = _generation(config, model, ready, tokenizer, watcher)
+  if profile and config.train is None and not config.stream:
+    watcher.note("tracing a prompt and its continuation")
+    with profiling.trace(folder / TENSORBOARD):
+      latency(model, ready[-1], prefill=b.prefill, decode=b.decode, rounds=1)
+  spent = None if counter is None else counter.read() - joules
   result = {
     "format": 1,
     "name": config.name,
@@ -185,12 +203,16 @@ def run(
     ],
     "weights": rows,
     "training": training,
+    "profile": profiling.busiest(folder / TENSORBOARD),
+    "energy": counter and {
+      "label": counter.label, "source": counter.source, "joules": spent, "seconds": time.perf_counter() - started
+    },
     "histograms": {} if config.stream else _histograms(stages[0].params, stages[-1].params),
     "generation": generation,
   }
   from lmcompress import report
 
-  report.write_tensorboard(result, folder / "tensorboard")
+  report.write_tensorboard(result, folder / TENSORBOARD)
   report.write_html(result, folder / "report.html")
   write_text(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
   store.clear()
@@ -256,9 +278,10 @@ def _train(
   watcher: Watcher,
   folder: Path,
   decides: dict[str, Any],
+  profile: bool,
 ) -> dict[str, Any]:
   """Appends the stage `trained`; returns what the result says of the training."""
-  from lmcompress.training import epsilon, fit, store_predictions
+  from lmcompress.training import Labels, compiled_step, epsilon, fit, store_predictions
 
   rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
   held = train.held_out
@@ -278,7 +301,12 @@ def _train(
       except ValueError as error:
         raise ConfigError(f"train.teacher_top_k: {error}") from None
 
+  stretch = profiling.Stretch(folder / TENSORBOARD) if profile else None
+  during = recipes.build(train.during, "train.during") if train.during else None
+
   def on_step(step: int, metrics: dict[str, float]) -> None:
+    if stretch is not None:
+      stretch.step()
     watcher.step("training", step, train.steps)
     if step % max(1, train.steps // 10) == 0 or "held_out" in metrics:
       held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
@@ -296,7 +324,7 @@ def _train(
       seed=config.seed,
       trainable=trains,
       teacher=teacher,
-      transform=recipes.build(train.during, "train.during") if train.during else None,
+      transform=during,
       folder=folder / TRAINING,
       decides=decides,
       save_every=train.save_every,
@@ -308,6 +336,16 @@ def _train(
     raise
   except ValueError as error:
     raise ConfigError(f"train: {error}") from None
+  finally:
+    if stretch is not None:
+      stretch.close()
+  needs = None
+  if profile and settings.privacy is None:
+    watcher.note("compiling the training step from shapes alone, for what it needs")
+    guide = teacher if isinstance(teacher, tuple) else None
+    shown = dataclasses.replace(settings, match=None, loss=settings.loss if guide else Labels())
+    step = compiled_step(model, stages[-1].params, shown, train.length, trains, during, guide)
+    needs = profiling.needs(step)
   stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
   trained = jax.tree.leaves(tree.partition(params, trains)[0])
   return {
@@ -315,6 +353,7 @@ def _train(
     "tokens": train.steps * train.batch * train.length,
     "trained_parameters": int(sum(x.size for x in trained)),
     "epsilon": spent,
+    "needs": needs,
     "history": history,
   }
 

@@ -97,6 +97,11 @@ def html(result: Result) -> str:
     output_errors=output_errors,
     training=training,
     trained=_trained(result),
+    needs=_needs(result),
+    profile=[
+      (_text(row.get("operation", "-")), _text(row.get("calls", "-")), *(_show(row.get(k), 3) for k in ("ms", "share")))
+      for row in result.get("profile") or []
+    ],
     not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not _drawn(x, y)],
     outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items() if not _LAYER.match(path)],
     histograms=histograms,
@@ -203,7 +208,30 @@ def _facts(result: Result, stages: Sequence[Row]) -> list[tuple[str, str]]:
   columns += [(f"perplexity, {text}", _score("perplexity", text)) for text in _texts(stages, "perplexity")]
   columns += [("decode, tokens/s", _DECODE)]
   pairs = [(label, column.cell(stages[0]), column.cell(stages[-1])) for label, column in columns]
-  return facts + [(label, f"{was} → {now}") for label, was, now in pairs if (was, now) != ("-", "-")]
+  facts += [(label, f"{was} → {now}") for label, was, now in pairs if (was, now) != ("-", "-")]
+  return facts + _energy(result)
+
+
+def _energy(result: Result) -> list[tuple[str, str]]:
+  """What this machine spent on the run, and whether that was measured."""
+  spent = result.get("energy") or {}
+  if math.isnan(_float(spent.get("joules"))):
+    return []
+  return [(f"energy, kJ ({_text(spent.get('label'))}: {_text(spent.get('source'))})", _show(spent["joules"], 1, 1e3))]
+
+
+def _needs(result: Result) -> str:
+  """What the compiled training step needs, in a line."""
+  needs = (result.get("training") or {}).get("needs") or {}
+  parts = [
+    f"{_show(needs[key], 1, unit)} {what}"
+    for key, unit, what in (
+      ("flops", 1e9, "GFLOP"), ("bytes_accessed", 1e9, "GB read and written"),
+      ("temporaries", 1e6, "MB of temporaries"), ("peak_bytes", 1e6, "MB at once"),
+    )
+    if key in needs
+  ]  # fmt: skip
+  return f"A training step as compiled (a loop's body counts once): {', '.join(parts)}." if parts else ""
 
 
 def _continuations(generation: Row) -> dict[str, str]:

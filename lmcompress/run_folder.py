@@ -14,7 +14,7 @@ from lmcompress.io.whole import write_text
 from lmcompress.types import ConfigError, FormatError, SourceError
 
 RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
-TRAINING, FINISHED = "training", "finished"
+TRAINING, FINISHED, TENSORBOARD = "training", "finished", "tensorboard"
 _FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s")}
 
 

@@ -31,7 +31,7 @@ RECIPE = [
 STAGES = ["original", "magnitude at layers/*/mlp/down", "round_to_nearest at layers/*/mlp/down"]
 KEYS = {"format", "name", "description", "config_hash", "seed", "model", "original", "versions", "device",
         "tree_hash", "command",
-        "config", "stages", "weights", "training", "histograms", "generation"}
+        "config", "stages", "weights", "training", "profile", "energy", "histograms", "generation"}
 STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
               "compression_efficiency", "perplexity",
               "kl", "top1", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
@@ -511,3 +511,42 @@ def test_training_that_cannot_be(place, over, said):
 def test_training_tables_are_checked(place, key, value):
   with pytest.raises(LmcompressError, match="train"):
     training(place, **{key: value})
+
+
+def test_a_profile_is_in_the_report_and_opens_in_tensorboard(place):
+  """The operations that took longest, what the step needs, and a trace file of three steps."""
+  config = training(place, steps=6)
+  result = experiment.run(config, place / "profiled", COMMAND, profile=True)
+  folder = place / "profiled" / config.folder
+  assert len(list(folder.glob("tensorboard/plugins/profile/*/*.xplane.pb"))) == 1
+  assert result["profile"] and 0 < sum(row["share"] for row in result["profile"]) <= 1 + 1e-9
+  assert [row["ms"] for row in result["profile"]] == sorted((row["ms"] for row in result["profile"]), reverse=True)
+  needs = result["training"]["needs"]
+  assert needs["flops"] > 0 and needs["peak_bytes"] > needs["temporaries"] > 0
+  page = (folder / "report.html").read_text("utf-8")
+  assert "<h2>Profile</h2>" in page and "MB at once" in page
+  spent = result["energy"]
+  assert spent is None or (spent["label"] in ("measured", "modelled") and spent["joules"] > 0 and "energy, kJ" in page)
+
+
+def test_a_profile_without_training_is_of_decoding(place):
+  config = training(place)
+  config = config.model_copy(update={"train": None, "finish": (), "name": "untrained"})
+  with pytest.raises(lmc.ConfigError, match="context of 256"):
+    experiment.run(config, place / "profiled", COMMAND, profile=True)
+  config = config.model_copy(update={"bench": config.bench.model_copy(update={"prefill": 16, "decode": 4})})
+  result = experiment.run(config, place / "profiled", COMMAND, profile=True)
+  assert result["profile"] and result["training"] is None
+
+
+@pytest.mark.parametrize("over", [
+  {"match": {"hidden": 1.0, "relations": 0.5, "heads": 4}},
+  {"teacher_top_k": 8},
+  {"generated": {"by": "student", "share": 0.5, "prompt": 8}, "loss": {"name": "distill", "kind": "reverse"}},
+])  # fmt: skip
+def test_other_ways_to_distill_run_from_a_config(place, over):
+  config = training(place, **over)
+  result = experiment.run(config, place / "ways", COMMAND)
+  text = next(iter(result["stages"][0]["kl"]))
+  before, trained = result["stages"][1:3]
+  assert trained["kl"][text] < before["kl"][text]

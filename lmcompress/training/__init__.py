@@ -6,7 +6,7 @@ from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
 from lmcompress.training.match import Match
 from lmcompress.training.privacy import epsilon
-from lmcompress.training.step import Privacy, Training, TrainState, result, start, train_step
+from lmcompress.training.step import Privacy, Training, TrainState, compiled_step, result, start, train_step
 from lmcompress.training.stored import StoredTeacher, store_predictions
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
   "TrainState",
   "Training",
   "batches",
+  "compiled_step",
   "divergence",
   "epsilon",
   "fit",

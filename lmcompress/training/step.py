@@ -274,6 +274,25 @@ def train_step(
   return advance(moving, kept, jax.tree.map(lambda g: g / tokens, grads), total / tokens, training, transform, key)
 
 
+def compiled_step(
+  model: Any,
+  params: Params,
+  training: Training,
+  length: int,
+  trainable: Callable[[str], bool],
+  transform: Transform | None = None,
+  teacher: tuple[Any, Params] | None = None,
+) -> Any:
+  """The compiled step for rows of `length` tokens, made from shapes alone: nothing is held or run."""
+  state = jax.eval_shape(lambda p: start(p, training, trainable, transform), params)
+  shape = (training.accumulate, training.batch // training.accumulate, length)
+  batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+  who, guide = teacher if teacher is not None else (None, None)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  moving = state._replace(kept=None)
+  return train_step.lower(model, moving, state.kept, batch, training, transform, who, guide, key).compile()
+
+
 def advance(
   moving: TrainState,
   kept: Params,
