@@ -18,10 +18,10 @@ from lmcompress.types import Transform
 def shrink(amount: float = 1e-5, group: Literal["entry", "input", "output"] = "entry", start: int = 0) -> Transform:
   """Brings weights towards zero after each update, and to zero exactly, a `step` transform.
 
-  Each step replaces w by sign(w) max(|w| - amount, 0), the proximal step of the L1 norm (ISTA, Daubechies et al. 2004,
-  arXiv:math/0307152, equation 1.7); with groups by w max(1 - amount sqrt(n) / ||w||, 0) over the n weights of an input
-  or an output, the group lasso's (Yuan & Lin 2006), which leaves whole rows or columns zero: neurons that
-  `prune_neurons` then removes without loss. `amount` is the learning rate times the penalty's weight of these papers.
+  Each step replaces w by `sign(w) max(|w| - amount, 0)`, the proximal step of the L1 norm (ISTA, Daubechies et al.
+  2004, arXiv:math/0307152); with groups by `w max(1 - amount sqrt(n) / ||w||, 0)` over the n weights of an input or an
+  output, the group lasso's (Yuan & Lin 2006), which leaves whole rows or columns zero: neurons that `prune_neurons`
+  then removes without loss. `amount` is the learning rate times the penalty's weight of these papers.
 
   Args:
     amount: by which an entry shrinks, in units of the weights.
