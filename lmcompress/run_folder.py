@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lmcompress.config import Config, check, dump, parse
+from lmcompress.config import Config, check, dump
 from lmcompress.io import hub
 from lmcompress.io.whole import write_text
+from lmcompress.io.yaml_text import parse
 from lmcompress.types import ConfigError, FormatError, SourceError
 
 RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"

@@ -14,7 +14,8 @@ import yaml
 
 from lmcompress import config as configs
 from lmcompress import recipe as recipes
-from lmcompress.config import Config, check, dump, load_config, merge, override, parse
+from lmcompress.config import Config, check, dump, load_config, merge, override
+from lmcompress.io.yaml_text import parse
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.transforms import METHODS
 from lmcompress.types import ConfigError

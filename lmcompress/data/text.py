@@ -49,7 +49,7 @@ class Encoder(Protocol):
 
 
 def load_text(name: str | os.PathLike[str]) -> str:
-  """A text by its name in `TEXTS`, or by the path of a UTF-8 file.
+  """A text by its name in `TEXTS`, several of them joined by `+`, or the path of a UTF-8 file.
 
   A named text is a list of documents (topics, tales, excerpts) joined by blank lines. `name:even` and
   `name:odd` are the documents of even and of odd index: calibrate on one and evaluate on the other, since
@@ -61,6 +61,9 @@ def load_text(name: str | os.PathLike[str]) -> str:
     FormatError: the file is not UTF-8.
   """
   asked = os.fspath(name)
+  parts = asked.split("+")
+  if len(parts) > 1 and all(part.partition(":")[0] in TEXTS for part in parts):
+    return "\n\n".join(map(load_text, parts))
   base, colon, part = asked.partition(":")
   if base in TEXTS:
     if colon and part not in _PARTS:

@@ -188,6 +188,37 @@ class Tokenizer:
     )
 
   @classmethod
+  def from_text(cls, text: str, vocabulary: int) -> Tokenizer:
+    """A byte-level BPE learned from a text (Sennrich et al. 2016, arXiv:1508.07909), the same in every run.
+
+    Args:
+      text: what it is learned from; any other text can be encoded too.
+      vocabulary: entries, the 256 bytes and the token that ends a text counted.
+
+    Raises:
+      ValueError: a vocabulary below 257, or one that the text cannot fill.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocabulary < 257:
+      raise ValueError(f"from_text(vocabulary={vocabulary}): 256 bytes and the end of a text need 257")
+    backend, end = Backend(models.BPE()), "<|endoftext|>"
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.train_from_iterator(
+      text.splitlines(keepends=True),
+      trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+      ),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    if backend.get_vocab_size() < vocabulary:
+      found = f"{len(text)} characters give {backend.get_vocab_size()} entries"
+      raise ValueError(f"from_text(vocabulary={vocabulary}): {found}; ask for fewer")
+    return cls(backend, tokens={"eos_token": end})
+
+  @classmethod
   def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a Hugging Face model folder, with the stop tokens of its configs.
 

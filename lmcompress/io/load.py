@@ -16,8 +16,8 @@ def load(
   """Loads a model.
 
   Args:
-    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, or of a
-      folder that `save` wrote.
+    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder that
+      `save` wrote, or of a YAML file that says the sizes of a model to be trained.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
@@ -43,6 +43,10 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
   path = Path(hub.resolve_model(str(name)))
   if lazy and (mesh is not None or path.is_file() or (path / checkpoint.MANIFEST).is_file()):
     raise SourceError(f"{name}: only Hugging Face folders can be read weight by weight, and not onto a mesh")
+  if path.is_file() and path.suffix in (".yaml", ".yml"):
+    from lmcompress.io.untrained import load_untrained
+
+    return _placed(*load_untrained(path), mesh)
   if path.is_file():
     with path.open("rb") as f:
       magic = f.read(4)
@@ -61,6 +65,8 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
 def origin(name: str | os.PathLike) -> str:
   """What the weights of a model are, for tables: `float32`, or what float32 was dequantized from."""
   path = Path(hub.resolve_model(str(name)))
+  if path.is_file() and path.suffix in (".yaml", ".yml"):
+    return "random"
   if path.is_file():
     from lmcompress.io.gguf_model import describe
 

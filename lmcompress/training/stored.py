@@ -37,7 +37,8 @@ class StoredTeacher:
       found = "nothing" if record is None else f"{record['done']} of {record['rows']} rows"
       raise FormatError(f"{folder}: {found} of a teacher's predictions; store_predictions writes the rest")
     self.folder, self.vocabulary, self.k, self._digest = folder, record["vocabulary"], record["k"], record["digest"]
-    self._ids, self._logprobs = (np.load(folder / name, mmap_mode="r") for name in (_IDS, _LOGPROBS))
+    files = (folder / _IDS, folder / _LOGPROBS)
+    self._ids, self._logprobs = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
 
   def check(self, rows: np.ndarray) -> None:
     """Raises ValueError if the predictions are of other rows."""
