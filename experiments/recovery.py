@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 def row(name: str, result: dict[str, Any]) -> dict[str, Any]:
   """The stages of one run: what was removed, what it cost, how much of the KL came back."""
   first, last = result["stages"][0], result["stages"][-1]
-  before = result["stages"][-2 - len(result["config"]["finish"])]
+  before = result["stages"][[stage["name"] for stage in result["stages"]].index("trained") - 1]
   removed = (first["parameters"] - last["parameters"]) / 1e6
   texts = {}
   for text, kl in before["kl"].items():

@@ -223,3 +223,7 @@ class Model(Protocol):
   def finish(self, params: Params, carry: Any, last: bool = False, span: tuple[Any, int] | None = None) -> Any:
     """The output: of all tokens, of the last alone, or of `span[1]` from `span[0]` (perhaps traced) on."""
     ...
+
+  def features(self, params: Params, carry: Any) -> jax.Array:
+    """What a head of a task reads, `[batch, length, width]`: the states after the last block, normed."""
+    ...

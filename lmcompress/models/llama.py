@@ -140,8 +140,14 @@ def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
+def _normed(config: LlamaConfig, norm: Params, h: jax.Array) -> jax.Array:
+  normal: Any = RMSNorm(config.rms_epsilon).apply({"params": norm}, h)
+  return normal
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
 def _finish(config: LlamaConfig, params: Params, h: jax.Array) -> jax.Array:
-  normal: Any = RMSNorm(config.rms_epsilon).apply({"params": params["final_norm"]}, h)
+  normal = _normed(config, params["final_norm"], h)
   table = params["head"]["table"] if "head" in params else params["embed"]["table"]
   return ops.attend(normal, table).astype(jnp.float32)
 
@@ -265,6 +271,10 @@ class Llama:
     logits = _finish(self.config, ends, h)
     cache = carry["cache"]
     return logits if cache is None else (logits, cache.advance(carry["h"].shape[1]))
+
+  def features(self, params: Params, carry: Any) -> jax.Array:
+    """What a head reads: the normed states `[batch, length, embed]` after the last block."""
+    return _normed(self.config, resolve(params, params["final_norm"]), carry["h"])
 
   def extents(self, params: Params) -> dict[str, int]:
     """Extents of logical axes that no array's shape tells by itself."""

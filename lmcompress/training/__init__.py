@@ -8,6 +8,7 @@ from lmcompress.training.match import Match
 from lmcompress.training.privacy import epsilon
 from lmcompress.training.step import Privacy, Training, TrainState, compiled_step, result, start, train_step
 from lmcompress.training.stored import StoredTeacher, store_predictions
+from lmcompress.training.tasks import Task, Weighting, fit_tasks, probabilities
 
 __all__ = [
   "DIVERGENCES",
@@ -17,14 +18,18 @@ __all__ = [
   "Match",
   "Privacy",
   "StoredTeacher",
+  "Task",
   "TrainState",
   "Training",
+  "Weighting",
   "batches",
   "compiled_step",
   "divergence",
   "epsilon",
   "fit",
+  "fit_tasks",
   "mean_loss",
+  "probabilities",
   "result",
   "start",
   "store_predictions",

@@ -1,8 +1,7 @@
-"""The loop: batches by position, an update each, states saved on the way, and nothing lost when it is cut off."""
+"""Training on rows of tokens: batches by position, an update each, and what a teacher says of them."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.io.whole import write_text
+from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.generated import continued
 from lmcompress.training.match import PROJECTIONS
 from lmcompress.training.privacy import Poisson, private_step
-from lmcompress.training.resume import Saved
 from lmcompress.training.step import Training, TrainState, held_out_loss, result, start, train_step
 from lmcompress.training.stored import StoredTeacher
-from lmcompress.types import FormatError, Params, Transform, WeightError
-
-Metrics = dict[str, float]
+from lmcompress.types import Params, Transform
 
 
 def batches(rows: np.ndarray, batch: int, seed: int) -> Any:
@@ -78,11 +74,9 @@ def fit(
     WeightError: the loss or a gradient is not finite; says where, and what was kept.
     FormatError: a saved state is damaged or of another run.
   """
-  rows = _checked("rows", rows, params)
+  rows = checked_rows("rows", rows, params)
   _check_teacher(params, teacher, training, rows)
-  held_out = None if held_out is None else _checked("held_out", held_out, params)
-  if save_every < 1 or evaluate_every < 1:
-    raise ValueError(f"fit(save_every={save_every}, evaluate_every={evaluate_every}): steps, from 1")
+  held_out = None if held_out is None else checked_rows("held_out", held_out, params)
   numbers = np.arange(len(rows))[:, None]
   draw = batches if training.privacy is None else Poisson
   source, whole = draw(numbers, training.batch, seed), params
@@ -92,49 +86,14 @@ def fit(
     whole = {**params, PROJECTIONS: maps} if maps else params
   trains = lambda path: tree.matches(PROJECTIONS, path) or trainable(path)  # noqa: E731
   state = start(whole, training, trains, transform)
-  saved = None if folder is None else Saved(folder / "states", [decides, seed, repr(training)])
-  history: list[Metrics] = []
-  try:
-    if saved is not None and folder is not None and (found := saved.latest(_portable(state, transform))) is not None:
-      state = _placed(found[1], state, transform)
-      history = _records(folder / "train.jsonl")[: found[0]]
-      if len(history) < found[0]:
-        raise FormatError(f"{folder / 'train.jsonl'}: tells of {len(history)} of {found[0]} steps; remove {folder}")
-    if folder is not None:
-      folder.mkdir(parents=True, exist_ok=True)
-      write_text(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-    for step in range(int(state.step), training.steps):
-      chosen = np.asarray(source[step])[:, 0]
-      state, metrics = _update(model, state, rows[chosen], chosen, training, transform, teacher, seed)
-      broken = metrics.pop("broken")
-      if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
-        where = _names(state.trained)[int(broken)] if broken >= 0 else "no gradient"
-        kept = "" if saved is None else f"; the states saved before it are kept in {saved.folder}"
-        raise WeightError(
-          f"step {step}: the loss is {metrics['loss']:.6g} and the gradients' norm {metrics['grad_norm']:.6g}, first "
-          f"not finite at {where}; lower the learning rate ({training.learning_rate:g}) or clip ({training.clip}){kept}"
-        )
-      if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == training.steps):
-        metrics["held_out"] = _score(model, state, held_out, training)
-      history.append(metrics)
-      if folder is not None:
-        with (folder / "train.jsonl").open("a", encoding="utf-8") as log:
-          log.write(json.dumps(metrics) + "\n")
-      due = (step + 1) % save_every == 0 or step + 1 == training.steps
-      try:
-        if on_step is not None:
-          on_step(step + 1, metrics)
-      except BaseException:
-        due = True  # an interrupt: what is done is kept
-        raise
-      finally:
-        if saved is not None and due:
-          saved.save(step + 1, _portable(state, transform))
-    if saved is not None:
-      saved.wait()
-  finally:
-    if saved is not None:
-      saved.close()
+
+  def update(state: TrainState) -> tuple[TrainState, Metrics]:
+    chosen = np.asarray(source[int(state.step)])[:, 0]
+    return _update(model, state, rows[chosen], chosen, training, transform, teacher, seed)
+
+  score = None if held_out is None else lambda state: {"held_out": _score(model, state, held_out, training)}
+  keeping = Keeping(folder, [decides, seed, repr(training)], save_every, evaluate_every)
+  state, history = run_steps(state, update, training, keeping, transform is not None, score, on_step)
   done = result(state, whole)
   return {name: part for name, part in done.items() if name in params}, history
 
@@ -185,12 +144,6 @@ def _score(model: Any, state: TrainState, rows: np.ndarray, training: Training) 
   return total / max(count, 1)
 
 
-def _names(trained: Params) -> list[str]:
-  """The path of each array, in the order of the tree's leaves."""
-  keys = (where for where, _ in jax.tree_util.tree_leaves_with_path(trained))
-  return ["/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in where) for where in keys]
-
-
 def _check_teacher(
   params: Params, teacher: tuple[Any, Params] | StoredTeacher | None, training: Training, rows: np.ndarray
 ) -> None:
@@ -207,8 +160,8 @@ def _check_teacher(
     if getattr(training.loss, "temperature", 1.0) != 1:
       raise ValueError("a stored teacher's likeliest tokens cannot be softened: temperature 1 is needed")
     teacher.check(rows)
-  theirs = teacher.vocabulary if isinstance(teacher, StoredTeacher) else _vocabulary(teacher[1])
-  ours = _vocabulary(params)
+  theirs = teacher.vocabulary if isinstance(teacher, StoredTeacher) else vocabulary_of(teacher[1])
+  ours = vocabulary_of(params)
   if ours != theirs:
     raise ValueError(f"the teacher's vocabulary has {theirs} entries, the student's {ours}; they must be the same")
 
@@ -218,39 +171,17 @@ def _who_needs(training: Training) -> str:
   return type(needing).__name__
 
 
-def _vocabulary(params: Params) -> int:
+def vocabulary_of(params: Params) -> int:
   return params.get("head", params["embed"])["table"].shape[-2]
 
 
-def _portable(state: TrainState, transform: Transform | None) -> Any:
-  """What has to be saved: what stays is made again by the recipe, unless a transform changes it."""
-  return state if transform is not None else state._replace(kept=None)  # type: ignore[arg-type]
-
-
-def _placed(found: Any, state: TrainState, transform: Transform | None) -> TrainState:
-  found = jax.tree.map(jnp.asarray, found)
-  return found if transform is not None else found._replace(kept=state.kept)
-
-
-def _checked(what: str, rows: Any, params: Params) -> np.ndarray:
+def checked_rows(what: str, rows: Any, params: Params) -> np.ndarray:
   """Token ids as NumPy has them, or an error that says what is wrong; a compiled gather would clamp them silently."""
   rows = np.asarray(rows)
   if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer) or rows.shape[1] < 2 or not len(rows):
     found = f"{rows.dtype}{list(rows.shape)}"
     raise ValueError(f"{what}: token ids [n, length] are needed, two or more in a row; found {found}")
-  vocabulary = _vocabulary(params)
+  vocabulary = vocabulary_of(params)
   if rows.min() < 0 or rows.max() >= vocabulary:
     raise ValueError(f"{what}: tokens from {rows.min()} to {rows.max()} are outside the vocabulary of {vocabulary}")
-  return rows
-
-
-def _records(path: Path) -> list[Metrics]:
-  if not path.is_file():
-    return []
-  rows = []
-  for line in path.read_text("utf-8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      break  # a line that was cut off
   return rows

@@ -187,6 +187,14 @@ def result(state: TrainState, like: Params) -> Params:
   return jax.tree.map(lambda x, old: x.astype(old.dtype), whole, like)
 
 
+def whole_tree(trained: Params, kept: Params, training: Training) -> Params:
+  """What trains and what stays as one tree, in the dtype of products."""
+  return tree.combine(
+    jax.tree.map(lambda x: x.astype(training.compute), trained),
+    kept if training.compute == "float32" else _floats_as(kept, training.compute),
+  )
+
+
 def loss_of(
   model: Any,
   kept: Params,
@@ -203,10 +211,7 @@ def loss_of(
       `teacher_logprobs` in its stead.
     through_masks: gradients reach what a mask over dense values removes, too.
   """
-  whole = tree.combine(
-    jax.tree.map(lambda x: x.astype(training.compute), trained),
-    kept if training.compute == "float32" else _floats_as(kept, training.compute),
-  )
+  whole = whole_tree(trained, kept, training)
   if through_masks:
     whole = tree.map_leaves(lambda _, x: _through_mask(x) if isinstance(x, MaskedArray) else x, whole)
   match, guide, shown = training.match, None, {}

@@ -131,6 +131,9 @@ def test_a_plain_function_can_be_a_model():
     def finish(self, params, carry, last=False):
       return carry @ params["embed"]["table"].T
 
+    def features(self, params, carry):
+      return carry
+
     def apply(self, params, tokens, **_):
       return self.finish(params, self.start(params, tokens))
 
