@@ -134,6 +134,25 @@ class GeneratedTable(_Table):
   temperature: float = pydantic.Field(1.0, ge=0)
 
 
+class TaskTable(_Table):
+  """A classification that the model learns; its rows are cut or padded to `length` tokens."""
+
+  name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)
+  data: str
+  length: int = pydantic.Field(128, ge=2)
+  rows: int | None = pydantic.Field(None, ge=1)
+
+
+class WeightingTable(_Table):
+  """How the losses of tasks become one; keys as of `training.Weighting`."""
+
+  kind: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
+  alpha: float = pydantic.Field(1.5, ge=0)
+  rate: float = pydantic.Field(0.025, gt=0)
+  surgery: bool = False
+  temperature: float = pydantic.Field(1.0, gt=0)
+
+
 class PrivacyTable(_Table):
   """Differentially private training; keys as of `training.Privacy`."""
 
@@ -145,16 +164,18 @@ class PrivacyTable(_Table):
 class Train(_Table):
   """Training after the recipe; keys as of `training.Training`, and what trains on what.
 
-  `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `trainable` the arrays that train
+  `text`, `windows` and `length` say the rows (`windows: null` takes all of the text); without a `text` the config's
+  `tasks` are learned, together as `weighting` says. `trainable` the arrays that train
   by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
   it was, or another by name; with `teacher_top_k` its likeliest tokens of all rows are written first, and it need not
   run while the student trains. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
   state is saved every `save_every` steps, and `held_out` is scored every `evaluate_every`.
   """
 
-  text: str
+  text: str | None = None
   windows: int | None = pydantic.Field(None, ge=1)
   length: int = pydantic.Field(256, ge=2)
+  weighting: WeightingTable | None = None
   steps: int = pydantic.Field(100, ge=1)
   batch: int = pydantic.Field(4, ge=1)
   accumulate: int = pydantic.Field(1, ge=1)
@@ -202,7 +223,8 @@ class Train(_Table):
 class Config(_Table):
   """A run: what is compressed, how, and what is measured.
 
-  `train` trains the tree that the recipe left, and `finish` is a recipe for what training left, such as `freeze`.
+  `train` trains the tree that the recipe left, on a text or on `tasks` (whose heads are then scored at every stage that
+  has them), and `finish` is a recipe for what training left, such as `freeze`.
   `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in
   their files: memory holds one block, whatever the depth. `variants` is for studies: each is a table of dotted
   overrides, such as `{recipe.0.bits: 3}`.
@@ -214,6 +236,7 @@ class Config(_Table):
   model: str
   recipe: tuple[dict[str, Any], ...] = pydantic.Field(strict=False)
   train: Train | None = None
+  tasks: tuple[TaskTable, ...] = pydantic.Field((), strict=False)
   finish: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   calibration: Tokens | None = None
   evaluate: Evaluate = pydantic.Field(default_factory=lambda: Evaluate.model_validate({}))
@@ -228,9 +251,11 @@ class Config(_Table):
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    silent = ("gates", "stream", "search", "train", "finish")  # what says nothing changes nothing
+    silent = ("gates", "stream", "search", "train", "tasks", "finish")  # what says nothing changes nothing
     without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
+    if self.train:
+      table["train"] = {key: value for key, value in table["train"].items() if value is not None}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
 
   @property
@@ -313,6 +338,7 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   try:
     if config.recipe:
       recipes.build(config.recipe)
+    _require_rows(config)
     if config.train and config.train.during:
       _require_steps(recipes.build(config.train.during, "train.during"))
     if config.finish:
@@ -324,6 +350,24 @@ def check(table: Mapping[str, Any], where: str) -> Config:
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None
   return config
+
+
+def _require_rows(config: Config) -> None:
+  """Training has rows of a text or of tasks, not of both."""
+  train, names = config.train, [task.name for task in config.tasks]
+  if len(set(names)) < len(names):
+    raise ConfigError(f"tasks: two have the name {max(names, key=names.count)}")
+  if train is None:
+    return
+  if (train.text is None) == (not names):
+    raise ConfigError("train: give a text, or leave it out and give tasks")
+  others = ("match", "generated", "privacy", "held_out", "teacher_top_k")
+  alone = [key for key in others if getattr(train, key) is not None]
+  if names and (alone or train.loss.name != "labels" or train.accumulate > 1):
+    refused = ", ".join(alone) or "other loss, accumulate 1"
+    raise ConfigError(f"train: tasks are learned from their labels, all in each batch: no {refused}")
+  if train.weighting is not None and not names:
+    raise ConfigError("train.weighting: it weighs tasks; there are none")
 
 
 def _require_steps(transform: Any) -> None:

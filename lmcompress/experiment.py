@@ -21,7 +21,7 @@ from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, Train, dump
+from lmcompress.config import Config, TaskTable, Train, dump
 from lmcompress.data.text import load_text, windows
 from lmcompress.environment import device, versions
 from lmcompress.errors import GateError
@@ -111,6 +111,8 @@ def run(
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
   if config.train is not None and (config.stream or config.mesh is not None):
     raise ConfigError("train: no streamed model and none over a mesh is trained by a config; leave stream and mesh out")
+  if config.tasks and config.stream:
+    raise ConfigError("tasks: a streamed model has no heads; leave stream or tasks out")
   folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
@@ -130,7 +132,8 @@ def run(
   for what, length in (
     ("evaluate.length", config.evaluate.length),
     ("calibration.length", config.calibration.length if config.calibration else 0),
-    ("train.length", config.train.length if config.train else 0),
+    ("train.length", config.train.length if config.train and not config.tasks else 0),
+    ("tasks.length", max((table.length for table in config.tasks), default=0)),
     ("train.held_out.length", config.train.held_out.length if config.train and config.train.held_out else 0),
     (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if decodes else 0),
   ):
@@ -144,6 +147,7 @@ def run(
   if config.calibration is not None:
     c = config.calibration
     calibration = windows(tokenizer, load_text(c.text), c.windows, c.length)
+  tasks = {table.name: _task(table, tokenizer) for table in config.tasks}
   vocab = params["embed"]["table"].shape[0]
   for name, tokens in texts.items():
     if int(tokens.max()) >= vocab:
@@ -158,7 +162,10 @@ def run(
   training = None
   if config.train is not None:
     decides = _decides(config, calibration)
-    training = _train(config, config.train, model, tokenizer, stages, watcher, folder, decides, profile)
+    if tasks:
+      training = _train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
+    else:
+      training = _train(config, config.train, model, tokenizer, stages, watcher, folder, decides, profile)
   last = Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
@@ -175,6 +182,7 @@ def run(
   prepared = mesh is None and not config.stream
   ready = _ready(stages) if prepared else [stage.params for stage in stages]
   scores = _scores(Streamed(model) if config.stream else model, stages, ready, texts, records, watcher)
+  judged = _judged(model, stages, ready, tasks, records, watcher)
   speeds, generation = {}, None
   if not config.stream:  # decoding needs all weights at once
     speeds = _speeds(config, model, stages, ready, records, watcher)
@@ -199,6 +207,7 @@ def run(
     "config": config.model_dump(mode="json"),
     "stages": [
       _stage_row(stage, stages[0], ready[i], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
+      | {"tasks": judged.get(_key(stages, i), {})}
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
@@ -283,6 +292,7 @@ def _train(
   """Appends the stage `trained`; returns what the result says of the training."""
   from lmcompress.training import Labels, compiled_step, epsilon, fit, store_predictions
 
+  assert train.text is not None
   rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
   held = train.held_out
   held_out = None if held is None else windows(tokenizer, load_text(held.text), held.windows, held.length)
@@ -307,11 +317,7 @@ def _train(
   def on_step(step: int, metrics: dict[str, float]) -> None:
     if stretch is not None:
       stretch.step()
-    watcher.step("training", step, train.steps)
-    if step % max(1, train.steps // 10) == 0 or "held_out" in metrics:
-      held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
-      said = f"loss {metrics['loss']:.4f}{held_out}, {metrics['seconds']:.1f} s a step"
-      watcher.note(f"step {step} of {train.steps}: {said}")
+    _told(watcher, train.steps, step, metrics)
 
   reset_peak()
   begun = time.perf_counter()
@@ -356,6 +362,107 @@ def _train(
     "needs": needs,
     "history": history,
   }
+
+
+def _task(table: TaskTable, tokenizer: Any) -> tuple[Any, Any]:
+  """What a task trains on and what it is judged by."""
+  from lmcompress.data.labelled import encode_rows, load_labelled
+  from lmcompress.training import Task
+
+  data = load_labelled(table.data)
+  parts = []
+  for documents, labels in (data.train, data.test):
+    chosen = np.arange(len(labels))
+    if table.rows is not None and not parts:  # spread over the data, whatever its order
+      chosen = chosen[np.linspace(0, len(chosen) - 1, min(table.rows, len(chosen))).astype(int)]
+    some = documents[chosen] if isinstance(documents, np.ndarray) else [documents[i] for i in chosen.tolist()]
+    parts.append(Task(*encode_rows(some, tokenizer, table.length), labels[chosen], data.classes))
+  return parts[0], parts[1]
+
+
+def _train_tasks(
+  config: Config,
+  train: Train,
+  model: Any,
+  tasks: dict[str, tuple[Any, Any]],
+  stages: list[_Stage],
+  watcher: Watcher,
+  folder: Path,
+  decides: dict[str, Any],
+) -> dict[str, Any]:
+  """Appends the stage `trained`, whose tree has a head for each task; returns what the result says of the training."""
+  from lmcompress.training import Weighting, fit_tasks
+
+  trains = _selector(train.trainable, stages[-1].params)
+  weighting = Weighting(**train.weighting.model_dump()) if train.weighting else Weighting()
+  during = recipes.build(train.during, "train.during") if train.during else None
+  learned = {name: part[0] for name, part in tasks.items()}
+  reset_peak()
+  begun = time.perf_counter()
+  try:
+    params, history = fit_tasks(
+      model,
+      stages[-1].params,
+      learned,
+      train.settings(),
+      weighting,
+      seed=config.seed,
+      trainable=trains,
+      transform=during,
+      folder=folder / TRAINING,
+      decides=decides,
+      save_every=train.save_every,
+      on_step=functools.partial(_told, watcher, train.steps),
+    )
+  except LmcompressError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f"train: {error}") from None
+  stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
+  heads = jax.tree.leaves(params["tasks"])
+  return {
+    "rows": sum(len(task.labels) for task in learned.values()),
+    "tokens": None,
+    "trained_parameters": int(sum(x.size for x in [*jax.tree.leaves(tree.partition(params, trains)[0]), *heads])),
+    "epsilon": None,
+    "needs": None,
+    "history": history,
+  }
+
+
+def _told(watcher: Watcher, steps: int, step: int, metrics: dict[str, float]) -> None:
+  """Tells of a step of training."""
+  watcher.step("training", step, steps)
+  if step % max(1, steps // 10) == 0 or "held_out" in metrics:
+    held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
+    watcher.note(f"step {step} of {steps}: loss {metrics['loss']:.4f}{held_out}, {metrics['seconds']:.1f} s a step")
+
+
+def _judged(
+  model: Any,
+  stages: list[_Stage],
+  ready: list[Params],
+  tasks: dict[str, tuple[Any, Any]],
+  records: Records,
+  watcher: Watcher,
+) -> dict[str, dict[str, Any]]:
+  """Each task's scores at each stage that has its head, on the rows that are held out."""
+  from lmcompress.evaluate.classification import scores
+  from lmcompress.training import probabilities
+
+  found = {row["stage"]: row["scores"] for row in records.found("tasks")}
+  for i, params in enumerate(ready):
+    heads = params.get("tasks", {})
+    if _key(stages, i) not in found and any(name in heads for name in tasks):
+      judged = {
+        name: scores(held.labels, probabilities(model, params, name, held), held.classes)
+        for name, (_, held) in tasks.items()
+        if name in heads
+      }
+      records.add({"kind": "tasks", "stage": _key(stages, i), "scores": judged})
+      found[_key(stages, i)] = judged
+      watcher.step("tasks", i + 1, len(stages))
+  return found
 
 
 def _selector(patterns: Sequence[str], params: Params) -> Callable[[str], bool]:

@@ -98,6 +98,8 @@ def html(result: Result) -> str:
     training=training,
     trained=_trained(result),
     needs=_needs(result),
+    tasks=_task_rows(stages),
+    confusions=_confusions(stages),
     profile=[
       (_text(row.get("operation", "-")), _text(row.get("calls", "-")), *(_show(row.get(k), 3) for k in ("ms", "share")))
       for row in result.get("profile") or []
@@ -127,10 +129,10 @@ def write_html(result: Result, path: str | os.PathLike[str]) -> None:
 def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
   """Writes one event file.
 
-  The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>` and `tokens_per_s/<phase>` is the stage's
-  index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers; the step of
-  `training/loss`, `training/grad_norm`, `training/learning_rate` and `training/held_out` is the update. Numbers that
-  are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
+  The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>`, `<task>/accuracy` and `tokens_per_s/<phase>` is the
+  stage's index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers; the step
+  of `training/loss`, `training/grad_norm`, `training/learning_rate` and `training/held_out` is the update. Numbers
+  that are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
   """
   from tensorboardX import SummaryWriter
 
@@ -146,6 +148,9 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
       for measure in ("perplexity", "kl", "tokens_per_s"):
         for key, value in (stage.get(measure) or {}).items():
           scalar(f"{measure}/{key}", value, step)
+      for name, task in (stage.get("tasks") or {}).items():
+        for key in ("accuracy", "f1", "auc"):
+          scalar(f"{name}/{key}", task.get(key), step)
     for path, row in _last_rows(result).items():
       linear, depth = _split(path)
       scalar(f"weight_error/{linear}", row.get("weight_error"), depth or 0)
@@ -173,6 +178,31 @@ def _score(measure: str, text: str) -> _Column:
   return _Column(f"{head}\n{text}", lambda stage: _show((stage.get(measure) or {}).get(text), digits))
 
 
+def _accuracy(task: str) -> _Column:
+  of = lambda stage: (stage.get("tasks") or {}).get(task) or {}  # noqa: E731
+  return _Column(f"accuracy\n{task}", lambda stage: _show(of(stage).get("accuracy"), 3))
+
+
+def _task_rows(stages: Sequence[Row]) -> list[list[str]]:
+  """Stage, task and its scores, with the interval in which 95 % of resamples lie."""
+  rows = []
+  for stage in stages:
+    for name, task in (stage.get("tasks") or {}).items():
+      cells = [_text(stage.get("name", "-")), name, _text(task.get("n", "-"))]
+      for key in ("accuracy", "f1"):
+        low, high = (task.get("interval") or {}).get(key) or (None, None)
+        cells.append(f"{_show(task.get(key), 3)} ({_show(low, 3)} to {_show(high, 3)})")
+      rows.append([*cells, *(_show(task.get(key), 3) for key in ("precision", "recall", "auc"))])
+  return rows
+
+
+def _confusions(stages: Sequence[Row]) -> list[tuple[str, list[str], list[tuple[str, list[int]]]]]:
+  """Of the last stage: each task's classes, and a row of counts for each."""
+  tasks = (stages[-1].get("tasks") or {}) if stages else {}
+  rows = {name: list(zip(task["classes"], task["confusion"], strict=True)) for name, task in tasks.items()}
+  return [(name, task["classes"], rows[name]) for name, task in tasks.items()]
+
+
 def _speed(phase: str) -> _Column:
   return _Column(f"{phase}\ntok/s", lambda stage: _show((stage.get("tokens_per_s") or {}).get(phase), 1))
 
@@ -192,6 +222,7 @@ def _stage_columns(result: Result, agreement: bool = False) -> list[_Column]:
     _SIZE,
     _SAVED,
     *scores,
+    *(_accuracy(task) for task in dict.fromkeys(name for stage in stages for name in stage.get("tasks") or {})),
     _speed("prefill"),
     _DECODE,
     _number("time\ns", "seconds", 1),

@@ -17,7 +17,7 @@ from small_model import byte_level, random_params
 import lmcompress as lmc
 from lmcompress import experiment, run_folder
 from lmcompress import recipe as recipes
-from lmcompress.config import check, load_config
+from lmcompress.config import check, load_config, merge
 from lmcompress.errors import GateError
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.whole import write_text
@@ -550,3 +550,44 @@ def test_other_ways_to_distill_run_from_a_config(place, over):
   text = next(iter(result["stages"][0]["kl"]))
   before, trained = result["stages"][1:3]
   assert trained["kl"][text] < before["kl"][text]
+
+
+def test_tasks_are_learned_compressed_and_scored(place):
+  """Images of digits by a head over a tiny trunk, then codes; the saved model gives the scores that the result says."""
+  over = {"text": None, "steps": 80, "batch": 16, "learning_rate": 3e-3, "loss": {"name": "labels"}, "held_out": None,
+          "weighting": {"kind": "uncertainty"}, "trainable": ["**"]}  # fmt: skip
+  table = training(place).model_dump(mode="json")
+  table |= {"train": {**table["train"], **over}, "recipe": [],
+            "tasks": [{"name": "digits", "data": "digits", "length": 64, "rows": 500}],
+            "finish": [{"name": "round_to_nearest", "at": "layers/*", "bits": 8, "group_size": 32}]}
+  config = check({k: v for k, v in table.items() if v is not None}, "tasks")
+  result = experiment.run(config, place / "tasks", COMMAND)
+  original, trained, small = result["stages"]
+  assert original["tasks"] == {} and [stage["name"] for stage in result["stages"]][1] == "trained"
+  found = trained["tasks"]["digits"]
+  assert found["n"] == 360 and found["accuracy"] > 0.25 and np.sum(found["confusion"]) == 360
+  assert small["tasks"]["digits"]["accuracy"] == pytest.approx(found["accuracy"], abs=0.1)
+  assert "loss/digits" in result["training"]["history"][0]
+  page = (place / "tasks" / config.folder / "report.html").read_text("utf-8")
+  assert "what was taken for what" in page
+  model, params, tokenizer = lmc.load(place / "tasks" / config.folder / "model")
+  from lmcompress.training import probabilities
+
+  held = experiment._task(config.tasks[0], tokenizer)[1]
+  said = probabilities(model, params, "digits", held).argmax(1)
+  assert np.mean(said == held.labels) == pytest.approx(small["tasks"]["digits"]["accuracy"], abs=0.01)
+
+
+@pytest.mark.parametrize(("over", "said"), [
+  ({"train": {"text": "pydoc"}}, "give a text, or leave it out"),
+  ({"train": {"match": {"hidden": 1.0}}}, "no match"),
+  ({"train": {"accumulate": 2}}, "accumulate 1"),
+  ({"tasks": []}, "give a text, or leave it out"),
+  ({"tasks": [{"name": "a", "data": "bbc"}, {"name": "a", "data": "digits"}]}, "two have the name a"),
+  ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),
+  ({"train": {"text": "pydoc", "weighting": {}}, "tasks": []}, "there are none"),
+])  # fmt: skip
+def test_tables_of_tasks_are_checked(over, said):
+  table = {"name": "t", "model": "m", "recipe": [], "train": {"steps": 2}, "tasks": [{"name": "a", "data": "bbc"}]}
+  with pytest.raises(lmc.ConfigError, match=said):
+    check(merge(table, over), "tasks")

@@ -130,6 +130,8 @@ def check_shapes(params: Params, head_dim: int, where: str) -> None:
     shape, name = leaf.shape, path.split("/")[-2]
     if path.endswith("scale"):
       expect(path, shape[-1], features, "entries")
+    elif path.startswith("tasks/") and path.endswith("kernel"):
+      expect(path, shape[-2], features, "inputs")
     elif path.endswith("kernel") and name in ("q", "k", "v", "gate", "up"):
       expect(path, shape[-2], features, "inputs")
       if name in "qkv" and shape[-1] % head_dim:

@@ -154,8 +154,8 @@ def fit_tasks(
     whole = {**whole, HEADS: heads}
   trains = lambda path: tree.matches(HEADS, path) or trainable(path)  # noqa: E731
   state = start(whole, training, trains, transform)
-  weights = jnp.ones(len(checked))
-  state = state._replace(links={"transform": state.links, "weights": weights, "first": weights})
+  ones = jnp.ones(len(checked))
+  state = state._replace(links={"transform": state.links, "weights": ones, "first": jnp.copy(ones)})
 
   def update(state: TrainState) -> tuple[TrainState, Metrics]:
     begun, step = time.perf_counter(), int(state.step)
