@@ -109,8 +109,8 @@ def run(
     raise ConfigError(f"{config.name} is a search; run it with: lmcompress search")
   if config.variants:
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
-  if config.train is not None and (config.stream or config.mesh is not None):
-    raise ConfigError("train: no streamed model and none over a mesh is trained by a config; leave stream and mesh out")
+  if config.train is not None and config.stream:
+    raise ConfigError("train: a streamed model stays in its files; leave stream out")
   if config.tasks and config.stream:
     raise ConfigError("tasks: a streamed model has no heads; leave stream or tasks out")
   folder = folder or results / config.folder
@@ -301,7 +301,7 @@ def _train(
   trains = _selector(train.trainable, stages[-1].params)
   teacher: Any = None
   if settings.needs_teacher:
-    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
+    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher, _mesh(config))[:2]
     if train.teacher_top_k is not None:
       watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
       told = functools.partial(watcher.step, "teacher")

@@ -591,3 +591,14 @@ def test_tables_of_tasks_are_checked(over, said):
   table = {"name": "t", "model": "m", "recipe": [], "train": {"steps": 2}, "tasks": [{"name": "a", "data": "bbc"}]}
   with pytest.raises(lmc.ConfigError, match=said):
     check(merge(table, over), "tasks")
+
+
+def test_a_config_trains_over_a_mesh(place):
+  """The same config plus a `mesh` table: the same losses, and scores to rounding."""
+  config = training(place, optimizer="sgd", learning_rate=0.1)
+  spread = check({**config.model_dump(mode="json"), "mesh": {"data": 2, "tensor": 4}}, "spread")
+  alone, result = (experiment.run(c, place / "spread", COMMAND) for c in (config, spread))
+  text = next(iter(alone["stages"][0]["kl"]))
+  for a, b in zip(alone["training"]["history"], result["training"]["history"], strict=True):
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+  assert result["stages"][-1]["kl"][text] == pytest.approx(alone["stages"][-1]["kl"][text], rel=1e-2)

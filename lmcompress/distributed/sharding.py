@@ -93,9 +93,10 @@ def data_mesh(params: Params) -> Mesh | None:
   return mesh if isinstance(mesh, Mesh) and mesh.shape.get("data", 1) > 1 else None
 
 
-def over_data(mesh: Mesh | None, batch: Any, rows: int) -> Any:
-  """A batch with its arrays of so many rows split over the mesh's `data` axis, where that divides them."""
+def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
+  """A batch, its arrays of so many rows (along `axis`) split over the axis `data` of a mesh that divides them."""
   if mesh is None or rows % mesh.shape["data"]:
     return batch
-  split = NamedSharding(mesh, PartitionSpec("data"))
-  return jax.tree.map(lambda x: jax.device_put(x, split) if x.ndim and x.shape[0] == rows else x, batch)
+  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+  fits = lambda x: x.ndim > axis and x.shape[axis] == rows  # noqa: E731
+  return jax.tree.map(lambda x: jax.device_put(x, split) if fits(x) else x, batch)

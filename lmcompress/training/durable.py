@@ -14,7 +14,7 @@ import numpy as np
 
 from lmcompress.io.whole import write_text
 from lmcompress.training.resume import Saved
-from lmcompress.training.step import Training, TrainState
+from lmcompress.training.step import Training, TrainState, placed_like
 from lmcompress.types import FormatError, Params, WeightError
 
 Metrics = dict[str, float]
@@ -124,7 +124,9 @@ def _portable(state: TrainState, changes: bool) -> Any:
 
 
 def _placed(found: Any, state: TrainState, changes: bool) -> TrainState:
-  found = jax.tree.map(jnp.asarray, found)
+  """What was saved, where the state at hand lies."""
+  like = state if changes else state._replace(kept=None)  # type: ignore[arg-type]
+  found = jax.tree.map(lambda x, y: placed_like(jnp.asarray(x), y), found, like)
   return found if changes else found._replace(kept=state.kept)
 
 

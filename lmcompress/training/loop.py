@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.generated import continued
 from lmcompress.training.match import PROJECTIONS
@@ -127,6 +128,7 @@ def _update(
     if isinstance(teacher, StoredTeacher):
       batch |= teacher[chosen]
     pieces = {name: jnp.asarray(x).reshape(training.accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+    pieces = over_data(data_mesh(state.trained), pieces, training.batch // training.accumulate, axis=1)
     new, found = train_step(model, moving, state.kept, pieces, training, transform, who, guide, key)
   metrics = {name: float(value) for name, value in found.items()}
   kept = state.kept if new.kept is None else new.kept

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray
@@ -178,7 +179,15 @@ def start(
     raise ValueError("nothing trains: no float array of the tree is selected")
   average = None if training.average is None else jax.tree.map(jnp.copy, trained)
   links = () if transform is None else transform.init(params)
-  return TrainState(jnp.int32(0), trained, training.transformation().init(trained), average, kept, links)
+  optimizer = training.transformation()
+  moments = optax.tree.map_params(optimizer, placed_like, optimizer.init(trained), trained)
+  return TrainState(jnp.int32(0), trained, moments, average, kept, links)
+
+
+def placed_like(new: jax.Array, x: jax.Array) -> jax.Array:
+  """An array where another lies, if that lies on a mesh; what is on one device may go anywhere."""
+  sharding = getattr(x, "sharding", None)
+  return jax.device_put(new, sharding) if isinstance(sharding, NamedSharding) else new
 
 
 def result(state: TrainState, like: Params) -> Params:

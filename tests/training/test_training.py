@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from scipy import special
 from lmcompress import tree
 from lmcompress.arrays import FakeQuantArray, InputArray, MaskedArray, QuantizedArray, SumArray, scored
 from lmcompress.calibration import compress
+from lmcompress.distributed import make_mesh, shard
+from lmcompress.distributed.sharding import over_data
 from lmcompress.io import checkpoint
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.training import (
@@ -33,6 +36,8 @@ from lmcompress.training import (
   epsilon,
   fit,
   mean_loss,
+  start,
+  train_step,
 )
 from lmcompress.training.privacy import Poisson, clipped
 from lmcompress.transforms import (
@@ -625,3 +630,58 @@ def test_methods_out_of_range(make, said):
 def test_weights_that_do_not_fit(recipe, said):
   with pytest.raises(WeightError, match=said):
     compress(MODEL, PARAMS, recipe, None, jax.random.key(0))
+
+
+# ---------------------------------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(4, 2), (8, 1), (1, 2)])
+def test_training_over_a_mesh_is_training(data, tensor, tmp_path):
+  """Losses and weights of the run on one device, to rounding; parameters and moments stay split; a cut run goes on."""
+  training = Training(steps=5, batch=8, optimizer="sgd", learning_rate=0.3, loss=Distill(labels=0.5), chunk=16)
+  alone, want = fit(MODEL, PARAMS, ROWS, training, teacher=(MODEL, PARAMS), trainable=lambda path: "mlp" in path)
+  mesh = make_mesh(data, tensor)
+  spread = shard(MODEL, PARAMS, mesh)
+
+  def trained(**over):
+    given = {"teacher": (MODEL, spread), "trainable": lambda path: "mlp" in path, **over}
+    return fit(MODEL, spread, ROWS, training, **given)
+
+  done, found = trained()
+  np.testing.assert_allclose([row["loss"] for row in found], [row["loss"] for row in want], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+  kernel = done["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert kernel.sharding.mesh.shape == mesh.shape and kernel.addressable_shards[0].data.shape == (32, 64 // tensor)
+
+  def stop(step, metrics):
+    if step == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    trained(folder=tmp_path, on_step=stop)
+  again, _ = trained(folder=tmp_path)
+  assert same(again, done)
+  states = tmp_path / "states"
+  for step in states.iterdir():  # the last state of the cut run is of step 3
+    if step.name == "5":
+      shutil.rmtree(step)
+  here, _ = fit(
+    MODEL, PARAMS, ROWS, training, teacher=(MODEL, PARAMS), trainable=lambda path: "mlp" in path, folder=tmp_path
+  )
+  for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_a_mesh_splits_the_rows_and_the_moments():
+  """The compiled step holds an all-reduce over data, and each device the moments of its part alone."""
+  mesh = make_mesh(4, 2)
+  spread = shard(MODEL, PARAMS, mesh)
+  state = start(spread, Training(steps=1, batch=8), lambda path: True)
+  moments = [x for x in jax.tree.leaves(state.moments) if x.shape == (32, 64)]
+  assert moments and {x.addressable_shards[0].data.shape for x in moments} == {(32, 32)}
+  rows = over_data(mesh, {"tokens": jnp.asarray(ROWS[:8])[None]}, 8, axis=1)
+  assert rows["tokens"].addressable_shards[0].data.shape == (1, 2, 16)
+  args = (state._replace(kept=None), state.kept, rows, Training(steps=1, batch=8))
+  text = train_step.lower(MODEL, *args, None, None, None, jax.random.key(0)).compile().as_text()
+  assert "all-reduce" in text
