@@ -8,13 +8,13 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lmcompress.errors import LmcompressError, SourceError
+from lmcompress.errors import ConfigError, LmcompressError, SourceError
 
 app = typer.Typer(
   name="lmcompress",
@@ -32,6 +32,9 @@ ModelName = Annotated[str, typer.Argument(help="A known name, a GGUF file, a Hug
 Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders.")]
 Profile = Annotated[
   bool, typer.Option("--profile", help="Traces a few steps for TensorBoard, and shows what took longest in the report.")
+]
+KeyFile = Annotated[
+  Path | None, typer.Option(help="The key's file; else LMCOMPRESS_KEY or LMCOMPRESS_KEY_FILE says it.")
 ]
 RESULTS = Path("results")
 CONFIGS = Path("configs")
@@ -552,6 +555,69 @@ def inspect(
   if Path(model).is_dir() and (beside / run_folder.RESULT).is_file():
     report = Report(rows=run_folder.read_result(beside)["weights"])
   _wide(_console()).print(table(params, report, None if all_layers else 1))
+
+
+@app.command()
+def key(path: Annotated[Path, typer.Argument(help="The new file, readable by you alone.")]) -> None:
+  """Makes a random key for encrypted models.
+
+  Example:
+
+    lmcompress key model.key
+  """
+  from lmcompress.io.encryption import new_key
+
+  try:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+      file.write(new_key() + "\n")
+  except FileExistsError:
+    raise ConfigError(f"{path} is there; a key is never replaced") from None
+  _console().print(f"a key is in {path}; what it encrypts cannot be read without it", markup=False, highlight=False)
+
+
+@app.command()
+def encrypt(
+  folder: Annotated[Path, typer.Argument(help="A model folder, e.g. results/quickstart-1a2b3c4d/model.")],
+  target: Annotated[Path, typer.Argument(help="The new file.")],
+  key_file: KeyFile = None,
+) -> None:
+  """Writes a model folder as one encrypted file (AES-256-GCM); `load` and every verb read it where the key is set.
+
+  Examples:
+
+    lmcompress encrypt results/quickstart-1a2b3c4d/model quickstart.enc --key-file model.key
+
+    LMCOMPRESS_KEY_FILE=model.key lmcompress generate quickstart.enc "Once upon a time"
+  """
+  from lmcompress.io import encryption
+
+  _there(lambda: encryption.encrypt(folder, target, encryption.read_key(key_file)))
+
+
+@app.command()
+def decrypt(
+  source: Annotated[Path, typer.Argument(help="A file that `encrypt` wrote.")],
+  folder: Annotated[Path, typer.Argument(help="The new model folder.")],
+  key_file: KeyFile = None,
+) -> None:
+  """Writes the model folder of an encrypted file; another key or a changed file leaves nothing.
+
+  Example:
+
+    lmcompress decrypt quickstart.enc model --key-file model.key
+  """
+  from lmcompress.io import encryption
+
+  _there(lambda: encryption.decrypt(source, folder, encryption.read_key(key_file)))
+
+
+def _there(act: Callable[[], Path]) -> None:
+  """What was written, or that something is there already."""
+  try:
+    done = act()
+  except FileExistsError as error:
+    raise ConfigError(str(error)) from None
+  _console().print(f"written: {done}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -426,3 +426,10 @@ def test_no_link_can_name_a_python_object():
   refused("no method 'os.system'", recipes.build, [{"name": "os.system", "command": "true"}])
   refused("no method", recipes.build, [{"name": "__class__"}])
   assert configs.recipes is recipes
+
+
+def test_configs_name_the_run_that_makes_their_model():
+  """A model that another config trains lies in the folder that its config gives today."""
+  made = {f"results/{configs.load_config(file).folder}/model" for file in FILES}
+  named = {configs.load_config(file).model for file in FILES}
+  assert {name for name in named if name.startswith("results/")} <= made

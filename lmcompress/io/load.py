@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmcompress.io import checkpoint, hub
+from lmcompress.io import checkpoint, encryption, hub
 from lmcompress.types import FormatError, Params, SourceError
 
 
@@ -17,7 +17,8 @@ def load(
 
   Args:
     name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder that
-      `save` wrote, or of a YAML file that says the sizes of a model to be trained.
+      `save` wrote, of a file that `encryption.encrypt` wrote (its key is in the environment), or of a YAML file of
+      the sizes of a model to be trained.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
@@ -47,6 +48,9 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
     from lmcompress.io.untrained import load_untrained
 
     return _placed(*load_untrained(path), mesh)
+  if path.is_file() and encryption.is_encrypted(path):
+    with encryption.opened(path, encryption.read_key()) as folder:
+      return _read(folder, mesh, lazy)
   if path.is_file():
     with path.open("rb") as f:
       magic = f.read(4)
@@ -67,6 +71,8 @@ def origin(name: str | os.PathLike) -> str:
   path = Path(hub.resolve_model(str(name)))
   if path.is_file() and path.suffix in (".yaml", ".yml"):
     return "random"
+  if path.is_file() and encryption.is_encrypted(path):
+    return "as saved, encrypted"
   if path.is_file():
     from lmcompress.io.gguf_model import describe
 
