@@ -21,6 +21,7 @@ from lmcompress.arrays import (
   BitmapArray,
   ClusteredArray,
   DictionaryArray,
+  DirectionArray,
   FakeQuantArray,
   InputArray,
   Int8PerToken,
@@ -39,6 +40,7 @@ from lmcompress.arrays import (
   bitmap,
   clustered,
   dictionary,
+  direction,
   fake_quant,
   lattice,
   low_rank,
@@ -233,6 +235,11 @@ def by_scores(w, axis):
   return dataclasses.replace(leaf, threshold=jnp.zeros((1, 1)))
 
 
+def of_codes(w, axis):
+  """Lengths over four bits."""
+  return direction(quantize_matrix(w, bits=4, group_size=16, axis=axis, scale_dtype="float32"), axis)
+
+
 def few(count):
   return lambda w, axis: outliers(w, jnp.abs(w), count, axis)
 
@@ -301,6 +308,8 @@ ROWS = [
   Row("training int4 g16", towards(4, 4), 32 + 32 / 16, trains=("values", "scale"), error=0.2),
   Row("training int3 row min", towards(3, 1, minimum=True), 32 + 64 / 64, trains=("values", "scale", "minimum"),
       alike=True, error=0.25),
+  Row("directions", lambda w, axis: direction(w, axis), 32 + 32 / 64, trains=("weight", "magnitude")),
+  Row("directions of codes", of_codes, 4 + 32 / 16 + 32 / 64, inputs=64, trains=("weight", "magnitude"), error=0.2),
   Row("scored", by_scores, 64 + 32 / 2560, trains=("values", "scores"), keeps=third),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
@@ -586,6 +595,11 @@ def by_step(leaf):
   return np.clip(np.round((by_invariant(leaf.values) - minimum) / scale), low, high) * scale + minimum
 
 
+def by_direction(leaf):
+  w = by_invariant(leaf.weight)
+  return by_invariant(leaf.magnitude) * w / np.linalg.norm(w, axis=leaf.axis, keepdims=True)
+
+
 def by_index(leaf):
   dense, values, indices = np.zeros(leaf.shape), np.asarray(leaf.values, np.float64), np.asarray(leaf.indices, int)
   np.put_along_axis(dense, indices, values, leaf.axis)
@@ -597,6 +611,7 @@ INVARIANTS = {
   MaskedArray: lambda leaf: np.where(by_invariant(leaf.mask) != 0, by_invariant(leaf.values), 0),
   ClusteredArray: by_book,
   DictionaryArray: by_atoms,
+  DirectionArray: by_direction,
   FakeQuantArray: by_step,
   ScoredArray: lambda leaf: np.where(by_invariant(leaf.scores) >= by_invariant(leaf.threshold), leaf.values, 0.0),
   OutlierArray: by_index,

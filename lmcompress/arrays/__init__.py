@@ -3,6 +3,7 @@
 from lmcompress.arrays.bitmap import BitmapArray, bitmap
 from lmcompress.arrays.clustered import ClusteredArray, clustered
 from lmcompress.arrays.dictionary import DictionaryArray, dictionary
+from lmcompress.arrays.direction import DirectionArray, direction
 from lmcompress.arrays.fake_quant import FakeQuantArray, fake_quant
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
 from lmcompress.arrays.input import (
@@ -41,6 +42,7 @@ __all__ = [
   "BitmapArray",
   "ClusteredArray",
   "DictionaryArray",
+  "DirectionArray",
   "FakeQuantArray",
   "FixedStep",
   "Float8",
@@ -70,6 +72,7 @@ __all__ = [
   "bitmap",
   "clustered",
   "dictionary",
+  "direction",
   "fake_quant",
   "fetch",
   "integer",

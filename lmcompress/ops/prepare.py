@@ -8,6 +8,7 @@ from typing import Any
 
 from lmcompress import tree
 from lmcompress.arrays.clustered import ClusteredArray
+from lmcompress.arrays.direction import DirectionArray
 from lmcompress.arrays.fake_quant import FakeQuantArray
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.low_rank import LowRankArray
@@ -102,6 +103,12 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
   if isinstance(leaf, SumArray):
     base, delta = (_prepared(path, part, axis, activations) for part in (leaf.base, leaf.delta))
     return dataclasses.replace(leaf, base=base, delta=delta)
+  if isinstance(leaf, DirectionArray):
+    try:
+      return _prepared(path, leaf.folded(), axis, activations)
+    except ValueError as reason:
+      backend.say_once(f"no fast CPU kernel for {leaf.kind} ({reason}); it runs on the slower reference")
+      return leaf
   if isinstance(leaf, (OutlierArray, SharedRef)):
     return leaf  # its products gather what they need; what it refers to is prepared at its own place
   if isinstance(leaf, (FakeQuantArray, ScoredArray)):

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lmcompress.arrays.direction import DirectionArray
 from lmcompress.arrays.fake_quant import FakeQuantArray
 from lmcompress.arrays.grids import Integer
 from lmcompress.arrays.masked import MaskedArray
@@ -122,7 +123,7 @@ register(
   QuantizedArray, Rules(or_pallas(quantized_linear, "linear"), gathered_embed, or_pallas(tiled_attend, "attend"))
 )
 register(MaskedArray, Rules(tiled_linear, gathered_embed, tiled_attend))
-for _training in (FakeQuantArray, ScoredArray):
+for _training in (DirectionArray, FakeQuantArray, ScoredArray):
   register(
     _training,
     Rules(

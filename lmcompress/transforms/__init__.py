@@ -12,7 +12,7 @@ from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.kmeans import kmeans
 from lmcompress.transforms.learned_rounding import learned_rounding
 from lmcompress.transforms.llm_int8 import llm_int8
-from lmcompress.transforms.lora import adapted, adapters, lora, merge
+from lmcompress.transforms.lora import adapted, adapters, dora, lora, merge
 from lmcompress.transforms.low_rank_residual import low_rank_residual
 from lmcompress.transforms.magnitude import magnitude
 from lmcompress.transforms.mixed_precision import mixed_precision
@@ -77,6 +77,7 @@ METHODS = {
     tie_layers,
     truncated_svd,
     low_rank_residual,
+    dora,
     lora,
     merge,
     fake_quantize,
@@ -96,6 +97,7 @@ __all__ = [
   "awq",
   "awq_scale",
   "chain",
+  "dora",
   "fake_quantize",
   "freeze",
   "gptq",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lmcompress import tree
 from lmcompress.arrays import (
+  DirectionArray,
   FakeQuantArray,
   InputArray,
   LowRankArray,
@@ -74,6 +75,8 @@ def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:
     return dataclasses.replace(w, left=_freeze(w.left, lambda x: x), right=_freeze(w.right, lambda x: x))
   if isinstance(w, SumArray):
     return dataclasses.replace(w, base=_freeze(w.base, stored), delta=_freeze(w.delta, lambda x: x))
+  if isinstance(w, DirectionArray):
+    return _freeze(w.folded(), stored)
   if isinstance(w, ScoredArray):
     return stored(w.materialize())
   if isinstance(w, FakeQuantArray):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, LowRankArray, SumArray, added, low_rank, parts
+from lmcompress.arrays import DirectionArray, InputArray, LowRankArray, SumArray, added, direction, low_rank, parts
 from lmcompress.transforms.combine import leafwise
 from lmcompress.types import CompressedArray, Transform, WeightError
 
@@ -36,6 +36,7 @@ def lora(rank: int = 8) -> Transform:
     inner = leaf.weight if isinstance(leaf, InputArray) else leaf
     if rank > min(leaf.shape[-2:]):
       raise WeightError(f"lora(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
+    inner = inner.weight if isinstance(inner, DirectionArray) else inner
     if isinstance(inner, SumArray) and isinstance(inner.delta, LowRankArray):
       raise WeightError(
         f"lora at {path}: there is a product of rank {inner.delta.rank} already; merge() it, or train it"
@@ -51,6 +52,35 @@ def lora(rank: int = 8) -> Transform:
   return leafwise(adapt, name="lora", check=check)
 
 
+def dora(rank: int = 8) -> Transform:
+  """As `lora`, with the length of each output apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353).
+
+  The weight becomes a `DirectionArray` over the sum; train adapters and lengths with the patterns `**/delta` and
+  `**/magnitude`. `freeze` puts lengths into the parts, which keep their forms; `merge` makes the weight dense.
+
+  Args:
+    rank: of the product.
+
+  Raises:
+    ValueError: the rank is below 1.
+    WeightError (when planned): as of `lora`.
+  """
+  first = lora(rank)
+
+  def apart(w: Any, *, axis: int) -> Any:
+    if isinstance(w, InputArray):
+      return dataclasses.replace(w, weight=direction(w.weight, axis))
+    return direction(w, axis)
+
+  second = leafwise(apart, name="dora")
+
+  def apply(params: Any, state: Any, evidence: Any) -> Any:
+    params, state = first.apply(params, state, evidence)
+    return second.apply(params, state, evidence)
+
+  return first._replace(apply=apply, name="dora")
+
+
 def merge() -> Transform:
   """Puts adapters into their weights: a sum becomes the dense value that it stands for; other weights stay.
 
@@ -60,7 +90,7 @@ def merge() -> Transform:
   def put(w: Any) -> Any:
     if isinstance(w, InputArray):
       return dataclasses.replace(w, weight=put(w.weight))
-    return w.materialize() if isinstance(w, SumArray) else w
+    return w.materialize() if isinstance(w, (DirectionArray, SumArray)) else w
 
   return leafwise(put, name="merge")
 

@@ -45,6 +45,7 @@ from lmcompress.transforms import (
   adapters,
   at,
   chain,
+  dora,
   fake_quantize,
   freeze,
   lora,
@@ -630,6 +631,31 @@ def test_methods_out_of_range(make, said):
 def test_weights_that_do_not_fit(recipe, said):
   with pytest.raises(WeightError, match=said):
     compress(MODEL, PARAMS, recipe, None, jax.random.key(0))
+
+
+def test_lengths_learn_apart_from_directions():
+  """DoRA over four bits: nothing changes before it learns; codes stay; freeze keeps the codes and the outputs."""
+  base = compress(MODEL, PARAMS, round_to_nearest(4, 16))[0]
+  ready = compress(MODEL, base, dora(2), key=jax.random.key(1))[0]
+  np.testing.assert_allclose(MODEL.apply(ready, ROWS[:2]), MODEL.apply(base, ROWS[:2]), atol=1e-4)
+  trains = lambda path: tree.matches("**/delta", path) or tree.matches("**/magnitude", path)  # noqa: E731
+  done, history = fit(MODEL, ready, ROWS, Training(steps=30, batch=8, learning_rate=1e-2, chunk=16), trainable=trains)
+  assert history[-1]["loss"] < history[0]["loss"] - 0.5
+  leaf, before = (p["layers"]["0"]["mlp"]["up"]["kernel"] for p in (done, ready))
+  np.testing.assert_array_equal(leaf.weight.base.codes.data, before.weight.base.codes.data)
+  assert not np.allclose(leaf.magnitude, before.magnitude)
+  v = np.asarray(leaf.weight.materialize(), np.float64)
+  want = np.asarray(leaf.magnitude) * v / np.linalg.norm(v, axis=0)
+  np.testing.assert_allclose(leaf.materialize(), want, atol=1e-5)
+  small = compress(MODEL, done, freeze())[0]
+  kept = small["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert isinstance(kept, SumArray) and isinstance(kept.base, QuantizedArray) and kept.base.codes.bits == 4
+  said = MODEL.apply(done, ROWS[:2])
+  np.testing.assert_allclose(MODEL.apply(small, ROWS[:2]), said, atol=2e-4)
+  np.testing.assert_allclose(MODEL.apply(compress(MODEL, done, merge())[0], ROWS[:2]), said, atol=2e-4)
+  doubly = compress(MODEL, PARAMS, chain(round_to_nearest(4, 16, scale_bits=8), dora(2)), key=jax.random.key(1))[0]
+  with pytest.raises(WeightError, match="merge"):
+    compress(MODEL, doubly, freeze())
 
 
 # ---------------------------------------------------------------------------------------- meshes
