@@ -317,6 +317,13 @@ def _trained(result: Result) -> str:
   return ", ".join(known)
 
 
+def _privacy(result: Result) -> str:
+  """What a private training spent; "" for any other."""
+  spent = (result.get("training") or {}).get("epsilon")
+  delta = (((result.get("config") or {}).get("train") or {}).get("privacy") or {}).get("delta")
+  return "" if spent is None else f"private: epsilon {_show(spent, 2)} at delta {_float(delta):g}"
+
+
 def _plot_training(history: Sequence[Row]) -> str:
   losses = [(n, _float(row.get("loss"))) for n, row in enumerate(history, 1)]
   drawn = [(n, loss) for n, loss in losses if math.isfinite(loss)]
@@ -584,6 +591,7 @@ def _caption(result: Result, description: bool = True) -> str:
   backends = list(dict.fromkeys(_text(stage["backend"]) for stage in _stages(result) if stage.get("backend")))
   original = _text(result.get("original", ""))
   parts = [f"original: {original}" if original else "", f"backend: {', '.join(backends)}" if backends else ""]
+  parts.append(_privacy(result))
   lines = [_text(result.get("description", "")) if description else "", "; ".join(filter(None, parts))]
   return "\n".join(filter(None, lines))
 

@@ -146,6 +146,26 @@ def test_a_training_is_drawn_and_reads_back(result, page, tmp_path):
   np.testing.assert_allclose(scalars(tmp_path)["training/held_out"], [0.6], rtol=1e-6)
 
 
+def test_privacy_energy_profile_and_tasks_are_shown(result, page):
+  """Each where the result has it, in the table or on the page, and nowhere else."""
+  scores = {"n": 9, "accuracy": 0.75, "precision": 0.7, "recall": 0.6, "f1": 0.65, "auc": None, "confusion": [[4, 1],
+            [2, 2]], "classes": ["<good>", "bad"], "interval": {"accuracy": [0.6, 0.9], "f1": [0.5, 0.8]}}  # fmt: skip
+  more = {
+    **result,
+    "config": {**result["config"], "train": {"privacy": {"delta": 1e-5}}},
+    "training": {"history": [], "epsilon": 3.25, "needs": {"flops": 2e9, "temporaries": 5e6, "peak_bytes": 9e6}},
+    "energy": {"label": "modelled", "source": "2 threads at 5 W", "joules": 2500.0},
+    "profile": [{"operation": "dot.7", "calls": 3, "ms": 1.5, "share": 0.4}],
+    "stages": [*result["stages"][:-1], {**result["stages"][-1], "tasks": {"mood": scores}}],
+  }
+  made, table = report.html(more), shown(report.table(more), 200)
+  said = ("epsilon 3.25 at delta 1e-05", "modelled: 2 threads at 5 W", "dot.7", "2.0 GFLOP",
+          "0.750 (0.600 to 0.900)", "&lt;good&gt;")  # fmt: skip
+  for text in said:
+    assert text in made and text not in page, text
+  assert "epsilon 3.25" in table and "0.750" in table and "mood" in table
+
+
 def test_table_has_a_row_per_stage_and_fits(result):
   table = report.table(result)
   assert table.row_count == len(STAGES)
