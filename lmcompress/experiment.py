@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +17,7 @@ from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, TaskTable, Train, dump
+from lmcompress.config import Config, dump
 from lmcompress.data.text import load_text, windows
 from lmcompress.environment import device, versions
 from lmcompress.errors import GateError
@@ -36,6 +32,7 @@ from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
 from lmcompress.io.whole import write_text
+from lmcompress.learning import score_tasks, task_data, train_tasks, train_text
 from lmcompress.ops.backend import threads
 from lmcompress.run_folder import (
   BLOCKS,
@@ -45,39 +42,13 @@ from lmcompress.run_folder import (
   MODEL,
   RESULT,
   TENSORBOARD,
-  TRAINING,
   Records,
   read_result,
 )
-from lmcompress.types import ConfigError, FormatError, LmcompressError, Params, SourceError, Transform
+from lmcompress.stages import Silent, Stage, Watcher, key
+from lmcompress.types import ConfigError, FormatError, Params, SourceError, Transform
 
 _HISTOGRAM_BINS = 80
-
-
-class Watcher(Protocol):
-  """Told how a run gets on."""
-
-  def step(self, what: str, done: int, total: int) -> None: ...
-
-  def note(self, text: str) -> None: ...
-
-
-class Silent:
-  """A watcher that says nothing."""
-
-  def step(self, what: str, done: int, total: int) -> None:
-    return
-
-  def note(self, text: str) -> None:
-    return
-
-
-@dataclasses.dataclass
-class _Stage:
-  name: str
-  params: Params
-  seconds: float
-  peak_memory_bytes: int
 
 
 def run(
@@ -124,7 +95,7 @@ def run(
   reset_peak()
   begun = time.perf_counter()
   model, params, tokenizer = load(config.model, mesh, lazy=config.stream)
-  stages = [_Stage("original", params, time.perf_counter() - begun, peak_bytes())]
+  stages = [Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
   b, most = config.bench, model.config.max_length
@@ -147,7 +118,7 @@ def run(
   if config.calibration is not None:
     c = config.calibration
     calibration = windows(tokenizer, load_text(c.text), c.windows, c.length)
-  tasks = {table.name: _task(table, tokenizer) for table in config.tasks}
+  tasks = {table.name: task_data(table, tokenizer) for table in config.tasks}
   vocab = params["embed"]["table"].shape[0]
   for name, tokens in texts.items():
     if int(tokens.max()) >= vocab:
@@ -163,9 +134,9 @@ def run(
   if config.train is not None:
     decides = _decides(config, calibration)
     if tasks:
-      training = _train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
+      training = train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
     else:
-      training = _train(config, config.train, model, tokenizer, stages, watcher, folder, decides, profile)
+      training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
   last = Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
@@ -182,7 +153,7 @@ def run(
   prepared = mesh is None and not config.stream
   ready = _ready(stages) if prepared else [stage.params for stage in stages]
   scores = _scores(Streamed(model) if config.stream else model, stages, ready, texts, records, watcher)
-  judged = _judged(model, stages, ready, tasks, records, watcher)
+  judged = score_tasks(model, stages, ready, tasks, records, watcher)
   speeds, generation = {}, None
   if not config.stream:  # decoding needs all weights at once
     speeds = _speeds(config, model, stages, ready, records, watcher)
@@ -206,8 +177,8 @@ def run(
     "command": command,
     "config": config.model_dump(mode="json"),
     "stages": [
-      _stage_row(stage, stages[0], ready[i], scores[_key(stages, i)], speeds.get(_key(stages, i), {}))
-      | {"tasks": judged.get(_key(stages, i), {})}
+      _stage_row(stage, stages[0], ready[i], scores[key(stages, i)], speeds.get(key(stages, i), {}))
+      | {"tasks": judged.get(key(stages, i), {})}
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
@@ -278,215 +249,12 @@ def _mesh(config: Config) -> Any:
   return make_mesh(config.mesh.data, config.mesh.tensor)
 
 
-def _train(
-  config: Config,
-  train: Train,
-  model: Any,
-  tokenizer: Any,
-  stages: list[_Stage],
-  watcher: Watcher,
-  folder: Path,
-  decides: dict[str, Any],
-  profile: bool,
-) -> dict[str, Any]:
-  """Appends the stage `trained`; returns what the result says of the training."""
-  from lmcompress.training import Labels, compiled_step, epsilon, fit, store_predictions
-
-  assert train.text is not None
-  rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
-  held = train.held_out
-  held_out = None if held is None else windows(tokenizer, load_text(held.text), held.windows, held.length)
-  settings = train.settings()
-  spent = None if settings.privacy is None else epsilon(settings, len(rows))
-  trains = _selector(train.trainable, stages[-1].params)
-  teacher: Any = None
-  if settings.needs_teacher:
-    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher, _mesh(config))[:2]
-    if train.teacher_top_k is not None:
-      watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
-      told = functools.partial(watcher.step, "teacher")
-      where = folder / TRAINING / "teacher"
-      try:
-        teacher = store_predictions(teacher[0], teacher[1], rows, where, train.teacher_top_k, train.batch, told)
-      except ValueError as error:
-        raise ConfigError(f"train.teacher_top_k: {error}") from None
-
-  stretch = profiling.Stretch(folder / TENSORBOARD) if profile else None
-  during = recipes.build(train.during, "train.during") if train.during else None
-
-  def on_step(step: int, metrics: dict[str, float]) -> None:
-    if stretch is not None:
-      stretch.step()
-    _told(watcher, train.steps, step, metrics)
-
-  reset_peak()
-  begun = time.perf_counter()
-  try:
-    params, history = fit(
-      model,
-      stages[-1].params,
-      rows,
-      settings,
-      seed=config.seed,
-      trainable=trains,
-      teacher=teacher,
-      transform=during,
-      folder=folder / TRAINING,
-      decides=decides,
-      save_every=train.save_every,
-      held_out=held_out,
-      evaluate_every=train.evaluate_every,
-      on_step=on_step,
-    )
-  except LmcompressError:
-    raise
-  except ValueError as error:
-    raise ConfigError(f"train: {error}") from None
-  finally:
-    if stretch is not None:
-      stretch.close()
-  needs = None
-  if profile and settings.privacy is None:
-    watcher.note("compiling the training step from shapes alone, for what it needs")
-    guide = teacher if isinstance(teacher, tuple) else None
-    shown = dataclasses.replace(settings, match=None, loss=settings.loss if guide else Labels())
-    step = compiled_step(model, stages[-1].params, shown, train.length, trains, during, guide)
-    needs = profiling.needs(step)
-  stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
-  trained = jax.tree.leaves(tree.partition(params, trains)[0])
-  return {
-    "rows": len(rows),
-    "tokens": train.steps * train.batch * train.length,
-    "trained_parameters": int(sum(x.size for x in trained)),
-    "epsilon": spent,
-    "needs": needs,
-    "history": history,
-  }
-
-
-def _task(table: TaskTable, tokenizer: Any) -> tuple[Any, Any]:
-  """What a task trains on and what it is judged by."""
-  from lmcompress.data.labelled import encode_rows, load_labelled
-  from lmcompress.training import Task
-
-  data = load_labelled(table.data)
-  parts = []
-  for documents, labels in (data.train, data.test):
-    chosen = np.arange(len(labels))
-    if table.rows is not None and not parts:  # spread over the data, whatever its order
-      chosen = chosen[np.linspace(0, len(chosen) - 1, min(table.rows, len(chosen))).astype(int)]
-    some = documents[chosen] if isinstance(documents, np.ndarray) else [documents[i] for i in chosen.tolist()]
-    parts.append(Task(*encode_rows(some, tokenizer, table.length), labels[chosen], data.classes))
-  return parts[0], parts[1]
-
-
-def _train_tasks(
-  config: Config,
-  train: Train,
-  model: Any,
-  tasks: dict[str, tuple[Any, Any]],
-  stages: list[_Stage],
-  watcher: Watcher,
-  folder: Path,
-  decides: dict[str, Any],
-) -> dict[str, Any]:
-  """Appends the stage `trained`, whose tree has a head for each task; returns what the result says of the training."""
-  from lmcompress.training import Weighting, fit_tasks
-
-  trains = _selector(train.trainable, stages[-1].params)
-  weighting = Weighting(**train.weighting.model_dump()) if train.weighting else Weighting()
-  during = recipes.build(train.during, "train.during") if train.during else None
-  learned = {name: part[0] for name, part in tasks.items()}
-  reset_peak()
-  begun = time.perf_counter()
-  try:
-    params, history = fit_tasks(
-      model,
-      stages[-1].params,
-      learned,
-      train.settings(),
-      weighting,
-      seed=config.seed,
-      trainable=trains,
-      transform=during,
-      folder=folder / TRAINING,
-      decides=decides,
-      save_every=train.save_every,
-      on_step=functools.partial(_told, watcher, train.steps),
-    )
-  except LmcompressError:
-    raise
-  except ValueError as error:
-    raise ConfigError(f"train: {error}") from None
-  stages.append(_Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
-  heads = jax.tree.leaves(params["tasks"])
-  return {
-    "rows": sum(len(task.labels) for task in learned.values()),
-    "tokens": None,
-    "trained_parameters": int(sum(x.size for x in [*jax.tree.leaves(tree.partition(params, trains)[0]), *heads])),
-    "epsilon": None,
-    "needs": None,
-    "history": history,
-  }
-
-
-def _told(watcher: Watcher, steps: int, step: int, metrics: dict[str, float]) -> None:
-  """Tells of a step of training."""
-  watcher.step("training", step, steps)
-  if step % max(1, steps // 10) == 0 or "held_out" in metrics:
-    held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
-    watcher.note(f"step {step} of {steps}: loss {metrics['loss']:.4f}{held_out}, {metrics['seconds']:.1f} s a step")
-
-
-def _judged(
-  model: Any,
-  stages: list[_Stage],
-  ready: list[Params],
-  tasks: dict[str, tuple[Any, Any]],
-  records: Records,
-  watcher: Watcher,
-) -> dict[str, dict[str, Any]]:
-  """Each task's scores at each stage that has its head, on the rows that are held out."""
-  from lmcompress.evaluate.classification import scores
-  from lmcompress.training import probabilities
-
-  found = {row["stage"]: row["scores"] for row in records.found("tasks")}
-  for i, params in enumerate(ready):
-    heads = params.get("tasks", {})
-    if _key(stages, i) not in found and any(name in heads for name in tasks):
-      judged = {
-        name: scores(held.labels, probabilities(model, params, name, held), held.classes)
-        for name, (_, held) in tasks.items()
-        if name in heads
-      }
-      records.add({"kind": "tasks", "stage": _key(stages, i), "scores": judged})
-      found[_key(stages, i)] = judged
-      watcher.step("tasks", i + 1, len(stages))
-  return found
-
-
-def _selector(patterns: Sequence[str], params: Params) -> Callable[[str], bool]:
-  """Whether a path of an array is selected by one of the patterns, each of which selects something.
-
-  Raises:
-    ConfigError: a pattern selects nothing that trains; shows the nearest paths.
-  """
-  paths: list[str] = []
-  tree.partition(params, lambda path: bool(paths.append(path)))
-  for pattern in patterns:
-    if not any(tree.matches(pattern, path) for path in paths):
-      near = ", ".join(difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)) or "none"
-      found = f"selects none of {len(paths)} arrays that may train"
-      raise ConfigError(f"train.trainable: {pattern!r} {found}; nearest: {near}")
-  return lambda path: any(tree.matches(pattern, path) for pattern in patterns)
-
-
 def _compress(
   config: Config,
   recipe: Transform,
   model: Any,
   calibration: Any,
-  stages: list[_Stage],
+  stages: list[Stage],
   watcher: Watcher,
   store: Store,
 ) -> list[dict[str, Any]]:
@@ -494,7 +262,7 @@ def _compress(
   first, params = len(stages), stages[-1].params
 
   def after(name: str, tree_: Params) -> None:
-    stages.append(_Stage(name, tree_, 0.0, peak_bytes()))
+    stages.append(Stage(name, tree_, 0.0, peak_bytes()))
     reset_peak()
 
   if calibration is not None:
@@ -527,11 +295,7 @@ def _compress(
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def _key(stages: Sequence[_Stage], i: int) -> str:
-  return f"{i}:{stages[i].name}"
-
-
-def _ready(stages: list[_Stage]) -> list[Params]:
+def _ready(stages: list[Stage]) -> list[Params]:
   """Each stage's tree laid out for the kernels; a weight that stages share is laid out once.
 
   Scores, speeds and texts come from the same kernels that `generate`, `bench` and `eval` run. (Scoring a window of
@@ -551,14 +315,14 @@ def _ready(stages: list[_Stage]) -> list[Params]:
 
 def _scores(
   model: Any,
-  stages: list[_Stage],
+  stages: list[Stage],
   ready: list[Params],
   texts: dict[str, np.ndarray],
   records: Records,
   watcher: Watcher,
 ) -> dict[str, dict[str, Score]]:
   """Per stage and text; every window is one record, and windows on record are not scored again."""
-  trees = {_key(stages, i): params for i, params in enumerate(ready)}
+  trees = {key(stages, i): params for i, params in enumerate(ready)}
   total = {name: dict.fromkeys(texts, Score(0, 0, 0, 0)) for name in trees}
   for text, tokens in texts.items():
     done = {row["window"]: row["scores"] for row in records.found("score") if row["text"] == text}
@@ -576,12 +340,12 @@ def _scores(
 
 
 def _speeds(
-  config: Config, model: Any, stages: list[_Stage], ready: list[Params], records: Records, watcher: Watcher
+  config: Config, model: Any, stages: list[Stage], ready: list[Params], records: Records, watcher: Watcher
 ) -> dict[str, dict[str, float]]:
   found = {row["stage"]: row["tokens_per_s"] for row in records.found("latency")}
   b = config.bench
   for i, params in enumerate(ready):
-    name = _key(stages, i)
+    name = key(stages, i)
     if b.rounds and name not in found:
       watcher.step("latency", i, len(stages))
       measured = latency(model, params, prefill=b.prefill, decode=b.decode, rounds=b.rounds)
@@ -603,7 +367,7 @@ def _generation(config: Config, model: Any, ready: list[Params], tokenizer: Any,
 
 
 def _stage_row(
-  stage: _Stage, original: _Stage, ready: Params, scores: dict[str, Score], speed: dict[str, float]
+  stage: Stage, original: Stage, ready: Params, scores: dict[str, Score], speed: dict[str, float]
 ) -> dict[str, Any]:
   size = sizes(stage.params)
   disk = checkpoint.weights_size(stage.params)

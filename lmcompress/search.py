@@ -22,9 +22,9 @@ from lmcompress.environment import device, versions
 from lmcompress.errors import ConfigError, FormatError, SourceError
 from lmcompress.evaluate.latency import latency
 from lmcompress.evaluate.perplexity import Score, compare
-from lmcompress.experiment import Silent, Watcher
 from lmcompress.io import checkpoint
 from lmcompress.io.load import load
+from lmcompress.stages import Silent, Watcher
 
 TRIALS, RESULT, BEST, PLOT = "trials.jsonl", "search.json", "best.yaml", "pareto.svg"
 

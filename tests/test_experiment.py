@@ -15,7 +15,7 @@ import yaml
 from small_model import byte_level, random_params
 
 import lmcompress as lmc
-from lmcompress import experiment, run_folder
+from lmcompress import experiment, learning, run_folder
 from lmcompress import recipe as recipes
 from lmcompress.config import check, load_config, merge
 from lmcompress.errors import GateError
@@ -34,7 +34,7 @@ KEYS = {"format", "name", "description", "config_hash", "seed", "model", "origin
         "config", "stages", "weights", "training", "profile", "energy", "histograms", "generation"}
 STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
               "compression_efficiency", "perplexity",
-              "kl", "top1", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
+              "kl", "top1", "tasks", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
 COMMAND = "lmcompress run tiny.yaml"
 WINDOWS = 4
 
@@ -573,7 +573,7 @@ def test_tasks_are_learned_compressed_and_scored(place):
   model, params, tokenizer = lmc.load(place / "tasks" / config.folder / "model")
   from lmcompress.training import probabilities
 
-  held = experiment._task(config.tasks[0], tokenizer)[1]
+  held = learning.task_data(config.tasks[0], tokenizer)[1]
   said = probabilities(model, params, "digits", held).argmax(1)
   assert np.mean(said == held.labels) == pytest.approx(small["tasks"]["digits"]["accuracy"], abs=0.01)
 
