@@ -26,6 +26,7 @@ from lmcompress.arrays import (
   InputArray,
   Int8PerToken,
   LatticeArray,
+  LearnedInputArray,
   LowRankArray,
   MaskedArray,
   NestedArray,
@@ -43,6 +44,7 @@ from lmcompress.arrays import (
   direction,
   fake_quant,
   lattice,
+  learned_input,
   low_rank,
   masked,
   nested,
@@ -310,6 +312,7 @@ ROWS = [
       alike=True, error=0.25),
   Row("directions", lambda w, axis: direction(w, axis), 32 + 32 / 64, trains=("weight", "magnitude")),
   Row("directions of codes", of_codes, 4 + 32 / 16 + 32 / 64, inputs=64, trains=("weight", "magnitude"), error=0.2),
+  Row("training inputs", lambda w, axis: learned_input(w, 0.02, 8, axis), 32 + 32 / 2560, trains=("weight", "step")),
   Row("scored", by_scores, 64 + 32 / 2560, trains=("values", "scores"), keeps=third),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
@@ -386,6 +389,9 @@ def acted(x, leaf):
     rest = acted(rest, leaf.base)
     rest[..., np.asarray(leaf.channels)] = x[..., np.asarray(leaf.channels)]
     return rest
+  if isinstance(leaf, LearnedInputArray):
+    step, high = np.asarray(leaf.step)[0, 0], 2 ** (leaf.bits - 1) - 1
+    return np.clip(np.round(x.astype(np.float32) / step), -high, high) * step
   if not isinstance(leaf, InputArray):
     return x
   x = x.astype(np.float32)
@@ -613,6 +619,7 @@ INVARIANTS = {
   DictionaryArray: by_atoms,
   DirectionArray: by_direction,
   FakeQuantArray: by_step,
+  LearnedInputArray: lambda leaf: by_invariant(leaf.weight),
   ScoredArray: lambda leaf: np.where(by_invariant(leaf.scores) >= by_invariant(leaf.threshold), leaf.values, 0.0),
   OutlierArray: by_index,
   SumArray: lambda leaf: by_invariant(leaf.base) + by_invariant(leaf.delta),
@@ -710,8 +717,10 @@ def test_gradients(row, axis):
     return jnp.sum(g * door(x, tree.combine(train, rest)["kernel"]))
 
   def through_dense(train):
-    w = tree.combine(train, rest)["kernel"].materialize()
-    return jnp.sum(g * (acted(np.asarray(x), leaf) @ (w if axis == -2 else w.T)))
+    whole = tree.combine(train, rest)["kernel"]
+    w = whole.materialize()
+    seen = whole.rounded(x) if isinstance(leaf, LearnedInputArray) else acted(np.asarray(x), leaf)  # its step trains
+    return jnp.sum(g * (seen @ (w if axis == -2 else w.T)))
 
   gx, got = jax.jit(jax.grad(through_the_door, (0, 1)))(x, train)
   want = jax.jit(jax.grad(through_dense))(train)

@@ -15,10 +15,12 @@ from lmcompress.arrays.input import (
   Int8PerGroup,
   Int8PerToken,
   Int8Static,
+  StaticStep,
   Threshold,
   with_act,
 )
 from lmcompress.arrays.lattice import LatticeArray, lattice
+from lmcompress.arrays.learned_input import LearnedInputArray, learned_input
 from lmcompress.arrays.low_rank import LowRankArray, low_rank
 from lmcompress.arrays.masked import MaskedArray, masked
 from lmcompress.arrays.nested import NestedArray, nested
@@ -54,6 +56,7 @@ __all__ = [
   "Int8Static",
   "Integer",
   "LatticeArray",
+  "LearnedInputArray",
   "LowRankArray",
   "MaskedArray",
   "NMSparseArray",
@@ -64,6 +67,7 @@ __all__ = [
   "ScoredArray",
   "SharedRef",
   "SplitArray",
+  "StaticStep",
   "StoredArray",
   "SumArray",
   "Table",
@@ -77,6 +81,7 @@ __all__ = [
   "fetch",
   "integer",
   "lattice",
+  "learned_input",
   "low_rank",
   "masked",
   "nested",

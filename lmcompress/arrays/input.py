@@ -109,6 +109,26 @@ class Int8Static:
 
 
 @dataclasses.dataclass(frozen=True)
+class StaticStep:
+  """Rounds to so many bits by one scale: `clip(round(x / step), -high, high) * step`, `high == 2**(bits - 1) - 1`."""
+
+  step: float
+  bits: int
+
+  nbits = 32
+  """Bits of the scale."""
+
+  @property
+  def name(self) -> str:
+    return f"int{self.bits} static"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x, high = x.astype(jnp.float32), 2 ** (self.bits - 1) - 1
+    rounded = jnp.clip(jnp.round(x / self.step), -high, high) * self.step
+    return _straight_through(x, rounded)
+
+
+@dataclasses.dataclass(frozen=True)
 class FixedStep:
   """Rounds to the nearest multiple of `step`, whatever the size: `round(x / step) * step`."""
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray
+from lmcompress.arrays.learned_input import LearnedInputArray
 from lmcompress.arrays.packing import inlined
 from lmcompress.types import CompressedArray
 
@@ -83,6 +84,6 @@ def added(base: Any, delta: Any, axis: int) -> SumArray:
     raise ValueError(f"{what}: axis is -2 (kernel) or -1 (table), the same for both parts")
   if tuple(base.shape) != tuple(delta.shape):
     raise ValueError(f"{what}: shapes {tuple(base.shape)} and {tuple(delta.shape)} differ")
-  if any(isinstance(part, InputArray) for part in (base, delta)):
+  if any(isinstance(part, (InputArray, LearnedInputArray)) for part in (base, delta)):
     raise ValueError(f"{what}: a part acts on its input, which the sum would do to one part alone; wrap the sum")
   return SumArray(base, delta, axis)

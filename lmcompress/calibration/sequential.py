@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, fetch, resolve
+from lmcompress.arrays import InputArray, LearnedInputArray, fetch, resolve
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.evaluate.memory import trim
@@ -224,7 +224,7 @@ def _block_alone(block: Block, alike: Block, params: Params) -> Params:
 
   def dense(leaf: Any) -> Any:
     leaf = fetch(leaf)
-    if isinstance(leaf, InputArray):
+    if isinstance(leaf, (InputArray, LearnedInputArray)):
       return dataclasses.replace(leaf, weight=dense(leaf.weight))
     return leaf.materialize() if isinstance(leaf, CompressedArray) else leaf
 

@@ -36,6 +36,7 @@ from lmcompress.arrays import (
   Int8Static,
   Integer,
   LatticeArray,
+  LearnedInputArray,
   LowRankArray,
   MaskedArray,
   NestedArray,
@@ -46,6 +47,7 @@ from lmcompress.arrays import (
   ScoredArray,
   SharedRef,
   SplitArray,
+  StaticStep,
   StoredArray,
   SumArray,
   Table,
@@ -71,6 +73,7 @@ _KINDS = {
     FakeQuantArray,
     InputArray,
     LatticeArray,
+    LearnedInputArray,
     LowRankArray,
     MaskedArray,
     NMSparseArray,
@@ -84,7 +87,7 @@ _KINDS = {
     SumArray,
   )
 }
-_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, Threshold)
+_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, StaticStep, Threshold)
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20

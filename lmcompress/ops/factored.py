@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lmcompress.arrays import parts
 from lmcompress.arrays.input import InputArray, Threshold
+from lmcompress.arrays.learned_input import LearnedInputArray
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.outliers import OutlierArray
 from lmcompress.arrays.split import SplitArray
@@ -136,4 +137,12 @@ register(SumArray, Rules(sum_linear, sum_embed, sum_attend))
 register(OutlierArray, Rules(_few, gathered_embed, _few))
 register(SplitArray, Rules(split_linear, split_embed, split_attend))
 register(LowRankArray, Rules(low_rank_linear, low_rank_embed, low_rank_attend))
+register(
+  LearnedInputArray,
+  Rules(
+    lambda x, w: linear(w.rounded(x), w.weight).astype(x.dtype),
+    lambda ids, w: embed(ids, w.weight),
+    lambda x, w: attend(w.rounded(x), w.weight).astype(x.dtype),
+  ),
+)
 register(InputArray, Rules(input_linear, input_embed, input_attend))

@@ -11,6 +11,7 @@ from lmcompress.arrays.clustered import ClusteredArray
 from lmcompress.arrays.direction import DirectionArray
 from lmcompress.arrays.fake_quant import FakeQuantArray
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
+from lmcompress.arrays.learned_input import LearnedInputArray
 from lmcompress.arrays.low_rank import LowRankArray
 from lmcompress.arrays.masked import MaskedArray
 from lmcompress.arrays.nested import NestedArray
@@ -88,6 +89,8 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
 
   if isinstance(leaf, TiledArray):
     return dataclasses.replace(leaf, activations=_allowed(leaf, activations))
+  if isinstance(leaf, LearnedInputArray):
+    return _prepared(path, leaf.fixed(), axis, activations)
   if isinstance(leaf, InputArray):
     if not isinstance(leaf.act, (Int8PerGroup, Int8PerToken)):
       return dataclasses.replace(leaf, weight=_prepared(path, leaf.weight, axis, "float32"))

@@ -5,6 +5,7 @@ from lmcompress.transforms.any_precision import any_precision, at_precision
 from lmcompress.transforms.awq import awq, awq_scale
 from lmcompress.transforms.combine import at, chain, leafwise, named_chain, partition, scheduled
 from lmcompress.transforms.fake_quantize import fake_quantize
+from lmcompress.transforms.fake_quantize_inputs import fake_quantize_inputs
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.gradient import gradient
@@ -81,6 +82,7 @@ METHODS = {
     lora,
     merge,
     fake_quantize,
+    fake_quantize_inputs,
     freeze,
   )
 }
@@ -99,6 +101,7 @@ __all__ = [
   "chain",
   "dora",
   "fake_quantize",
+  "fake_quantize_inputs",
   "freeze",
   "gptq",
   "gradient",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, Integer, QuantizedArray, fake_quant
+from lmcompress.arrays import FakeQuantArray, InputArray, Integer, LearnedInputArray, QuantizedArray, fake_quant
 from lmcompress.transforms.combine import leafwise, require_dense
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import Transform, WeightError
@@ -43,7 +44,7 @@ def fake_quantize(
     )
 
   def check(path: str, leaf: Any) -> None:
-    inner = leaf.weight if isinstance(leaf, InputArray) else leaf
+    inner = leaf.weight if isinstance(leaf, (InputArray, LearnedInputArray)) else leaf
     if isinstance(inner, QuantizedArray):
       _require_codes(path, inner, bits)
       return
@@ -67,8 +68,8 @@ def fake_quantize(
     return fake_quant(w.astype(jnp.float32), found.scale, minimum, bits, axis, scale_dtype, w.dtype)
 
   def visit(w: Any, *, axis: int) -> Any:
-    if isinstance(w, InputArray):
-      return InputArray(start(w.weight, axis), w.act, w.axis)
+    if isinstance(w, (InputArray, LearnedInputArray)):
+      return dataclasses.replace(w, weight=start(w.weight, axis))
     return start(w, axis)
 
   return leafwise(visit, name="fake_quantize", check=check)

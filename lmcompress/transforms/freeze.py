@@ -15,6 +15,7 @@ from lmcompress.arrays import (
   DirectionArray,
   FakeQuantArray,
   InputArray,
+  LearnedInputArray,
   LowRankArray,
   MaskedArray,
   QuantizedArray,
@@ -75,6 +76,8 @@ def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:
     return dataclasses.replace(w, left=_freeze(w.left, lambda x: x), right=_freeze(w.right, lambda x: x))
   if isinstance(w, SumArray):
     return dataclasses.replace(w, base=_freeze(w.base, stored), delta=_freeze(w.delta, lambda x: x))
+  if isinstance(w, LearnedInputArray):
+    return _freeze(w.fixed(), stored)
   if isinstance(w, DirectionArray):
     return _freeze(w.folded(), stored)
   if isinstance(w, ScoredArray):

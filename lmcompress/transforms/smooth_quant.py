@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmcompress.arrays import ACTS, FixedStep, InputArray, Int8Static, with_act
+from lmcompress.arrays import ACTS, FixedStep, InputArray, Int8Static, LearnedInputArray, with_act
 from lmcompress.ops.observers import OBSERVERS
 from lmcompress.transforms.combine import leafwise, named_chain, stagewise
 from lmcompress.transforms.rescale import rescale
@@ -70,12 +70,13 @@ def quantize_activations(step: float) -> Transform:
   def wrap(w: Any, *, axis: int) -> InputArray:
     return with_act(w, FixedStep(float(step)), axis)
 
-  return leafwise(wrap, name="quantize_activations", check=_fresh_input)
+  return leafwise(wrap, name="quantize_activations", check=fresh_input)
 
 
-def _fresh_input(path: str, leaf: Any) -> None:
-  if isinstance(leaf, InputArray):
-    raise WeightError(f"{path}: its input is already rounded ({leaf.act.name}); round inputs once")
+def fresh_input(path: str, leaf: Any) -> None:
+  """Raises WeightError where an input is rounded already."""
+  if isinstance(leaf, (InputArray, LearnedInputArray)):
+    raise WeightError(f"{path}: its input is already rounded ({leaf.kind}); round inputs once")
 
 
 def quantize_inputs(
@@ -109,5 +110,5 @@ def quantize_inputs(
     return {path: with_act(w, Int8Static(limit / 127), -2) for path, w in weights.items()}
 
   if activations == "int8_static":
-    return stagewise(fixed, name="quantize_inputs", needs=frozenset({"histogram"}), check=_fresh_input)
-  return leafwise(wrap, name="quantize_inputs", check=_fresh_input)
+    return stagewise(fixed, name="quantize_inputs", needs=frozenset({"histogram"}), check=fresh_input)
+  return leafwise(wrap, name="quantize_inputs", check=fresh_input)

@@ -1,6 +1,7 @@
 """The step, the loop and resuming: against PyTorch, bitwise after a cut, masks and frozen arrays left alone."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,17 @@ import torch
 from scipy import special
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, MaskedArray, QuantizedArray, SumArray, scored
+from lmcompress.arrays import (
+  FakeQuantArray,
+  InputArray,
+  LearnedInputArray,
+  MaskedArray,
+  QuantizedArray,
+  StaticStep,
+  SumArray,
+  learned_input,
+  scored,
+)
 from lmcompress.calibration import compress
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.distributed.sharding import over_data
@@ -47,6 +58,7 @@ from lmcompress.transforms import (
   chain,
   dora,
   fake_quantize,
+  fake_quantize_inputs,
   freeze,
   lora,
   low_rank_residual,
@@ -631,6 +643,42 @@ def test_methods_out_of_range(make, said):
 def test_weights_that_do_not_fit(recipe, said):
   with pytest.raises(WeightError, match=said):
     compress(MODEL, PARAMS, recipe, None, jax.random.key(0))
+
+
+def test_the_step_of_inputs_has_the_gradient_of_its_paper():
+  """LSQ, equation 3 with its gradient scale, in NumPy; the input's own passes inside the range and not outside it."""
+  x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+  leaf = learned_input(jnp.eye(6), 0.3, 3, -2)
+  g = np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
+  dx, ds = jax.grad(lambda x, step: jnp.sum(g * dataclasses.replace(leaf, step=step).rounded(x)), (0, 1))(x, leaf.step)
+  units = x / 0.3
+  inside = np.abs(units) <= 3
+  np.testing.assert_allclose(dx, g * inside, atol=1e-6)
+  slope = np.where(inside, np.round(units) - units, np.sign(units) * 3)
+  np.testing.assert_allclose(ds[0, 0], np.sum(g * slope) / np.sqrt(30 * 3), rtol=1e-4)
+
+
+def test_inputs_learn_their_range_and_are_fixed():
+  """Four bits of inputs and weights: training wins back, and the frozen model says what the trained one said."""
+  both = chain(fake_quantize_inputs(4, percentile=100.0), fake_quantize(4, 16))
+  ready = compress(MODEL, PARAMS, both, ROWS, jax.random.key(0))[0]
+  leaf = ready["layers"]["1"]["mlp"]["up"]["kernel"]
+  assert isinstance(leaf, LearnedInputArray) and isinstance(leaf.weight, FakeQuantArray)
+  training = Training(steps=30, batch=8, learning_rate=1e-2, chunk=16, loss=Distill())
+  trains = functools.partial(tree.matches, "layers/*")
+  done, history = fit(MODEL, ready, ROWS, training, trainable=trains, teacher=(MODEL, PARAMS))
+  assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+  after = done["layers"]["1"]["mlp"]["up"]["kernel"]
+  assert float(after.step[0, 0]) != float(leaf.step[0, 0])
+  small = compress(MODEL, done, freeze())[0]
+  kept = small["layers"]["1"]["mlp"]["up"]["kernel"]
+  assert isinstance(kept, InputArray) and kept.act == StaticStep(float(after.step[0, 0]), 4)
+  assert isinstance(kept.weight, QuantizedArray) and kept.weight.codes.bits == 4
+  np.testing.assert_allclose(MODEL.apply(small, ROWS[:2]), MODEL.apply(done, ROWS[:2]), atol=2e-4)
+  with pytest.raises(WeightError, match="already rounded"):
+    compress(MODEL, ready, fake_quantize_inputs(8), ROWS)
+  with pytest.raises(ValueError, match="from 2 to 8"):
+    fake_quantize_inputs(9)
 
 
 def test_lengths_learn_apart_from_directions():
