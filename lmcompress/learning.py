@@ -102,14 +102,15 @@ def train_text(
   finally:
     if stretch is not None:
       stretch.close()
+  untrained = stages[-1].params
+  stages.append(Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
   needs = None
   if profile and settings.privacy is None:
     watcher.note("compiling the training step from shapes alone, for what it needs")
     guide = teacher if isinstance(teacher, tuple) else None
     shown = dataclasses.replace(settings, match=None, loss=settings.loss if guide else Labels())
-    step = compiled_step(model, stages[-1].params, shown, train.length, trains, during, guide)
+    step = compiled_step(model, untrained, shown, train.length, trains, during, guide)
     needs = profiling.needs(step)
-  stages.append(Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
   trained = jax.tree.leaves(tree.partition(params, trains)[0])
   return {
     "rows": len(rows),
