@@ -34,7 +34,7 @@ def _settings() -> Iterator[None]:
   except LmcompressError:
     raise
   except ValueError as error:
-    raise ConfigError(f"train: {error}") from None
+    raise ConfigError(f"training: {error}") from None
 
 
 def train_text(
@@ -208,11 +208,12 @@ def score_tasks(
   for i, params in enumerate(ready):
     heads = params.get("tasks", {})
     if key(stages, i) not in found and any(name in heads for name in tasks):
-      judged = {
-        name: scores(held.labels, probabilities(model, params, name, held), held.classes)
-        for name, (_, held) in tasks.items()
-        if name in heads
-      }
+      with _settings():
+        judged = {
+          name: scores(held.labels, probabilities(model, params, name, held), held.classes)
+          for name, (_, held) in tasks.items()
+          if name in heads
+        }
       records.add({"kind": "tasks", "stage": key(stages, i), "scores": judged})
       found[key(stages, i)] = judged
       watcher.step("tasks", i + 1, len(stages))

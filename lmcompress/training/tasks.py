@@ -15,6 +15,7 @@ import numpy as np
 
 from lmcompress import ops, tree
 from lmcompress.calibration.token_loss import cross_entropy, forward
+from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.loop import batches, checked_rows
 from lmcompress.training.step import Training, TrainState, advance, result, start, whole_tree
@@ -86,12 +87,18 @@ def shares(sizes: Mapping[str, int], batch: int, temperature: float) -> dict[str
 
 
 def with_heads(model: Any, params: Params, tasks: Mapping[str, Task], key: jax.Array) -> Params:
-  """The tree with a head for each task that has none yet, near 0."""
+  """The tree with a head for each task that has none yet, near 0.
+
+  Raises:
+    ValueError: the tree has a head of that name for another number of classes.
+  """
   length = next(iter(tasks.values())).tokens.shape[1]
   width = jax.eval_shape(functools.partial(_features, model), params, jnp.zeros((1, length), jnp.int32)).shape[-1]
   heads = dict(params.get(HEADS, {}))
   for i, (name, task) in enumerate(sorted(tasks.items())):
-    if name not in heads:
+    if name in heads:
+      _fits(name, heads, task)
+    else:
       kernel = jax.random.normal(jax.random.fold_in(key, i), (width, len(task.classes))) * 0.02
       heads[name] = {"kernel": kernel, "bias": jnp.zeros(len(task.classes))}
   return {**params, HEADS: heads}
@@ -131,9 +138,10 @@ def fit_tasks(
     WeightError, FormatError: as of `fit`.
   """
   weighting = weighting or Weighting()
-  for what in ("privacy", "match", "generated"):
-    if getattr(training, what) is not None or training.loss.needs_teacher:
-      raise ValueError(f"fit_tasks learns labels: no {what}, no teacher")
+  refused = [what for what in ("privacy", "match", "generated") if getattr(training, what) is not None]
+  refused += ["teacher"] if training.loss.needs_teacher else []
+  if refused:
+    raise ValueError(f"fit_tasks learns labels: no {', no '.join(refused)}")
   if training.accumulate > 1:
     raise ValueError(f"fit_tasks(accumulate={training.accumulate}): a batch has rows of all tasks at once; use 1")
   checked = {name: _checked(name, task, params) for name, task in sorted(tasks.items())}
@@ -162,7 +170,8 @@ def fit_tasks(
     rows = {}
     for name, task in checked.items():
       chosen = np.asarray(sources[name][step])[:, 0]
-      rows[name] = {"tokens": task.tokens[chosen], "attention_mask": task.mask[chosen], "labels": task.labels[chosen]}
+      some = {"tokens": task.tokens[chosen], "attention_mask": task.mask[chosen], "labels": task.labels[chosen]}
+      rows[name] = over_data(data_mesh(state.trained), some, counts[name])
     key, moving = jax.random.fold_in(jax.random.key(seed), step), state._replace(kept=None)
     new, found = tasks_step(model, moving, state.kept, rows, training, weighting, transform, key)
     metrics = {name: float(value) for name, value in found.items()}
@@ -271,10 +280,11 @@ def probabilities(model: Any, params: Params, name: str, task: Task, batch: int 
   """A task's predictions, float32 `[n, classes]`, a batch at a time.
 
   Raises:
-    ValueError: the tree has no head of that name.
+    ValueError: the tree has no head of that name, or one for another number of classes.
   """
   if name not in params.get(HEADS, {}):
     raise ValueError(f"no head for task {name}; the tree has {', '.join(sorted(params.get(HEADS, {}))) or 'none'}")
+  _fits(name, params[HEADS], task)
   found = []
   for i in range(0, len(task.labels), batch):
     tokens, mask = task.tokens[i : i + batch], task.mask[i : i + batch]
@@ -297,6 +307,12 @@ def _logits(model: Any, params: Params, name: str, rows: Mapping[str, Any], rema
   head = params[HEADS][name]
   read = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
   return ops.linear(read, head["kernel"]).astype(jnp.float32) + head["bias"]
+
+
+def _fits(name: str, heads: Params, task: Task) -> None:
+  found = heads[name]["kernel"].shape[-1]
+  if found != len(task.classes):
+    raise ValueError(f"task {name}: its head tells {found} classes apart, the data has {len(task.classes)}; rename one")
 
 
 def _features(model: Any, params: Params, row: jax.Array) -> jax.Array:

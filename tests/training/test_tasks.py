@@ -9,6 +9,7 @@ import pytest
 
 from lmcompress import tree
 from lmcompress.calibration import compress
+from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.training import Distill, Match, Privacy, Task, Training, Weighting, fit_tasks, probabilities
@@ -195,10 +196,24 @@ def changed(**what):
     (lambda: fit_tasks(MODEL, PARAMS, changed(mask=np.zeros((48, 12))), SHORT), "a real token in each row"),
     (lambda: fit_tasks(MODEL, PARAMS, changed(tokens=np.full((48, 12), 99)), SHORT), "task two.*the vocabulary"),
     (lambda: probabilities(MODEL, PARAMS, "two", TASKS["two"]), "no head for task two"),
+    (lambda: fit_tasks(MODEL, with_heads(MODEL, PARAMS, {"two": TASKS["four"]}, jax.random.key(0)), TASKS, SHORT),
+     "its head tells 4 classes apart, the data has 2"),
+    (lambda: probabilities(MODEL, with_heads(MODEL, PARAMS, {"two": TASKS["four"]}, jax.random.key(0)), "two",
+                           TASKS["two"]), "its head tells 4 classes apart"),
     (lambda: Weighting("loud"), "uncertainty or gradnorm"),
     (lambda: Weighting(temperature=0), "above 0"),
   ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_said(run, said):
   with pytest.raises(ValueError, match=said):
     run()
+
+
+def test_tasks_train_over_a_mesh():
+  """Rows of each task split over data: the losses of one device."""
+  training = dataclasses.replace(SHORT, batch=24, optimizer="sgd", learning_rate=0.1)
+  even = Weighting(temperature=1e9)  # eight rows of each
+  _, alone = fit_tasks(MODEL, PARAMS, TASKS, training, even)
+  _, spread = fit_tasks(MODEL, shard(MODEL, PARAMS, make_mesh(4, 2)), TASKS, training, even)
+  for a, b in zip(alone, spread, strict=True):
+    assert all(b[f"loss/{name}"] == pytest.approx(a[f"loss/{name}"], rel=1e-4) for name in TASKS)
