@@ -58,7 +58,7 @@ class LayerCache:
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View, scale: float) -> tuple[jax.Array, LayerCache]:
     """Attention of `q: [batch, length, kv, group, head]` to what is held and to these tokens, which are added."""
     cache = self.update(k, v, view.slot)
-    return mix(q, cache.keys(), cache.values(), view.visible(), scale), cache
+    return mix(q, cache.keys(), cache.values(), view.visible(), scale, view), cache
 
   def rollback(self, length: Any, written: Any) -> LayerCache:
     """The cache of the first `length` of `written` slots; what lies behind is written over."""

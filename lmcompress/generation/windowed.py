@@ -77,12 +77,12 @@ class WindowedCache:
     )
     encoded = functools.partial(self._encoded, keys, values, before, after, real)
     if length == 1:
-      mixed = mix(q, keys, values, view.visible(), scale)
+      mixed = mix(q, keys, values, view.visible(), scale, view)
       cache = jax.lax.cond(after > before, encoded, lambda: self)
     else:
       cache, seen = encoded(), view.visible()
       old = slots < _coded(view.slot + jnp.arange(length)[:, None])
-      mixed = mix_parts(q, [(cache.keys(), cache.values(), seen & old), (keys, values, seen & ~old)], scale)
+      mixed = mix_parts(q, [(cache.keys(), cache.values(), seen & old), (keys, values, seen & ~old)], scale, view)
     new = (slots >= view.slot) & (slots < view.slot + length)
     return mixed, cache._remembered(keys, values, new & real)
 

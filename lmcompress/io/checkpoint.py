@@ -424,7 +424,7 @@ def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params
       )
     leaves[path] = leaf
   params = tree.unflatten(leaves)
-  names.check_shapes(params, model.config.head_dim, str(folder / MANIFEST))
+  names.check_shapes(model, params, str(folder / MANIFEST))
   if mesh is None:
     params = jax.device_put(params)
   else:
@@ -472,7 +472,7 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
       f"{where}: architecture {description['architecture']!r} is unknown here; known: {sorted(ARCHITECTURES)}"
     )
   model, config = known
-  fields = dict(description["config"])
+  fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description["config"].items()}
   if "rope" in fields:
     rope = {**fields["rope"], "factors": tuple(fields["rope"]["factors"])}
     fields["rope"] = _typed(Rope, rope, where)

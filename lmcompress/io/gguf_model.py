@@ -12,6 +12,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import gguf, names
+from lmcompress.io.architectures.llama import NAMES
 from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.types import FormatError, Params
 
@@ -40,19 +41,20 @@ def load_gguf(path: Path) -> tuple[Llama, Params, Tokenizer]:
     raise FormatError(f"{path}: architecture {kind!r} is not known here; known are llama")
   config, heads, kv_heads, layers = _llama(header)
   found = [name for name in header.tensors if name != _ROPE_FACTORS]
-  mapping = names.plan(names.LLAMA, "gguf", found, layers, str(path))
+  mapping = names.plan(NAMES, "gguf", found, layers, str(path))
 
   def read(path_: str) -> Any:
-    array = gguf.read_tensor(header, mapping[path_])
+    name, tensor = mapping[path_]
+    array = gguf.read_tensor(header, tensor)
     part = path_.split("/")[-2]
     if part in ("q", "k"):
       array = unpermute(array, heads if part == "q" else kv_heads, path_, path)
-    return names.orient(path_, array)
+    return name.read(array)
 
   with ThreadPoolExecutor(max_workers=2) as pool:  # NumPy's loops release the lock
     leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
   params = tree.unflatten(leaves)
-  names.check_shapes(params, config.head_dim, str(path))
+  names.check_shapes(Llama(config), params, str(path))
   return Llama(config), params, Tokenizer.from_gguf(header.metadata, str(path))
 
 

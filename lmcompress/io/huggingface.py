@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import InputArray, LearnedInputArray, resolve
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import names, safetensors
-from lmcompress.models import Llama, LlamaConfig, Rope
-from lmcompress.types import FormatError, Params
-
-_LLAMA_LIKE = ("llama",)
+from lmcompress.types import CompressedArray, FormatError, Params
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
   return found
 
 
-def load_folder(folder: Path, lazy: bool = False) -> tuple[Llama, Params, Tokenizer | None]:
+def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenizer | None]:
   """Model, float32 parameters and tokenizer (None where the folder has none).
 
   Args:
@@ -47,21 +44,22 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Llama, Params, Tokeni
   Raises:
     FormatError: names the file, and the tensor, that is wrong.
   """
-  config = read_json(folder / "config.json")
-  kind = config.get("model_type")
-  if kind not in _LLAMA_LIKE:
-    raise FormatError(
-      f"{folder / 'config.json'}: model_type {kind!r} is not known here; known are {', '.join(_LLAMA_LIKE)}"
-    )
-  model = Llama(_llama_config(config, folder / "config.json"))
+  config, where = read_json(folder / "config.json"), folder / "config.json"
+  known, word = names.foreign(), config.get("model_type")
+  kind = known.get(word) if isinstance(word, str) else None
+  if kind is None:
+    raise FormatError(f"{where}: model_type {word!r} is not known here; known are {', '.join(known)}")
+  model = kind.read(config, where)
   files = _tensors(folder)
-  mapping = names.plan(names.LLAMA, "hf", files, _int(config, "num_hidden_layers", folder), str(folder))
-  if config.get("tie_word_embeddings", False):
+  depth = names.integer(config, kind.depth, where)
+  mapping = names.plan(kind.names(config), "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
+  heads = [name for name in kind.names(config) if name.path == "head/table"]
+  if heads and config.get("tie_word_embeddings", kind.tied):
     mapping.pop("head/table", None)
-  elif "head/table" not in mapping:
-    raise FormatError(f"{folder}: the tensor 'lm_head.weight' is missing and config.json does not tie it")
+  elif heads and not kind.headless and "head/table" not in mapping:
+    raise FormatError(f"{folder}: the tensor {heads[0].hf!r} is missing and config.json does not tie it")
   leaves = {}
-  for path, theirs in mapping.items():
+  for path, (name, theirs) in mapping.items():
     entry = files[theirs].entries[theirs]
     if not np.issubdtype(entry.dtype, np.floating) and entry.dtype.name not in (
       "bfloat16",
@@ -71,10 +69,74 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Llama, Params, Tokeni
       raise FormatError(f"{files[theirs].path}: tensor {theirs!r} is {entry.dtype}; floating weights are expected")
     read = functools.partial(files[theirs].read, theirs)
     stays = lazy and tree.is_weight(path)
-    leaves[path] = names.lazily(path, read, entry.shape) if stays else names.orient(path, read())
+    leaves[path] = names.lazily(name, read, entry.shape) if stays else name.read(read())
   params = tree.unflatten(leaves)
-  names.check_shapes(params, model.config.head_dim, str(folder))
+  names.check_shapes(model, params, str(folder))
   return model, params, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+  """Writes a model as other libraries read it: float32 safetensors, `config.json` and the tokenizer.
+
+  Compressed weights are written dense, as what they stand for. Where layers were removed, the others close up.
+
+  Raises:
+    FormatError: the architecture has no such form, its layers differ in width, an input is changed on its way into a
+      weight, or the folder has files already.
+  """
+  from safetensors.numpy import save_file
+
+  folder = Path(folder)
+  kind = next((kind for kind in names.foreign().values() if isinstance(model, kind.model)), None)
+  if kind is None:
+    raise FormatError(f"{type(model).__name__} has no form in Hugging Face folders")
+  if folder.exists() and any(folder.iterdir()):
+    raise FormatError(f"{folder}: has files already; name an empty or a new folder")
+  params = _closed_up(params)
+  config = kind.write(model, params)
+  depth, dense = len(params["layers"]), tree.flatten(params)
+  parts: dict[str, dict[int, tuple[names.Name, Any]]] = {}
+  for name in kind.names(config):
+    for i in range(depth) if "{i}" in name.path else (0,):
+      leaf = dense.pop(name.path.format(i=i), None)
+      if leaf is not None:
+        parts.setdefault(kind.prefixes[0] + name.hf.format(i=i), {})[name.part[0]] = (name, leaf)
+  if dense:
+    raise FormatError(f"{min(dense)} has no place in the folder of a {config['model_type']}")
+  tensors = {}
+  for theirs, found in parts.items():
+    arrays = [name.write(_dense(leaf)) for _, (name, leaf) in sorted(found.items())]
+    tensors[theirs] = np.concatenate(arrays, axis=found[0][0].outputs) if len(arrays) > 1 else arrays[0]
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+  if tokenizer is not None:
+    tokenizer.save(folder)
+
+
+def _closed_up(params: Params) -> Params:
+  """The tree without references, its layers numbered from 0.
+
+  Raises:
+    FormatError: layers differ in width, or a weight's input is changed on its way.
+  """
+  flat = {path: resolve(params, leaf) for path, leaf in tree.flatten(params).items() if path.split("/")[0] != "shared"}
+  for path, leaf in flat.items():
+    if isinstance(leaf, (InputArray, LearnedInputArray)):
+      raise FormatError(f"{path}: stored as {leaf.kind}, which changes its input; a dense weight cannot say that")
+  params = tree.unflatten(flat)
+  layers = sorted(params["layers"], key=int)
+  shapes = [{path: leaf.shape for path, leaf in tree.flatten(params["layers"][i]).items()} for i in layers]
+  for i, own in zip(layers, shapes, strict=True):
+    for path in sorted(set(own) | set(shapes[0])):
+      if own.get(path) != shapes[0].get(path):
+        raise FormatError(f"layers/{i}/{path} has shape {own.get(path)} and in the first layer {shapes[0].get(path)}; "
+                          "config.json has one width for all layers")  # fmt: skip
+  return {**params, "layers": {str(new): params["layers"][old] for new, old in enumerate(layers)}}
+
+
+def _dense(leaf: Any) -> np.ndarray:
+  return np.asarray(leaf.materialize() if isinstance(leaf, CompressedArray) else leaf)
 
 
 def _tensors(folder: Path) -> dict[str, safetensors.File]:
@@ -99,77 +161,3 @@ def _tensors(folder: Path) -> dict[str, safetensors.File]:
     if tensor not in files[name].entries:
       raise FormatError(f"{index}: tensor {tensor!r} is not in {name}")
   return {tensor: files[name] for tensor, name in weight_map.items()}
-
-
-def _int(config: Mapping[str, Any], key: str, where: Path) -> int:
-  value = config.get(key)
-  if type(value) is not int or not 0 < value < 2**31:
-    raise FormatError(f"{where}: {key} is {value!r}; a positive integer is needed")
-  return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: float, where: Path) -> float:
-  value = config.get(key, default)
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-    raise FormatError(f"{where}: {key} is {value!r}; a positive number is needed")
-  try:
-    return float(value)
-  except OverflowError:
-    raise FormatError(f"{where}: {key} is over the range of floats") from None
-
-
-def _llama_config(config: Mapping[str, Any], where: Path) -> LlamaConfig:
-  if config.get("hidden_act", "silu") != "silu":
-    raise FormatError(f"{where}: hidden_act {config['hidden_act']!r} is not known here; Llama uses 'silu'")
-  head_dim = config.get("head_dim") or _int(config, "hidden_size", where) // _int(config, "num_attention_heads", where)
-  if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
-    raise FormatError(f"{where}: head_dim is {head_dim!r}; an even integer is needed")
-  max_length = _int({"max_position_embeddings": 2048, **config}, "max_position_embeddings", where)
-  return LlamaConfig(
-    head_dim=head_dim,
-    rope=_rope(config, where, max_length),
-    rms_epsilon=_number(config, "rms_norm_eps", 1e-6, where),
-    max_length=max_length,
-  )
-
-
-def _rope(config: Mapping[str, Any], where: Path, max_length: int) -> Rope:
-  """Both spellings: `rope_parameters` (with the base inside), and `rope_theta` beside `rope_scaling`."""
-  scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-  if not isinstance(scaling, Mapping):
-    raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
-  theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  original = (
-    scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
-  )
-  if type(original) is not int or original < 1:
-    raise FormatError(f"{where}: original_max_position_embeddings is {original!r}; a positive integer is needed")
-  if kind == "default":
-    return Rope(theta)
-  factor = _number(scaling, "factor", 1.0, where)
-  if kind == "linear":
-    return Rope(theta, kind, factor)
-  if kind == "dynamic":
-    return Rope(theta, kind, factor, original)
-  if kind == "llama3":
-    return Rope(
-      theta,
-      kind,
-      factor,
-      original,
-      _number(scaling, "low_freq_factor", 1.0, where),
-      _number(scaling, "high_freq_factor", 4.0, where),
-    )
-  if kind == "yarn":
-    return Rope(
-      theta,
-      kind,
-      factor,
-      original,
-      _number(scaling, "beta_slow", 1.0, where),
-      _number(scaling, "beta_fast", 32.0, where),
-      None if scaling.get("attention_factor") is None else _number(scaling, "attention_factor", 1.0, where),
-      bool(scaling.get("truncate", True)),
-    )
-  raise FormatError(f"{where}: rope type {kind!r} is not known here; known are default, linear, dynamic, llama3, yarn")

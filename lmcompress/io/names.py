@@ -1,11 +1,13 @@
-"""Where each parameter lies in foreign checkpoints: a table per architecture."""
+"""Where each parameter lies in foreign checkpoints, and whether a tree's shapes fit one another."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,57 +20,84 @@ from lmcompress.types import FormatError, Params
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-  """One parameter: its path here, in Hugging Face folders and in GGUF; `{i}` stands for the layer."""
+  """One parameter: its path here, in Hugging Face folders and in GGUF; `{i}` stands for the layer.
+
+  Attributes:
+    optional: whether a checkpoint may lack it.
+    part: `(i, n)` where n parameters share one foreign tensor: this is the i-th of n equal parts of its outputs.
+    turned: whether a foreign kernel is `[out, in]`, as a linear of torch; a Conv1D of GPT-2 is not.
+    offset: what is added when it is read: a scale that is kept as its distance from 1.
+  """
 
   path: str
   hf: str
-  gguf: str
+  gguf: str = ""
   optional: bool = False
+  part: tuple[int, int] = (0, 1)
+  turned: bool = True
+  offset: float = 0.0
+
+  def read(self, array: np.ndarray) -> jax.Array:
+    """The parameter, float32, of a foreign tensor."""
+    x = jax.device_put(np.ascontiguousarray(self._share(array), dtype=np.float32))
+    x = _transpose(x) if self._turns else x
+    return x + self.offset if self.offset else x
+
+  def shape(self, foreign: Sequence[int]) -> tuple[int, ...]:
+    """The parameter's shape, of the foreign tensor's."""
+    axis = 0 if self._turns or len(foreign) == 1 else len(foreign) - 1
+    own = [n // self.part[1] if i == axis else n for i, n in enumerate(foreign)]
+    return tuple(own[::-1] if self._turns else own)
+
+  def write(self, values: np.ndarray) -> np.ndarray:
+    """The foreign tensor, or this part of it."""
+    x = np.asarray(values, np.float32) - np.float32(self.offset)
+    return np.ascontiguousarray(x.T if self._turns else x)
+
+  @property
+  def outputs(self) -> int:
+    """The axis of the foreign tensor on which parts lie beside one another."""
+    return 0 if self._turns or not self.path.endswith("kernel") else 1
+
+  @property
+  def _turns(self) -> bool:
+    return self.turned and self.path.endswith("kernel")
+
+  def _share(self, array: np.ndarray) -> np.ndarray:
+    i, n = self.part
+    if n == 1:
+      return array
+    if array.ndim <= self.outputs or array.shape[self.outputs] % n:
+      raise FormatError(f"{self.path}: a tensor of shape {list(array.shape)} does not fall into {n} equal parts")
+    return np.split(array, n, axis=self.outputs)[i]
 
 
-LLAMA = (
-  Name("embed/table", "model.embed_tokens.weight", "token_embd.weight"),
-  Name("layers/{i}/attn_norm/scale", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
-  *(
+@jax.jit
+def _transpose(x: jax.Array) -> jax.Array:
+  return jnp.transpose(x)
+
+
+def layer_names(*names: tuple[str, str, str], biases: bool = False) -> tuple[Name, ...]:
+  """Names of linears from `(path, hf, gguf)` without their ends: a kernel, and a bias where a checkpoint has one."""
+  return tuple(
     name
-    for ours, theirs, short in (
-      ("q", "q_proj", "attn_q"),
-      ("k", "k_proj", "attn_k"),
-      ("v", "v_proj", "attn_v"),
-      ("o", "o_proj", "attn_output"),
-    )
+    for path, hf, gguf in names
     for name in (
-      Name(
-        f"layers/{{i}}/attn/{ours}/kernel", f"model.layers.{{i}}.self_attn.{theirs}.weight", f"blk.{{i}}.{short}.weight"
-      ),
-      Name(
-        f"layers/{{i}}/attn/{ours}/bias", f"model.layers.{{i}}.self_attn.{theirs}.bias", f"blk.{{i}}.{short}.bias", True
-      ),
+      Name(f"{path}/kernel", f"{hf}.weight", f"{gguf}.weight"),
+      Name(f"{path}/bias", f"{hf}.bias", f"{gguf}.bias", not biases),
     )
-  ),
-  Name("layers/{i}/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
-  *(
-    name
-    for ours in ("gate", "up", "down")
-    for name in (
-      Name(
-        f"layers/{{i}}/mlp/{ours}/kernel", f"model.layers.{{i}}.mlp.{ours}_proj.weight", f"blk.{{i}}.ffn_{ours}.weight"
-      ),
-      Name(
-        f"layers/{{i}}/mlp/{ours}/bias", f"model.layers.{{i}}.mlp.{ours}_proj.bias", f"blk.{{i}}.ffn_{ours}.bias", True
-      ),
-    )
-  ),
-  Name("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-  Name("head/table", "lm_head.weight", "output.weight", True),
-)
-
-IGNORED = (r".*\.rotary_emb\.inv_freq",)
-"""Tensors that hold nothing the config does not say."""
+  )
 
 
-def plan(names: Iterable[Name], field: str, found: Iterable[str], layers: int, where: str) -> dict[str, str]:
-  """`{path here: name there}` for the tensors `found` in a checkpoint.
+def plan(
+  names: Iterable[Name], field: str, found: Iterable[str], layers: int, where: str,
+  prefixes: Sequence[str] = ("",), ignored: Sequence[str] = (),
+) -> dict[str, tuple[Name, str]]:  # fmt: skip
+  """`{path here: (its name, the tensor there)}` for the tensors `found` in a checkpoint.
+
+  Args:
+    prefixes: what may stand before the tensors' names; the first is what most checkpoints have.
+    ignored: patterns of tensors that hold nothing the config does not say.
 
   Raises:
     FormatError: a tensor that the architecture needs is missing, or one is left over.
@@ -77,82 +106,176 @@ def plan(names: Iterable[Name], field: str, found: Iterable[str], layers: int, w
   for name in names:
     for i in range(layers) if "{i}" in name.path else (0,):
       theirs = getattr(name, field).format(i=i)
-      if theirs in available:
-        mapping[name.path.format(i=i)] = theirs
+      there = next((prefix + theirs for prefix in prefixes if prefix + theirs in available), None)
+      if there is not None:
+        mapping[name.path.format(i=i)] = (name, there)
       elif not name.optional:
         raise FormatError(
-          f"{where}: the tensor {theirs!r} is missing ({len(available)} tensors, {layers} layers expected)"
+          f"{where}: the tensor {prefixes[0] + theirs!r} is missing "
+          f"({len(available)} tensors, {layers} layers expected)"
         )
-  left = [t for t in sorted(available - set(mapping.values())) if not any(re.fullmatch(p, t) for p in IGNORED)]
+  left = sorted(available - {tensor for _, tensor in mapping.values()})
+  left = [t for t in left if not any(re.fullmatch(p, t) for p in ignored)]
   if left:
     raise FormatError(f"{where}: tensor {left[0]!r} ({len(left)} in all) has no place in this architecture")
   return mapping
 
 
-def lazily(path: str, read: Callable[[], np.ndarray], shape: tuple[int, ...]) -> StoredArray:
-  """`orient` of what `read` gives, each time that it is used; the foreign tensor has `shape`."""
-  shape = shape[::-1] if path.endswith("kernel") else shape
-  size = math.prod(shape)
-  return StoredArray(lambda: orient(path, read()), shape, jnp.dtype("float32"), 32 * size, "float32", True)
+def lazily(name: Name, read: Callable[[], np.ndarray], shape: Sequence[int]) -> StoredArray:
+  """The parameter of what `read` gives, each time that it is used; the foreign tensor has `shape`."""
+  own = name.shape(shape)
+  return StoredArray(lambda: name.read(read()), own, jnp.dtype("float32"), 32 * math.prod(own), "float32", True)
 
 
-def orient(path: str, array: np.ndarray) -> jax.Array:
-  """Foreign linears are `[out, in]`, kernels here `[in, out]`; the rest keeps its order. Gives float32."""
-  x = jax.device_put(np.ascontiguousarray(array, dtype=np.float32))
-  return _transpose(x) if path.endswith("kernel") else x
+_WORDS = {("kernel", -2): "inputs", ("kernel", -1): "outputs", ("table", -2): "rows", ("table", -1): "features"}
 
 
-@jax.jit
-def _transpose(x: jax.Array) -> jax.Array:
-  return jnp.transpose(x)
+def check_shapes(model: Any, params: Params, where: str) -> None:
+  """Refuses a tree whose leaves do not fit one another, by the axes that the model publishes.
 
-
-def check_shapes(params: Params, head_dim: int, where: str) -> None:
-  """Refuses a tree whose linears do not fit one another.
+  An axis has one extent in all the model, or, where it occurs within blocks alone, in each block.
 
   Raises:
     FormatError: names the first parameter that does not fit.
   """
+  leaves = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith("shared/")}
+  block_of = {
+    path: block.path for block in model.blocks(params) for path in leaves if path.startswith(f"{block.path}/")
+  }
+  axes = {path: tree.axes_of(model.axes, path) for path in leaves}
+  for path, leaf in leaves.items():
+    if not axes[path] and not path.startswith("tasks/"):
+      raise FormatError(f"{where}: {path} has no place in this architecture")
+    if axes[path] and len(leaf.shape) != len(axes[path]):
+      raise FormatError(f"{where}: {path} has shape {list(leaf.shape)}, {len(axes[path])} axes expected")
+  everywhere = {n for path, parts in axes.items() if path not in block_of for part in parts for n in _flat(part)}
+  fixed: Mapping[str, int] = getattr(model, "extents", lambda params: {})(params)
+  known: dict[tuple[str, str], int] = {}
 
-  def rank(path: str) -> int:
-    return 2 if path.endswith(("kernel", "table")) else 1
+  def place(path: str, name: str) -> tuple[str, str]:
+    return ("" if name in everywhere else block_of.get(path, ""), name)
 
-  for path, leaf in tree.flatten(params).items():
-    if len(leaf.shape) != rank(path):
-      raise FormatError(f"{where}: {path} has shape {list(leaf.shape)}, {rank(path)} axes expected")
-  vocab, features = params["embed"]["table"].shape
+  def check(path: str, dim: int, part: Any) -> bool:
+    """Whether the dimension could be checked or has told the one extent that was not known."""
+    size, names = leaves[path].shape[dim], _flat(part)
+    word = _WORDS.get((path.rpartition("/")[2], dim - len(axes[path])), "entries")
+    extents = [fixed.get(name, known.get(place(path, name))) for name in names]
+    rest = math.prod(n for n in extents if n is not None)
+    unknown = [name for name, n in zip(names, extents, strict=True) if n is None]
+    if len(unknown) > 1:
+      return False
+    if not unknown and size != rest:
+      raise FormatError(f"{where}: {path} has {size} {word}, {rest} expected")
+    if unknown:
+      if size == 0 or size % rest:
+        what = f"the {names[-1]} size {rest}" if len(names) == 2 else f"the {rest} of {' and '.join(names[:-1])}"
+        raise FormatError(f"{where}: {path} has {size} {word}, no multiple of {what}")
+      known[place(path, unknown[0])] = size // rest
+    return True
 
-  def expect(path: str, extent: int, wanted: int, what: str) -> None:
-    if extent != wanted:
-      raise FormatError(f"{where}: {path} has {extent} {what}, {wanted} expected")
+  open_ = [(path, dim, part) for path, parts in axes.items() for dim, part in enumerate(parts)]
+  while open_:
+    left = [item for item in open_ if not check(*item)]
+    if len(left) == len(open_):
+      break
+    open_ = left
+  _check_heads(model, leaves, known, where)
 
-  for path, leaf in tree.flatten(params).items():
-    shape, name = leaf.shape, path.split("/")[-2]
-    if path.endswith("scale"):
-      expect(path, shape[-1], features, "entries")
-    elif path.startswith("tasks/") and path.endswith("kernel"):
-      expect(path, shape[-2], features, "inputs")
-    elif path.endswith("kernel") and name in ("q", "k", "v", "gate", "up"):
-      expect(path, shape[-2], features, "inputs")
-      if name in "qkv" and shape[-1] % head_dim:
-        raise FormatError(f"{where}: {path} has {shape[-1]} outputs, no multiple of the head size {head_dim}")
-    elif path.endswith("kernel"):
-      source = path.replace("/o/", "/q/").replace("/down/", "/up/")
-      expect(path, shape[-1], features, "outputs")
-      expect(path, shape[-2], tree.get(params, source).shape[-1], "inputs")
-    elif path.endswith("bias"):
-      expect(path, shape[-1], tree.get(params, path.replace("/bias", "/kernel")).shape[-1], "entries")
-    elif path == "head/table":
-      expect(path, shape[-1], features, "features")
-      expect(path, shape[0], vocab, "rows")
-  for i, layer in params["layers"].items():
-    q, k, v, gate, up = (
-      layer[a][b]["kernel"].shape[-1]
-      for a, b in (("attn", "q"), ("attn", "k"), ("attn", "v"), ("mlp", "gate"), ("mlp", "up"))
-    )
-    expect(f"layers/{i}/attn/v/kernel", v, k, "outputs")
-    expect(f"layers/{i}/mlp/gate/kernel", gate, up, "outputs")
-    if q % k:
-      raise FormatError(
-        f"{where}: layers/{i}/attn has {q // head_dim} query heads, no multiple of {k // head_dim} key heads"
-      )
+
+def _check_heads(model: Any, leaves: Mapping[str, Any], known: Mapping[tuple[str, str], int], where: str) -> None:
+  """Refuses a head of a task that does not read what the model gives."""
+  embed = known.get(("", "embed"))
+  for path, leaf in leaves.items():
+    if path.startswith("tasks/") and path.endswith("kernel") and leaf.shape[-2] != embed:
+      raise FormatError(f"{where}: {path} has {leaf.shape[-2]} inputs, {embed} expected")
+
+
+def _flat(part: Any) -> tuple[str, ...]:
+  return part if isinstance(part, tuple) else (part,)
+
+
+def integer(config: Mapping[str, Any], key: str, where: Any, default: int | None = None) -> int:
+  """A positive integer of a foreign config.
+
+  Raises:
+    FormatError: it is none.
+  """
+  value = config.get(key, default)
+  if type(value) is not int or not 0 < value < 2**31:
+    raise FormatError(f"{where}: {key} is {value!r}; a positive integer is needed")
+  return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float, where: Any) -> float:
+  """A positive number of a foreign config.
+
+  Raises:
+    FormatError: it is none.
+  """
+  value = config.get(key, default)
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    raise FormatError(f"{where}: {key} is {value!r}; a positive number is needed")
+  try:
+    return float(value)
+  except OverflowError:
+    raise FormatError(f"{where}: {key} is over the range of floats") from None
+
+
+def choice(config: Mapping[str, Any], key: str, default: str, known: Mapping[str, str], where: Any) -> str:
+  """What a word of a foreign config is called here.
+
+  Raises:
+    FormatError: the word is not known here.
+  """
+  value = config.get(key, default)
+  if not isinstance(value, str) or value not in known:
+    raise FormatError(f"{where}: {key} {value!r} is not known here; known are {', '.join(map(repr, known))}")
+  return known[value]
+
+
+def divided(config: Mapping[str, Any], whole: str, by: str, where: Any) -> int:
+  """`config[whole] / config[by]`, a whole number.
+
+  Raises:
+    FormatError: it is none.
+  """
+  n, parts = integer(config, whole, where), integer(config, by, where)
+  if n % parts:
+    raise FormatError(f"{where}: {whole} is {n}, no multiple of {by}, which is {parts}")
+  return n // parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+  """How Hugging Face folders keep an architecture.
+
+  Attributes:
+    model: the class of the model.
+    model_types: the words in `config.json`, the first the one that is written.
+    names: of a config, where the parameters lie.
+    read: `(config, where) -> model`.
+    write: `(model, params) -> config`, of which `model_type` and `architectures` say what it is.
+    depth: the key of the number of layers.
+    prefixes, ignored: as of `plan`.
+    tied: whether the head is the embedding where the config does not say.
+    headless: whether a checkpoint may have no head at all.
+  """
+
+  model: type
+  model_types: tuple[str, ...]
+  names: Callable[[Mapping[str, Any]], tuple[Name, ...]]
+  read: Callable[[Mapping[str, Any], Any], Any]
+  write: Callable[[Any, Params], dict[str, Any]]
+  depth: str = "num_hidden_layers"
+  prefixes: tuple[str, ...] = ("",)
+  ignored: tuple[str, ...] = ()
+  tied: bool = False
+  headless: bool = False
+
+
+@functools.cache
+def foreign() -> dict[str, Foreign]:
+  """By the word in `config.json`, how an architecture is kept."""
+  from lmcompress.io import architectures
+
+  return {word: kind for kind in architectures.ALL for word in kind.model_types}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -57,3 +59,27 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = raw(self, "scale", nn.initializers.ones, (x.shape[-1],))
     return ops.rms_norm(x, scale, self.epsilon)
+
+
+class LayerNorm(nn.Module):
+  """`(x - mean) / deviation * scale + bias` in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = raw(self, "scale", nn.initializers.ones, (x.shape[-1],))
+    bias = raw(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+    return (normal * scale + bias).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""What stands between two linears, by name (GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415)."""

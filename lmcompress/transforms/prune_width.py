@@ -15,7 +15,7 @@ from lmcompress import tree
 from lmcompress.arrays import parts
 from lmcompress.transforms.combine import chain, require_dense
 from lmcompress.transforms.prune_entries import compensated
-from lmcompress.transforms.structure import norm_axis, remaining, with_values
+from lmcompress.transforms.structure import remaining, stream_norms, with_values
 from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
 
@@ -52,6 +52,9 @@ def prune_width(
       raise WeightError(f"prune_width narrows the whole model; {min(left)} is not selected, leave the pattern out")
     for path, leaf in tree.weights(params).items():
       require_dense("prune_width", path, leaf)
+    for path in tree.flatten(params):
+      if path.endswith("/scale") and tree.get(params, path.replace("/scale", "/bias")) is not None:
+        raise WeightError(f"prune_width at {path}: this norm subtracts a mean, which a narrower stream would move")
     return {}
 
   def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
@@ -105,7 +108,8 @@ def _keep(
   if not state:
     raise WeightError("prune_width: no norm feeds a stage of the model; its structure does not tell what to narrow")
   score = np.mean([energy.read for energy in state.values()], axis=0)
-  last = [path for path in tree.flatten(params) if path.endswith("/scale") and path.removesuffix("/scale") not in state]
+  scales = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("/scale")}
+  last = [path for path, x in scales.items() if path.removesuffix("/scale") not in state and x.size == score.size]
   table = params["head"]["table"] if "head" in params else params["embed"]["table"]
   gain = np.square(np.asarray(tree.get(params, last[0]), np.float64)) if len(last) == 1 else 1.0
   head = list(state.values())[-1].normal * gain * np.asarray(_square_rows(parts.materialize(table).T), np.float64)
@@ -146,11 +150,11 @@ def _narrow(state: Mapping[str, Energy], keep: Keep) -> Transform:
   def apply(params: Params, planned: State, evidence: Evidence) -> tuple[Params, State]:
     model, n = evidence.structure, next(iter(state.values())).read.size
     shares = {path: float(energy.normal[planned].sum()) for path, energy in state.items()}
-    params = remaining(model, params, norm_axis("prune_width", model, params), planned)
-    for path in (path for path in tree.flatten(params) if path.endswith("/scale")):
-      share = shares.get(path.removesuffix("/scale"), list(shares.values())[-1])
-      scale = tree.get(params, path)
-      params = tree.put(params, path, (scale * math.sqrt(share * n / len(planned))).astype(scale.dtype))
+    axis, norms = stream_norms("prune_width", model, params)
+    params = remaining(model, params, axis, planned)
+    for path in norms:
+      share, scale = shares.get(path, list(shares.values())[-1]), tree.get(params, f"{path}/scale")
+      params = tree.put(params, f"{path}/scale", (scale * math.sqrt(share * n / len(planned))).astype(scale.dtype))
     return params, planned
 
   return Transform(lambda params, selected=None: keep(params), apply, scope="model", name="prune_width")

@@ -13,7 +13,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray
 from lmcompress.ops.hadamard import random_rotation
 from lmcompress.transforms.combine import path_key, require_dense
-from lmcompress.transforms.structure import norm_axis, places
+from lmcompress.transforms.structure import places, stream_norms
 from lmcompress.types import Evidence, Params, Stage, State, Transform, WeightError
 
 _TOLERANCE = 1e-3
@@ -74,8 +74,7 @@ def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
   Raises:
     WeightError: a norm has a bias, or feeds no stage.
   """
-  hidden = norm_axis("rotate", model, params)
-  norms = [path.rpartition("/")[0] for path in tree.flatten(params) if path.endswith("/scale")]
+  hidden, norms = stream_norms("rotate", model, params)
   blocks = model.blocks(params)
   feeds = {
     f"{block.path}/{stage.source}": [f"{block.path}/{linear}/kernel" for linear in stage.linears]

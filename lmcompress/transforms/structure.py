@@ -143,16 +143,18 @@ def require_removable(name: str, params: Params, found: list[Place]) -> None:
     require_dense(name, path, tree.get(params, path))
 
 
-def norm_axis(name: str, model: Any, params: Params) -> str:
-  """The axis that the scales of all norms lie on: the hidden stream.
+def stream_norms(name: str, model: Any, params: Params) -> tuple[str, list[str]]:
+  """The axis of the hidden stream, and the norms over it; norms within blocks' own axes, as of queries, are not.
 
   Raises:
-    WeightError: there are none, or several.
+    WeightError: there are none, or they lie on several axes.
   """
-  names = {tree.axes_of(model.axes, path)[-1] for path in tree.flatten(params) if path.endswith("/scale")}
-  if len(names) != 1:
-    raise WeightError(f"{name}: norms lie on axes {sorted(map(str, names))}; exactly one is needed")
-  return names.pop()
+  fixed = _global_axes(model, params)
+  norms = {path: tree.axes_of(model.axes, path)[-1] for path in tree.flatten(params) if path.endswith("/scale")}
+  norms = {path.removesuffix("/scale"): axis for path, axis in norms.items() if axis in fixed}
+  if len(set(norms.values())) != 1:
+    raise WeightError(f"{name}: norms lie on axes {sorted(map(str, set(norms.values())))}; exactly one is needed")
+  return next(iter(norms.values())), list(norms)
 
 
 def with_values(leaf: Any, values: jax.Array) -> Any:

@@ -119,12 +119,12 @@ def test_a_folder_that_is_no_store_is_left_alone(tmp_path):
 @pytest.fixture(scope="module")
 def folder(params, tmp_path_factory):
   """A Hugging Face folder in two shards, as bfloat16."""
-  from lmcompress.io import names
+  from lmcompress.io.architectures.llama import NAMES
 
   folder = tmp_path_factory.mktemp("hf")
   leaves = tree.flatten(params)
   theirs = {}
-  for name in names.LLAMA:
+  for name in NAMES:
     for i in range(2):
       path = name.path.format(i=i)
       if path in leaves:

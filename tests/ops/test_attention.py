@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,8 +174,8 @@ def refused(q, k, v, view, buffers, head=32):
 def test_malformed_operands_are_refused():
   q, k, v, view = case(8, 1, 2, 1, 2, 32, 8, 4)
   good = empty("float32", 1, 1, 8, 32).buffers
-  refused(q, k, v, view._replace(slot=7), good)  # past the end
-  refused(q, k, v, view._replace(slot=-1), good)
+  refused(q, k, v, dataclasses.replace(view, slot=7), good)  # past the end
+  refused(q, k, v, dataclasses.replace(view, slot=-1), good)
   refused(q, k, v, view, ())  # slots without a cache
   refused(q, k, v, view, good[:1])
   refused(q, k, v, view, tuple(x[..., :16] for x in good))
@@ -181,7 +183,7 @@ def test_malformed_operands_are_refused():
   refused(q, k, v, view, empty("int8", 1, 1, 8, 32).buffers[:2])  # codes without scales
   refused(q, k, v, view, (*good, *good))
   window = empty_windowed(1, 1, 32, 32).buffers
-  wide = view._replace(real=jnp.zeros((1, 32), bool))
+  wide = dataclasses.replace(view, real=jnp.zeros((1, 32), bool))
   refused(q, k, v, wide, (*window[:5], window[5][:, :, :64]))
   refused(q, k, v, wide, (window[0], window[1], window[2][..., :16], *window[3:]))
   refused(q, k, v, wide, (*window[:2], window[2].astype(jnp.float32), *window[3:]))
@@ -189,8 +191,8 @@ def test_malformed_operands_are_refused():
   refused(q, k, v[:, :1], view, good)
   refused(q[..., :48], k, v, view, good)
   refused(q, k, v, view, good, head=24)
-  refused(q, k, v, view._replace(cos=view.cos[..., :8]), good)
-  refused(q, k, v, view._replace(real=view.real.astype(jnp.int32)), good)
+  refused(q, k, v, dataclasses.replace(view, cos=view.cos[..., :8]), good)
+  refused(q, k, v, dataclasses.replace(view, real=view.real.astype(jnp.int32)), good)
 
 
 def read_in(pieces, q, k, v, view, head, cache):
@@ -264,6 +266,6 @@ def test_a_windowed_cache_takes_back():
   close(ops.attention(*one, now, 32, longer.rollback(200, 220))[0], want, 1e-5)
   back = ops.attention(*one, now, 32, far.rollback(200, 300))[0]
   assert 0 < float(jnp.max(jnp.abs(back - want))) < 0.15
-  padded = view._replace(real=view.real & (jnp.arange(320) < 200))
+  padded = dataclasses.replace(view, real=view.real & (jnp.arange(320) < 200))
   pads = read((300,), q, k, v, padded, 32, empty_windowed(1, 1, 320, 32))[1]
   close(ops.attention(*one, now, 32, pads.rollback(200, 200))[0], want, 1e-5)

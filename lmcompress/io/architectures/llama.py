@@ -1,0 +1,176 @@
+"""Llama, Mistral, Qwen2 and Qwen3 in Hugging Face folders and in GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmcompress.io.names import Foreign, Name, integer, layer_names, number
+from lmcompress.models import Llama, LlamaConfig, Rope
+from lmcompress.types import FormatError, Params
+
+NAMES = (
+  Name("embed/table", "model.embed_tokens.weight", "token_embd.weight"),
+  Name("layers/{i}/attn_norm/scale", "model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight"),
+  *layer_names(
+    ("layers/{i}/attn/q", "model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+    ("layers/{i}/attn/k", "model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+    ("layers/{i}/attn/v", "model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+    ("layers/{i}/attn/o", "model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
+  ),
+  Name("layers/{i}/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight"),
+  *layer_names(
+    *((f"layers/{{i}}/mlp/{part}", f"model.layers.{{i}}.mlp.{part}_proj", f"blk.{{i}}.ffn_{part}")
+      for part in ("gate", "up", "down"))
+  ),
+  Name("final_norm/scale", "model.norm.weight", "output_norm.weight"),
+  Name("head/table", "lm_head.weight", "output.weight", True),
+)  # fmt: skip
+
+NORMED = (
+  *NAMES,
+  *(Name(f"layers/{{i}}/attn/{x}_norm/scale", f"model.layers.{{i}}.self_attn.{x}_norm.weight",
+         f"blk.{{i}}.attn_{x}_norm.weight") for x in "qk"),
+)  # fmt: skip
+"""With the norms of queries and keys (Qwen3)."""
+
+
+def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
+  return NORMED if config.get("model_type") == "qwen3" else NAMES
+
+
+def read(config: Mapping[str, Any], where: Any) -> Llama:
+  """The model of a `config.json`.
+
+  Raises:
+    FormatError: names the setting that is wrong or not known here.
+  """
+  if config.get("hidden_act", "silu") != "silu":
+    raise FormatError(f"{where}: hidden_act {config['hidden_act']!r} is not known here; Llama uses 'silu'")
+  head_dim = config.get("head_dim") or integer(config, "hidden_size", where) // integer(
+    config, "num_attention_heads", where
+  )
+  if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
+    raise FormatError(f"{where}: head_dim is {head_dim!r}; an even integer is needed")
+  max_length = integer(config, "max_position_embeddings", where, 2048)
+  window, full = windows(config, where)
+  return Llama(
+    LlamaConfig(
+      head_dim=head_dim,
+      rope=read_rope(config, where, max_length),
+      rms_epsilon=number(config, "rms_norm_eps", 1e-6, where),
+      max_length=max_length,
+      window=window,
+      full_layers=full,
+    )
+  )
+
+
+def windows(config: Mapping[str, Any], where: Any) -> tuple[int | None, tuple[int, ...]]:
+  """The window, and the layers that see all in spite of it."""
+  kind = config.get("model_type")
+  width = config.get("sliding_window")
+  if kind == "llama" or width is None or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window", False)):
+    return None, ()
+  width, layers = integer(config, "sliding_window", where), integer(config, "num_hidden_layers", where)
+  types = config.get("layer_types")
+  if isinstance(types, list) and len(types) == layers:
+    return width, tuple(i for i, word in enumerate(types) if word == "full_attention")
+  if kind in ("qwen2", "qwen3"):
+    return width, tuple(range(min(layers, int(config.get("max_window_layers") or 0))))
+  return width, ()
+
+
+def write(model: Llama, params: Params) -> dict[str, Any]:
+  """The `config.json` of a model."""
+  c, layers = model.config, params["layers"]
+  first = layers[min(layers, key=int)]
+  attention, mlp = first["attn"], first["mlp"]
+  biases = {part for part in "qkvo" if "bias" in attention[part]}
+  kind = "qwen3" if "q_norm" in attention else "qwen2" if biases == set("qkv") else "llama"
+  if kind == "llama" and c.window is not None:
+    kind = "mistral"
+  vocab, embed = params["embed"]["table"].shape
+  heads = attention["q"]["kernel"].shape[-1] // c.head_dim
+  config: dict[str, Any] = {
+    "model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "vocab_size": vocab, "hidden_size": embed,
+    "intermediate_size": mlp["up"]["kernel"].shape[-1], "num_hidden_layers": len(layers), "num_attention_heads": heads,
+    "num_key_value_heads": attention["k"]["kernel"].shape[-1] // c.head_dim, "head_dim": c.head_dim,
+    "hidden_act": "silu", "rms_norm_eps": c.rms_epsilon, "max_position_embeddings": c.max_length,
+    "attention_bias": biases == set("qkvo"), "mlp_bias": "bias" in mlp["up"],
+    "tie_word_embeddings": "head" not in params, **write_rope(c.rope),
+  }  # fmt: skip
+  if c.window is not None:
+    kinds = ["full_attention" if i in c.full_layers else "sliding_attention" for i in range(len(layers))]
+    config |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": kinds}
+    config |= {"max_window_layers": min((i for i, k in enumerate(kinds) if k != "full_attention"), default=0)}
+  return config
+
+
+def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
+  """Both spellings: `rope_parameters` (with the base inside), and `rope_theta` beside `rope_scaling`."""
+  scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+  if not isinstance(scaling, Mapping):
+    raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
+  theta = number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  original = (
+    scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
+  )
+  if type(original) is not int or original < 1:
+    raise FormatError(f"{where}: original_max_position_embeddings is {original!r}; a positive integer is needed")
+  if kind == "default":
+    return Rope(theta)
+  factor = number(scaling, "factor", 1.0, where)
+  if kind == "linear":
+    return Rope(theta, kind, factor)
+  if kind == "dynamic":
+    return Rope(theta, kind, factor, original)
+  if kind == "llama3":
+    return Rope(
+      theta,
+      kind,
+      factor,
+      original,
+      number(scaling, "low_freq_factor", 1.0, where),
+      number(scaling, "high_freq_factor", 4.0, where),
+    )
+  if kind == "yarn":
+    return Rope(
+      theta,
+      kind,
+      factor,
+      original,
+      number(scaling, "beta_slow", 1.0, where),
+      number(scaling, "beta_fast", 32.0, where),
+      None if scaling.get("attention_factor") is None else number(scaling, "attention_factor", 1.0, where),
+      bool(scaling.get("truncate", True)),
+    )
+  raise FormatError(f"{where}: rope type {kind!r} is not known here; known are default, linear, dynamic, llama3, yarn")
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+  """Both spellings of a rope.
+
+  Raises:
+    FormatError: its frequencies have factors that only GGUF says.
+  """
+  if rope.factors:
+    raise FormatError("rope: its frequencies have factors of their own, which config.json cannot say")
+  told: dict[str, Any] = {"rope_type": rope.kind}
+  if rope.kind != "default":
+    told["factor"] = rope.factor
+  if rope.kind in ("dynamic", "llama3", "yarn"):
+    told["original_max_position_embeddings"] = rope.original_length
+  if rope.kind == "llama3":
+    told |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
+  if rope.kind == "yarn":
+    told |= {"beta_slow": rope.low, "beta_fast": rope.high, "truncate": rope.truncate}
+    told |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
+  scaling = {"rope_scaling": told} if rope.kind != "default" else {}
+  return {"rope_theta": rope.theta, **scaling, "rope_parameters": {**told, "rope_theta": rope.theta}}
+
+
+FOREIGN = Foreign(
+  Llama, ("llama", "mistral", "qwen2", "qwen3"), _names, read, write, ignored=(r".*\.rotary_emb\.inv_freq",)
+)

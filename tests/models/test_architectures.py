@@ -1,0 +1,112 @@
+"""Every architecture against transformers: logits of random small models, and folders that it reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lmcompress import tree
+from lmcompress.io.huggingface import load_folder, save_folder
+from lmcompress.models import ARCHITECTURES
+from lmcompress.types import Model
+
+LLAMA = {
+  "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+  "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": None,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A class of transformers with a config of its own, of odd sizes where it takes them."""
+
+  net: str
+  config: dict[str, Any]
+
+  def build(self) -> Any:
+    torch.manual_seed(0)
+    cls = getattr(transformers, self.net)
+    net = cls._from_config(cls.config_class(**self.config), attn_implementation="eager").eval()
+    with torch.no_grad():
+      for name, parameter in net.named_parameters():
+        if name.endswith("bias") or "norm" in name.lower() or "ln_" in name:
+          parameter += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+CASES = {
+  "mistral": Case("MistralForCausalLM", {**LLAMA, "sliding_window": 7}),
+  "mistral without a window": Case("MistralForCausalLM", {**LLAMA, "sliding_window": None, "head_dim": 16}),
+  "qwen2": Case("Qwen2ForCausalLM", LLAMA),
+  "qwen2 with a window": Case(
+    "Qwen2ForCausalLM", {**LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+  ),
+  "qwen3": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 10}),
+  "qwen3 tied": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+}
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 30)).astype(np.int32)
+
+
+def expected(net: Any) -> np.ndarray:
+  with torch.no_grad():
+    return net(torch.tensor(TOKENS).long()).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(request, tmp_path_factory):
+  """`(net, model, params)` of a case."""
+  net = CASES[request.param].build()
+  folder = tmp_path_factory.mktemp("model")
+  net.save_pretrained(folder)
+  return net, *load_folder(folder)[:2]
+
+
+def test_output_equals_transformers(loaded):
+  """Float32 against float32; 1e-4 leaves room for another order of summation."""
+  net, model, params = loaded
+  wanted = expected(net)
+  assert np.abs(wanted).max() > 0.5
+  np.testing.assert_allclose(np.asarray(model.apply(params, TOKENS)), wanted, atol=1e-4)
+
+
+def test_a_saved_folder_loads_in_transformers(loaded, tmp_path):
+  net, model, params = loaded
+  save_folder(model, params, tmp_path / "out")
+  again = type(net).from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+  np.testing.assert_allclose(expected(again), expected(net), atol=1e-5)
+  back, tree_, _ = load_folder(tmp_path / "out")
+  assert back.config == model.config
+  for path, leaf in tree.flatten(params).items():
+    np.testing.assert_array_equal(leaf, tree.get(tree_, path))
+
+
+def test_blocks_publish_all_that_they_hold(loaded):
+  """Each kernel of a block is in one stage, whose tap has its inputs; each leaf has its axes."""
+  _, model, params = loaded
+  assert isinstance(model, Model)
+  carry = model.start(params, TOKENS)
+  for block in model.blocks(params):
+    carry, taps = model.run(block, params, carry, tuple(stage.name for stage in block.stages))
+    staged = [f"{block.path}/{linear}/kernel" for stage in block.stages for linear in stage.linears]
+    held = [path for path in tree.weights(params) if path.startswith(f"{block.path}/")]
+    assert sorted(staged) == sorted(held)
+    for stage in block.stages:
+      for linear in stage.linears:
+        assert taps[stage.name].shape[-1] == tree.get(params, f"{block.path}/{linear}/kernel").shape[-2]
+  for path, leaf in tree.flatten(params).items():
+    found = [names for pattern, names in model.axes.items() if tree.matches(pattern, path)]
+    assert len(found) == 1 and len(found[0]) == leaf.ndim, path
+  made = jax.eval_shape(lambda: model.finish(params, carry))
+  assert jax.tree.leaves(made)[0].shape[:2] == TOKENS.shape
+
+
+def test_every_architecture_is_here():
+  nets = {case.net for case in CASES.values()}
+  for name in ARCHITECTURES:
+    assert any(net.lower().startswith(name) for net in nets) or name == "llama", name
