@@ -501,8 +501,9 @@ def _typed(cls: Any, fields: Mapping[str, Any], where: Path) -> Any:
     except (KeyError, pydantic.ValidationError):
       raise FormatError(f"{where}: {cls.__name__} takes no {name}={str(value)[:80]!r}") from None
   made = cls(**fields)
-  if getattr(made, "kind", "default") not in ("default", "linear", "dynamic", "llama3", "yarn"):
+  if isinstance(made, Rope) and made.kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
     raise FormatError(f"{where}: rope {made.kind!r} is unknown")
-  if getattr(made, "head_dim", 2) < 2 or getattr(made, "head_dim", 2) % 2 or getattr(made, "max_length", 1) < 1:
+  odd = getattr(made, "head_dim", 2) % 2 and hasattr(made, "rope")
+  if getattr(made, "head_dim", 1) < 1 or odd or getattr(made, "max_length", 1) < 1:
     raise FormatError(f"{where}: head_dim or max_length out of range")
   return made

@@ -94,19 +94,22 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     raise FormatError(f"{folder}: has files already; name an empty or a new folder")
   params = _closed_up(params)
   config = kind.write(model, params)
+  kind = names.foreign()[config["model_type"]]
   depth, dense = len(params["layers"]), tree.flatten(params)
   parts: dict[str, dict[int, tuple[names.Name, Any]]] = {}
   for name in kind.names(config):
     for i in range(depth) if "{i}" in name.path else (0,):
       leaf = dense.pop(name.path.format(i=i), None)
       if leaf is not None:
-        parts.setdefault(kind.prefixes[0] + name.hf.format(i=i), {})[name.part[0]] = (name, leaf)
+        theirs = ("" if name.outside else kind.prefixes[0]) + name.hf.format(i=i)
+        parts.setdefault(theirs, {})[name.part[0]] = (name, leaf)
   if dense:
     raise FormatError(f"{min(dense)} has no place in the folder of a {config['model_type']}")
   tensors = {}
   for theirs, found in parts.items():
     arrays = [name.write(_dense(leaf)) for _, (name, leaf) in sorted(found.items())]
-    tensors[theirs] = np.concatenate(arrays, axis=found[0][0].outputs) if len(arrays) > 1 else arrays[0]
+    axis = 0 if arrays[0].ndim == 1 else found[0][0].outputs
+    tensors[theirs] = np.concatenate(arrays, axis=axis) if len(arrays) > 1 else arrays[0]
   folder.mkdir(parents=True, exist_ok=True)
   save_file(tensors, folder / "model.safetensors", {"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

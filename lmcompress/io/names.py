@@ -26,6 +26,7 @@ class Name:
     optional: whether a checkpoint may lack it.
     part: `(i, n)` where n parameters share one foreign tensor: this is the i-th of n equal parts of its outputs.
     turned: whether a foreign kernel is `[out, in]`, as a linear of torch; a Conv1D of GPT-2 is not.
+    outside: whether it lies beside what a folder's prefix names, as a head does.
     offset: what is added when it is read: a scale that is kept as its distance from 1.
   """
 
@@ -35,6 +36,7 @@ class Name:
   optional: bool = False
   part: tuple[int, int] = (0, 1)
   turned: bool = True
+  outside: bool = False
   offset: float = 0.0
 
   def read(self, array: np.ndarray) -> jax.Array:
@@ -105,13 +107,14 @@ def plan(
   available, mapping = set(found), {}
   for name in names:
     for i in range(layers) if "{i}" in name.path else (0,):
-      theirs = getattr(name, field).format(i=i)
-      there = next((prefix + theirs for prefix in prefixes if prefix + theirs in available), None)
+      bare = getattr(name, field).format(i=i)
+      called = [bare] if name.outside else [prefix + bare for prefix in prefixes]
+      there = next((theirs for theirs in called if theirs in available), None)
       if there is not None:
         mapping[name.path.format(i=i)] = (name, there)
       elif not name.optional:
         raise FormatError(
-          f"{where}: the tensor {prefixes[0] + theirs!r} is missing "
+          f"{where}: the tensor {called[0]!r} is missing "
           f"({len(available)} tensors, {layers} layers expected)"
         )
   left = sorted(available - {tensor for _, tensor in mapping.values()})
@@ -194,15 +197,16 @@ def _flat(part: Any) -> tuple[str, ...]:
   return part if isinstance(part, tuple) else (part,)
 
 
-def integer(config: Mapping[str, Any], key: str, where: Any, default: int | None = None) -> int:
-  """A positive integer of a foreign config.
+def integer(config: Mapping[str, Any], key: str, where: Any, default: int | None = None, least: int = 1) -> int:
+  """An integer of a foreign config, positive or at least `least`.
 
   Raises:
     FormatError: it is none.
   """
   value = config.get(key, default)
-  if type(value) is not int or not 0 < value < 2**31:
-    raise FormatError(f"{where}: {key} is {value!r}; a positive integer is needed")
+  if type(value) is not int or not least <= value < 2**31:
+    wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    raise FormatError(f"{where}: {key} is {value!r}; {wanted} is needed")
   return value
 
 

@@ -1,9 +1,24 @@
 """Pure Flax models, an architecture per file."""
 
+from lmcompress.models.bert import Bert, BertConfig, BertSizes, Encoded
+from lmcompress.models.gpt2 import GPT2, GPT2Config, GPT2Sizes
 from lmcompress.models.llama import Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.rope import Rope
 
-ARCHITECTURES = {"llama": (Llama, LlamaConfig)}
+ARCHITECTURES = {"llama": (Llama, LlamaConfig), "gpt2": (GPT2, GPT2Config), "bert": (Bert, BertConfig)}
 """Model class and config class by the architecture's name; a new model adds itself here."""
 
-__all__ = ["ARCHITECTURES", "Llama", "LlamaConfig", "LlamaSizes", "Rope"]
+__all__ = [
+  "ARCHITECTURES",
+  "GPT2",
+  "Bert",
+  "BertConfig",
+  "BertSizes",
+  "Encoded",
+  "GPT2Config",
+  "GPT2Sizes",
+  "Llama",
+  "LlamaConfig",
+  "LlamaSizes",
+  "Rope",
+]

@@ -13,13 +13,21 @@ import transformers
 
 from lmcompress import tree
 from lmcompress.io.huggingface import load_folder, save_folder
-from lmcompress.models import ARCHITECTURES
+from lmcompress.models import ARCHITECTURES, Encoded
 from lmcompress.types import Model
 
 LLAMA = {
   "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
   "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": None,
 }  # fmt: skip
+GPT2 = {"vocab_size": 97, "n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 70, "n_positions": 64,
+        "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+BERT = {
+  "vocab_size": 97, "hidden_size": 42, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+  "max_position_embeddings": 64, "type_vocab_size": 2, "initializer_range": 0.3,
+}  # fmt: skip
+DISTILBERT = {"vocab_size": 97, "dim": 42, "hidden_dim": 70, "n_layers": 3, "n_heads": 6, "max_position_embeddings": 64,
+              "initializer_range": 0.3}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +57,31 @@ CASES = {
   ),
   "qwen3": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 10}),
   "qwen3 tied": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+  "gpt2 odd heads": Case("GPT2LMHeadModel", GPT2),
+  "gpt2 relu untied": Case(
+    "GPT2LMHeadModel", {**GPT2, "n_embd": 48, "activation_function": "relu", "tie_word_embeddings": False}
+  ),
+  "bert": Case("BertModel", BERT),
+  "bert masked": Case("BertForMaskedLM", {**BERT, "hidden_act": "relu"}),
+  "roberta": Case("RobertaForMaskedLM", {**BERT, "pad_token_id": 1, "hidden_size": 48}),
+  "roberta untied": Case("RobertaForMaskedLM", {**BERT, "pad_token_id": 0, "tie_word_embeddings": False}),
+  "distilbert": Case("DistilBertModel", DISTILBERT),
+  "distilbert masked": Case("DistilBertForMaskedLM", DISTILBERT),
 }
-TOKENS = np.random.default_rng(0).integers(0, 97, (2, 30)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(2, 97, (2, 30)).astype(np.int32)
 
 
 def expected(net: Any) -> np.ndarray:
   with torch.no_grad():
-    return net(torch.tensor(TOKENS).long()).logits.numpy()
+    given = net(torch.tensor(TOKENS).long())
+    return (given.logits if hasattr(given, "logits") else given.last_hidden_state).numpy()
+
+
+def output(model: Any, params: Any) -> np.ndarray:
+  given = model.apply(params, TOKENS)
+  if isinstance(given, Encoded):
+    given = given.hidden if given.logits is None else given.logits
+  return np.asarray(given)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -72,7 +98,7 @@ def test_output_equals_transformers(loaded):
   net, model, params = loaded
   wanted = expected(net)
   assert np.abs(wanted).max() > 0.5
-  np.testing.assert_allclose(np.asarray(model.apply(params, TOKENS)), wanted, atol=1e-4)
+  np.testing.assert_allclose(output(model, params), wanted, atol=1e-4)
 
 
 def test_a_saved_folder_loads_in_transformers(loaded, tmp_path):
