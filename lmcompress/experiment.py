@@ -98,6 +98,11 @@ def run(
   stages = [Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
+  if not getattr(model, "causal", True):
+    raise ConfigError(
+      f"{config.model} is an encoder: it predicts no next token, so a run has nothing to score; compare vectors of "
+      "sentences by experiments/sentences.py"
+    )
   b, most = config.bench, model.config.max_length
   decodes = b.rounds > 0 or (profile and config.train is None)
   for what, length in (
@@ -382,6 +387,7 @@ def _stage_row(
     "perplexity": {text: s["perplexity"] for text, s in summaries.items()},
     "kl": {text: s["kl"] for text, s in summaries.items()},
     "top1": {text: s["top1"] for text, s in summaries.items()},
+    "accuracy": {text: s["accuracy"] for text, s in summaries.items()},
     "tokens_per_s": speed,
     "backend": kernels(ready),
     "seconds": stage.seconds,

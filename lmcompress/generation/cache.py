@@ -131,7 +131,8 @@ def init_cache(model: Any, params: Any, batch: int, slots: int, dtype: Any = jnp
   """An empty cache for `batch` sequences of up to `slots` tokens.
 
   Args:
-    dtype: float32, bfloat16, int8 (`LayerCache`) or "int4" (`WindowedCache`, slots rounded up to whole groups).
+    dtype: of keys and values: float32, bfloat16, int8 (`LayerCache`) or "int4" (`WindowedCache`, slots rounded up to
+      whole groups); a recurrent model's state is float32 always.
 
   Raises:
     ValueError: the dtype is none of these, or a head is odd and cannot hold two codes a byte.
@@ -148,5 +149,8 @@ def init_cache(model: Any, params: Any, batch: int, slots: int, dtype: Any = jnp
     codes = [jnp.zeros((batch, kv, slots, head), name) for _ in range(2)]
     return LayerCache(*codes, *(jnp.zeros((batch, kv, slots, 1), jnp.float32) for _ in range(2) if name == "int8"))
 
-  layers = {path: layer(kv, head) for path, (kv, head) in model.cache_shapes(params).items()}
+  if hasattr(model, "states"):  # a recurrent model remembers the same whatever it has read
+    layers = model.states(params, batch)
+  else:
+    layers = {path: layer(kv, head) for path, (kv, head) in model.cache_shapes(params).items()}
   return KVCache(layers, jnp.zeros((batch, slots), bool), jnp.int32(0))

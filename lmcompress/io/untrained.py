@@ -11,33 +11,93 @@ import pydantic
 from lmcompress.data.text import load_text
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io.yaml_text import parse
-from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.models import (
+  GPT2,
+  LSTM,
+  LSTM_DEPTH,
+  GPT2Config,
+  GPT2Sizes,
+  Llama,
+  LlamaConfig,
+  LlamaSizes,
+  LSTMConfig,
+  LSTMSizes,
+)
 from lmcompress.types import ConfigError, Params
 
 
-class Untrained(pydantic.BaseModel):
-  """Keys of the file; the widths are as of `models.LlamaSizes`, and the vocabulary is learned from `text`."""
+class _Untrained(pydantic.BaseModel):
+  """What every architecture's file says; the vocabulary is learned from `text`."""
 
   model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
-  architecture: Literal["llama"] = "llama"
   seed: int = pydantic.Field(0, ge=0, lt=2**32)
   text: str
   vocab: int = pydantic.Field(4096, ge=257, le=1 << 20)
   embed: int = pydantic.Field(256, ge=1)
-  mlp: int = pydantic.Field(768, ge=1)
   layers: int = pydantic.Field(4, ge=1)
+  max_length: int = pydantic.Field(1024, ge=2)
+
+
+class UntrainedLlama(_Untrained):
+  """A Llama; the widths are as of `models.LlamaSizes`."""
+
+  architecture: Literal["llama"] = "llama"
+  mlp: int = pydantic.Field(768, ge=1)
   heads: int = pydantic.Field(4, ge=1)
   kv_heads: int = pydantic.Field(2, ge=1)
   head_dim: int = pydantic.Field(64, ge=2, multiple_of=2)
-  max_length: int = pydantic.Field(1024, ge=2)
   tied: bool = True
 
   @pydantic.model_validator(mode="after")
-  def _fits(self) -> Untrained:
+  def _fits(self) -> UntrainedLlama:
     if self.heads % self.kv_heads:
       raise ValueError(f"{self.heads} heads over {self.kv_heads} kv_heads: a whole number of them shares one")
     return self
+
+  def model(self) -> Any:
+    """The model, with its sizes."""
+    widths = self.model_dump(include={"vocab", "embed", "mlp", "layers", "heads", "kv_heads", "tied"})
+    return Llama(LlamaConfig(head_dim=self.head_dim, max_length=self.max_length), LlamaSizes(**widths))
+
+
+class UntrainedGPT2(_Untrained):
+  """A GPT-2; the widths are as of `models.GPT2Sizes`, and heads divide `embed`."""
+
+  architecture: Literal["gpt2"]
+  mlp: int = pydantic.Field(1024, ge=1)
+  heads: int = pydantic.Field(4, ge=1)
+  tied: bool = True
+
+  @pydantic.model_validator(mode="after")
+  def _fits(self) -> UntrainedGPT2:
+    if self.embed % self.heads:
+      raise ValueError(f"embed {self.embed} over {self.heads} heads: each has a whole number of entries")
+    return self
+
+  def model(self) -> Any:
+    """The model, with its sizes."""
+    widths = self.model_dump(include={"vocab", "embed", "mlp", "layers", "heads", "tied"})
+    config = GPT2Config(head_dim=self.embed // self.heads, max_length=self.max_length)
+    return GPT2(config, GPT2Sizes(**widths))
+
+
+class UntrainedLSTM(_Untrained):
+  """An LSTM; the widths are as of `models.LSTMSizes`, whose defaults have 4,178,704 parameters."""
+
+  architecture: Literal["lstm"]
+  vocab: int = pydantic.Field(10000, ge=257, le=1 << 20)
+  units: int = pydantic.Field(128, ge=1)
+  layers: int = pydantic.Field(2, ge=1, le=LSTM_DEPTH)
+
+  def model(self) -> Any:
+    """The model, with its sizes."""
+    widths = self.model_dump(include={"vocab", "embed", "units", "layers"})
+    return LSTM(LSTMConfig(max_length=self.max_length), LSTMSizes(**widths))
+
+
+UNTRAINED = {"llama": UntrainedLlama, "gpt2": UntrainedGPT2, "lstm": UntrainedLSTM}
+"""The keys of a file by its architecture."""
 
 
 def load_untrained(path: Path) -> tuple[Any, Params, Any]:
@@ -49,8 +109,13 @@ def load_untrained(path: Path) -> tuple[Any, Params, Any]:
   table = parse(path.read_text("utf-8", "replace"), path.name)
   if not isinstance(table, dict):
     raise ConfigError(f"{path.name}: a table of sizes is needed; found {type(table).__name__}")
+  word = table.get("architecture", "llama")
+  kind = UNTRAINED.get(word) if isinstance(word, str) else None
+  if kind is None:
+    raise ConfigError(f"{path.name}: architecture {word!r} is none that can be trained from a file of sizes; "
+                      f"those are {', '.join(UNTRAINED)}")  # fmt: skip
   try:
-    sizes = Untrained(**table)
+    sizes = kind(**table)
   except pydantic.ValidationError as error:
     from lmcompress.recipe import explain
 
@@ -59,6 +124,5 @@ def load_untrained(path: Path) -> tuple[Any, Params, Any]:
     tokenizer = Tokenizer.from_text(load_text(sizes.text), sizes.vocab)
   except ValueError as error:
     raise ConfigError(f"{path.name}: {error}") from None
-  widths = sizes.model_dump(include={"vocab", "embed", "mlp", "layers", "heads", "kv_heads", "tied"})
-  model = Llama(LlamaConfig(head_dim=sizes.head_dim, max_length=sizes.max_length), LlamaSizes(**widths))
+  model = sizes.model()
   return model, model.init(jax.random.key(sizes.seed)), tokenizer

@@ -74,6 +74,8 @@ class BlockModel:
   Attributes:
     config: what the tree cannot say.
     sizes: what `init` makes; not needed for a tree that is loaded.
+    takes: the inputs of `apply` beside the tokens.
+    causal: whether the output at a token predicts the next.
   """
 
   config: Any
@@ -82,6 +84,7 @@ class BlockModel:
   architecture: ClassVar[str]
   axes: ClassVar[Mapping[str, tuple[Any, ...]]]
   takes: ClassVar[frozenset[str]] = frozenset({"attention_mask", "cache"})
+  causal: ClassVar[bool] = True
 
   def apply(
     self,

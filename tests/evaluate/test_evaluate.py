@@ -72,6 +72,7 @@ def test_kl_and_agreement_equal_float64(tiny, tokens):
   expected = (np.exp(a) * (a - b)).sum(-1).mean()
   assert total["small"].summary()["kl"] == pytest.approx(expected, rel=1e-4)
   assert total["small"].summary()["top1"] == pytest.approx((a.argmax(-1) == b.argmax(-1)).mean())
+  assert total["small"].summary()["accuracy"] == pytest.approx((b.argmax(-1) == tokens[:, 1:]).mean())
   assert total["same"].summary()["kl"] == 0 and total["same"].summary()["top1"] == 1
 
 

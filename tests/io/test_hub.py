@@ -10,7 +10,7 @@ import types
 import pytest
 
 from lmcompress.io import hub
-from lmcompress.io.hub import MODELS, HubFolder, Wheel, fetch_folder, resolve_model
+from lmcompress.io.hub import MODELS, HubFolder, Wheel, WheelFolder, fetch_folder, resolve_model
 from lmcompress.types import SourceError
 
 
@@ -112,7 +112,7 @@ def test_unknown_path_lists_names_and_forms(name):
 def test_entries_are_keyed_by_their_name():
   for name, entry in MODELS.items():
     assert name == entry.name and entry.description and entry.sources
-    assert all(isinstance(source, Wheel | HubFolder) for source in entry.sources)
+    assert all(isinstance(source, Wheel | WheelFolder | HubFolder) for source in entry.sources)
 
 
 def test_import_is_cheap():

@@ -1,0 +1,87 @@
+"""One model compressed in several ways: a run for each variant of a config, all in one table and one plot.
+
+A variant is a run of its own under `results/`, so that a study that was interrupted goes on where it was.
+
+  python experiments/variants.py --config configs/article/lstm_compress.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmcompress.config import load_config, variants_of
+from lmcompress.errors import ConfigError, LmcompressError
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = ("parameters", "bits_per_weight", "bytes_on_disk", "perplexity", "kl", "top1", "accuracy", "tokens_per_s")
+
+
+def study(path: Path, only: list[str], overrides: list[str]) -> dict[str, Any]:
+  """Runs each variant, or takes the result that it left; the first row is the model before."""
+  from lmcompress.environment import device, versions
+  from lmcompress.experiment import run
+
+  config = load_config(path, overrides)
+  if not config.variants:
+    raise ConfigError(f"{path.name}: variants are needed")
+  rows: list[dict[str, Any]] = []
+  for variant in variants_of(config):
+    if only and variant.name not in only:
+      continue
+    print(variant.name, file=sys.stderr, flush=True)
+    result = run(variant, Path("results"), f"experiments/variants.py --only {variant.name}")
+    first, last = result["stages"][0], result["stages"][-1]
+    rows = rows or [{"name": "original", "recipe": [], **{key: first[key] for key in KEPT}}]
+    seconds = sum(stage["seconds"] for stage in result["stages"][1:])
+    methods = [*result["config"]["recipe"], *result["config"]["finish"]]
+    rows.append({"name": variant.name, "recipe": methods, "seconds": seconds, **{key: last[key] for key in KEPT}})
+  return {"format": 1, "name": config.name, "model": config.model, "texts": list(config.evaluate.texts),
+          "versions": versions(), "device": device(), "rows": rows}  # fmt: skip
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+  """Megabytes on disk against perplexity, a point for each variant, one panel a text."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(5 * len(result["texts"]), 4), layout="constrained")
+  for axes, text in zip(figure.subplots(1, len(result["texts"]), squeeze=False)[0], result["texts"], strict=True):
+    for row in result["rows"]:
+      x, y = row["bytes_on_disk"] / 1e6, row["perplexity"][text]
+      axes.plot(x, y, "o", color="black" if row["name"] == "original" else "tab:blue")
+      axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="MB on disk", ylabel="perplexity", title=text, xscale="log")
+  figure.savefig(path)
+
+
+def main() -> int:
+  """Runs the study, writes its result and plot, and prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", type=Path, required=True, help="a config with named `variants`")
+  parser.add_argument("--only", nargs="+", default=[], help="names of variants")
+  parser.add_argument("--out", type=Path, help="result; by default the config's name under experiments/results")
+  parser.add_argument("overrides", nargs="*", help="dotted overrides, e.g. evaluate.windows=4")
+  arguments = parser.parse_args()
+  try:
+    result = study(arguments.config, arguments.only, arguments.overrides)
+  except LmcompressError as error:
+    print(f"variants: {error}", file=sys.stderr)
+    return 2
+  out = arguments.out or RESULTS / f"{result['name']}.json"
+  out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+  plot(result, out.with_suffix(".svg"))
+  print(f"{'variant':<14}{'bits':>6}{'MB':>8}  {'text':<12}{'ppl':>8}{'KL':>8}{'right':>7}{'decode':>8}")
+  for row in result["rows"]:
+    for text in result["texts"]:
+      speed = row["tokens_per_s"].get("decode")
+      print(f"{row['name']:<14}{row['bits_per_weight']:>6.2f}{row['bytes_on_disk'] / 1e6:>8.2f}  {text:<12}"
+            f"{row['perplexity'][text]:>8.2f}{row['kl'][text]:>8.4f}{row['accuracy'][text]:>7.3f}"
+            + ("" if speed is None else f"{speed:>8.0f}"))  # fmt: skip
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
