@@ -8,17 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmcompress.types import Params
+from lmcompress.types import Params, WeightError
 
 
 def require_causal(model: Any, what: str) -> None:
   """Refuses a model whose output at a token does not predict the next, as an encoder's does not.
 
   Raises:
-    ValueError: it is such a model; names `what` was asked of it.
+    WeightError: it is such a model; names `what` was asked of it.
   """
   if not getattr(model, "causal", True):
-    raise ValueError(f"{what}: a {type(model).__name__} sees a whole text at once and predicts no next token")
+    raise WeightError(f"{what}: a {type(model).__name__} sees a whole text at once and predicts no next token")
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, teacher: jax.Array | None = None) -> jax.Array:

@@ -185,10 +185,13 @@ class LSTM(BlockModel):
     """Extents of the axes that join layers; none of them may be narrowed in one place alone."""
     below, known = params["embed"]["table"].shape[-1] if "embed" in params else None, {"gate": 4}
     for i in numbered(params, "layers"):
+      layer = params["layers"][i]
+      shapes = {name: layer[name]["kernel"].shape for name in ("input", "recurrent") if "kernel" in layer.get(name, {})}
+      if below is None and "input" in shapes:
+        below = shapes["input"][-2]
       if below is not None:
         known[f"below_{i}"] = below
-      recurrent = params["layers"][i].get("recurrent", {}).get("kernel")
-      below = None if recurrent is None else recurrent.shape[-2]
+      below = shapes["recurrent"][-2] if "recurrent" in shapes else None
       if below is not None:
         known[f"unit_{i}"] = below
     return known if below is None else {**known, "top": below}

@@ -69,6 +69,8 @@ def prune_entries(
       found = find(axes)
       if len(found) == 1:
         return found[0]
+      if not axes:
+        raise WeightError(f"{name} at {block.path}: it has no axis of its own that could lose entries")
       raise WeightError(f"{name} at {block.path}: axes {sorted(axes)} may be meant; say which, with axis=")
     if axis not in axes:
       raise WeightError(f"{name}(axis={axis!r}) at {block.path}: its own axes are {sorted(axes)}")

@@ -28,7 +28,8 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
   quantized cannot be scaled exactly.
 
   Raises (when applied):
-    WeightError: some but not all linears of a stage are selected, or the linear that feeds them is not.
+    WeightError: some but not all linears of a stage are selected, or the linear that feeds them is not, or nothing that
+      feeds a selected stage can be divided.
   """
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
@@ -46,9 +47,13 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
     for path in here:
       if path not in statistics:
         raise WeightError(f"{name} at {path}: it rescales inputs of blocks' linears; select those, e.g. 'layers/*'")
+    before = params
     for block in evidence.structure.blocks(params) if here else ():
       for stage in block.stages:
         params = _stage(params, block, stage, evidence, set(here))
+    if here and params is before:
+      fed = "norm" if norms_only else "norm or linear"
+      raise WeightError(f"{name} at {here[0]}: no {fed} alone feeds what is selected, so nothing can take its scales")
     return params, state
 
   def _stage(params: Params, block: Block, stage: Stage, evidence: Evidence, here: set[str]) -> Params:

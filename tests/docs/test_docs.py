@@ -255,7 +255,7 @@ def test_yaml_blocks_are_configs(tmp_path, monkeypatch):
 
 def keys_of(value):
   """Every key of a table that is part of the contract: not the texts, paths and stages that are data."""
-  data = {"perplexity", "kl", "top1", "config", "detail", "scores"}
+  data = {"perplexity", "kl", "top1", "accuracy", "config", "detail", "scores"}
   if isinstance(value, list):
     return set().union(*(keys_of(item) for item in value)) if value else set()
   if not isinstance(value, dict):

@@ -1,0 +1,138 @@
+"""Every method on every architecture: it acts, or says by name why not; `docs/architectures.md` holds the table."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lmcompress as lmc
+from lmcompress import tree
+from lmcompress.calibration import compress
+from lmcompress.models import (
+  GPT2,
+  LSTM,
+  Bert,
+  BertConfig,
+  BertSizes,
+  Encoded,
+  GPT2Config,
+  GPT2Sizes,
+  Llama,
+  LlamaConfig,
+  LlamaSizes,
+  LSTMSizes,
+)
+from lmcompress.transforms import METHODS, at, chain
+from lmcompress.types import Evidence, WeightError
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+TOKENS = np.random.default_rng(0).integers(0, 48, (4, 16)).astype(np.int32)
+ARCHITECTURES = {  # each kernel 32 by 32 or by 128, so that functions of one matrix are compiled once for all
+  "Llama": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4, kv_heads=4)),
+  "GPT2": GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
+  "Bert": Bert(BertConfig(head_dim=8, max_length=32), BertSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
+  "LSTM": LSTM(sizes=LSTMSizes(vocab=48, embed=32, units=32, layers=2)),
+}
+GIVEN = {  # what a method is asked here, where it must be asked or its defaults do not fit a matrix this small
+  **{name: {"group_size": 16} for name in
+     ("round_to_nearest", "gptq", "awq", "awq_scale", "any_precision", "fake_quantize")},
+  **{name: {"sparsity": 0.5} for name in ("magnitude", "wanda", "sparse_gpt", "gradient", "sensitivity")},
+  **{name: {"rank": 2} for name in ("lora", "dora", "low_rank_residual")},
+  "hqq": {"group_size": 16}, "mixed_precision": {"bits": 4.5, "candidates": (3, 4, 8), "group_size": 16},
+  "learned_rounding": {"group_size": 16, "steps": 2}, "alps": {"sparsity": 0.5, "iterations": 4},
+  "quantize_activations": {"step": 0.05}, "prune_neurons": {"fraction": 0.25}, "prune_heads": {"count": 1},
+  "prune_width": {"count": 8}, "prune_layers": {"count": 1, "ends": True}, "kmeans": {"clusters": 8},
+  "share": {"values": 16}, "product_quantize": {"atoms": 8, "steps": 2}, "shrink": {"amount": 0.05},
+  "sparse_code": {"atoms": 8, "group_size": 16, "nonzeros": 2, "steps": 2}, "truncated_svd": {"ratio": 0.8},
+  "tie_layers": {"groups": [[0, 1]], "rank": 2}, "prune_gradually": {"end": 10, "interval": 2},
+  "rigl": {"end": 10, "interval": 2},
+}  # fmt: skip
+FIRST = {  # what a method acts on, where that is not a dense tree
+  "low_rank_residual": lambda: lmc.round_to_nearest(3, 16),
+  "merge": lambda: chain(lmc.round_to_nearest(3, 16), lmc.low_rank_residual(2)),
+  "freeze": lambda: lmc.magnitude(0.5),
+  "prune_gradually": lambda: lmc.movement(),
+  "rigl": lambda: lmc.magnitude(0.5),
+}
+WHOLE = (
+  "rotate", "prune_width", "prune_layers", "prune_neurons", "prune_heads", "tie_layers", "share", "merge", "freeze",
+)  # fmt: skip
+"""Methods of the whole model, which a pattern does not narrow."""
+REASONS = {
+  "predicts no next token": "no next token",
+  "subtracts a mean": "layer norm",
+  "no axis of its own": "no such axis",
+  "norms lie on axes []": "no norm",
+  "no norm feeds": "no norm",
+  "alone feeds what is selected": "nothing feeds it",
+}
+"""A word for the table, by what the error says."""
+
+
+@functools.cache
+def params_of(name):
+  return ARCHITECTURES[name].init(jax.random.key(0))
+
+
+def output(model, params):
+  given = model.apply(params, TOKENS[:1])
+  return np.asarray(given.hidden if isinstance(given, Encoded) else given)
+
+
+def form(params):
+  return jax.tree.structure(params), [(x.shape, x.dtype) for x in jax.tree.leaves(params)]
+
+
+@functools.cache
+def outcome(architecture, method):
+  """`yes`, or in a word why the method is refused."""
+  model, params, key = ARCHITECTURES[architecture], params_of(architecture), jax.random.key(0)
+  make = functools.partial(METHODS[method], **GIVEN.get(method, {}))
+  transform = make() if method in WHOLE else at("layers/*", make())
+  first = [at("layers/*", FIRST[method]())] if method in FIRST else []
+  try:
+    if transform.phase == "step":
+      params = compress(model, params, first[0], TOKENS, key)[0] if first else params
+      grads = tree.map_leaves(lambda _, x: jnp.ones(x.shape), params)
+      done, _ = transform.apply(params, transform.init(params), Evidence(step=4, key=key, grads=grads))
+    else:
+      done, _ = compress(model, params, chain(*first, transform), TOKENS, key)
+  except WeightError as error:
+    assert "\n" not in str(error) and (method.split("_")[0] in str(error) or architecture in str(error)), error
+    return next((word for text, word in REASONS.items() if text in str(error)), str(error))
+  assert np.isfinite(output(model, done)).all()
+  assert form(done) != form(params) or any(
+    not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(params), strict=True)
+  ), "nothing was done"
+  return "yes"
+
+
+def table():
+  lines = ["| | " + " | ".join(f"`{name}`" for name in ARCHITECTURES) + " |", "|---" * (len(ARCHITECTURES) + 1) + "|"]
+  lines += [f"| `{m}` | " + " | ".join(outcome(name, m) for name in ARCHITECTURES) + " |" for m in METHODS]
+  return "\n".join(lines)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_acts_or_says_why_not(method):
+  found = {name: outcome(name, method) for name in ARCHITECTURES}
+  assert found["Llama"] == "yes"
+  assert set(found.values()) <= {"yes", *REASONS.values()}, found
+
+
+def test_the_page_holds_the_table():
+  """Written anew with LMCOMPRESS_WRITE_DOCS=1."""
+  text, whole = PAGE.read_text("utf-8"), table()
+  assert "<!-- methods -->\n\n" in text and "\n\n<!-- end of methods -->" in text
+  block = re.compile(r"(<!-- methods -->\n\n).*?(\n\n<!-- end of methods -->)", re.DOTALL)
+  new = block.sub(lambda m: m[1] + whole + m[2], text)
+  if os.environ.get("LMCOMPRESS_WRITE_DOCS"):
+    PAGE.write_text(new, "utf-8")
+  assert new == text or os.environ.get("LMCOMPRESS_WRITE_DOCS")
