@@ -174,12 +174,14 @@ class Stage(NamedTuple):
     source: the norm or linear (relative path) whose output feeds them.
     free: logical axes of the source's output along which any matrix may move from the source to these linears (between
       them lies nothing that would notice, as attention does not within a value's head).
+    mask: the input of the model that says which tokens of the stage's input are real.
   """
 
   name: str
   linears: tuple[str, ...]
   source: str
   free: tuple[str, ...] = ()
+  mask: str = "attention_mask"
 
 
 class Block(NamedTuple):

@@ -74,7 +74,8 @@ def block_by_block(
 
   Args:
     kept: parts that it has are not made again; what is finished goes there, if the link's state does not matter.
-    calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens.
+    calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens,
+      and whatever else the model takes, such as `decoder_input_ids`, a row for each text.
 
   Returns:
     The tree, the link's state at the end, and what was done to each weight.
@@ -97,7 +98,7 @@ def block_by_block(
     found, given = None if kept is None else kept.find(block.path), evidence
     after = None if second is None else _advance(model, block, alike, original, second)
     if whole and after is not None:
-      masks = [jnp.asarray(batch["attention_mask"]) for batch in batches]
+      masks = [jnp.asarray(batch[block.stages[-1].mask]) for batch in batches] if block.stages else []
       given = dataclasses.replace(given, block=BlockEvidence(block.path, _Run(model, alike), stream, after, masks))
     before = {p: leaf for p, leaf in tree.flatten(params).items() if p.startswith(f"{block.path}/")}
     if found is not None:
@@ -213,10 +214,16 @@ def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
     raise WeightError(
       f"calibration's attention mask is {list(tokens.shape)} with real tokens in it; found {list(mask.shape)}"
     )
+  whole = {"tokens": tokens, "attention_mask": mask}
+  for name, other in given.items():
+    if name not in whole and other is not None:
+      whole[name] = np.asarray(other)
+      if whole[name].ndim != 2 or len(whole[name]) != len(tokens):
+        raise WeightError(f"calibration's {name} are a row for each of {len(tokens)} texts; found {whole[name].shape}")
+  if "decoder_input_ids" in whole:
+    whole.setdefault("decoder_attention_mask", np.ones(whole["decoder_input_ids"].shape, bool))
   size = max(1, TOKENS // tokens.shape[1])
-  return [
-    {"tokens": tokens[i : i + size], "attention_mask": mask[i : i + size]} for i in range(0, tokens.shape[0], size)
-  ]
+  return [{name: x[i : i + size] for name, x in whole.items()} for i in range(0, tokens.shape[0], size)]
 
 
 def _block_alone(block: Block, alike: Block, params: Params) -> Params:
@@ -269,8 +276,9 @@ def _collect(
   alone = _block_alone(block, alike, params)
   before = None if reference is None else _block_alone(block, alike, reference[0])
   states: dict[str, Any] = dict.fromkeys(taps)
-  count = jnp.float32(sum(int(batch["attention_mask"].sum()) for batch in batches))
-  for i, batch in enumerate(batches):
+  masks = {stage.name: [batch[stage.mask] for batch in batches] for stage in stages}
+  counts = {name: jnp.float32(sum(int((mask != 0).sum()) for mask in some)) for name, some in masks.items()}
+  for i in range(len(batches)):
     inputs = _tapped(model, alike, alone, stream[i], taps)
     was = {} if reference is None else _tapped(model, alike, before, reference[1][i], taps)
     for name in taps:
@@ -278,10 +286,11 @@ def _collect(
         raise WeightError(
           f"{block.path}: stage {name!r} returned no input; the model must tap every stage it publishes"
         )
-      states[name] = _update(wanted, states[name], inputs[name], was.get(name), batch["attention_mask"])
+      states[name] = _update(wanted, states[name], inputs[name], was.get(name), masks[name][i] != 0)
   found = {}
   for stage in stages:
-    found[stage.name] = {w: STATISTICS[w].finish(s, count) for w, s in zip(wanted, states[stage.name], strict=True)}
+    state, count = states[stage.name], counts[stage.name]
+    found[stage.name] = {w: STATISTICS[w].finish(s, count) for w, s in zip(wanted, state, strict=True)}
     for name, value in found[stage.name].items():
       if not bool(jnp.all(jnp.isfinite(value))):
         raise WeightError(

@@ -41,7 +41,7 @@ def load_gguf(path: Path) -> tuple[Llama, Params, Tokenizer]:
     raise FormatError(f"{path}: architecture {kind!r} is not known here; known are llama")
   config, heads, kv_heads, layers = _llama(header)
   found = [name for name in header.tensors if name != _ROPE_FACTORS]
-  mapping = names.plan(NAMES, "gguf", found, layers, str(path))
+  mapping = names.plan(NAMES, "gguf", found, {"": layers}, str(path))
 
   def read(path_: str) -> Any:
     name, tensor = mapping[path_]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
     raise FormatError(f"{where}: model_type {word!r} is not known here; known are {', '.join(known)}")
   model = kind.read(config, where)
   files = _tensors(folder)
-  depth = names.integer(config, kind.depth, where)
+  depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}
   mapping = names.plan(kind.names(config), "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
   heads = [name for name in kind.names(config) if name.path == "head/table"]
   if heads and config.get("tie_word_embeddings", kind.tied):
@@ -92,13 +93,13 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     raise FormatError(f"{type(model).__name__} has no form in Hugging Face folders")
   if folder.exists() and any(folder.iterdir()):
     raise FormatError(f"{folder}: has files already; name an empty or a new folder")
-  params = _closed_up(params)
+  params = _closed_up(params, kind.stacks)
   config = kind.write(model, params)
   kind = names.foreign()[config["model_type"]]
-  depth, dense = len(params["layers"]), tree.flatten(params)
+  depth, dense = {start: config[key] for start, key in kind.stacks.items()}, tree.flatten(params)
   parts: dict[str, dict[int, tuple[names.Name, Any]]] = {}
   for name in kind.names(config):
-    for i in range(depth) if "{i}" in name.path else (0,):
+    for i in range(names.depth_of(name.path, depth)):
       leaf = dense.pop(name.path.format(i=i), None)
       if leaf is not None:
         theirs = ("" if name.outside else kind.prefixes[0]) + name.hf.format(i=i)
@@ -117,7 +118,7 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     tokenizer.save(folder)
 
 
-def _closed_up(params: Params) -> Params:
+def _closed_up(params: Params, stacks: Iterable[str]) -> Params:
   """The tree without references, its layers numbered from 0.
 
   Raises:
@@ -128,14 +129,19 @@ def _closed_up(params: Params) -> Params:
     if isinstance(leaf, (InputArray, LearnedInputArray)):
       raise FormatError(f"{path}: stored as {leaf.kind}, which changes its input; a dense weight cannot say that")
   params = tree.unflatten(flat)
-  layers = sorted(params["layers"], key=int)
-  shapes = [{path: leaf.shape for path, leaf in tree.flatten(params["layers"][i]).items()} for i in layers]
-  for i, own in zip(layers, shapes, strict=True):
-    for path in sorted(set(own) | set(shapes[0])):
-      if own.get(path) != shapes[0].get(path):
-        raise FormatError(f"layers/{i}/{path} has shape {own.get(path)} and in the first layer {shapes[0].get(path)}; "
-                          "config.json has one width for all layers")  # fmt: skip
-  return {**params, "layers": {str(new): params["layers"][old] for new, old in enumerate(layers)}}
+  for start in stacks:
+    layers = tree.get(params, f"{start}layers") or {}
+    order = sorted(layers, key=int)
+    shapes = [{path: leaf.shape for path, leaf in tree.flatten(layers[i]).items()} for i in order]
+    for i, own in zip(order, shapes, strict=True):
+      for path in sorted(set(own) | set(shapes[0])):
+        if own.get(path) != shapes[0].get(path):
+          raise FormatError(
+            f"{start}layers/{i}/{path} has shape {own.get(path)} and in the first layer {shapes[0].get(path)}; "
+            "config.json has one width for all layers"
+          )
+    params = tree.put(params, f"{start}layers", {str(new): layers[old] for new, old in enumerate(order)})
+  return params
 
 
 def _dense(leaf: Any) -> np.ndarray:

@@ -92,12 +92,13 @@ def layer_names(*names: tuple[str, str, str], biases: bool = False) -> tuple[Nam
 
 
 def plan(
-  names: Iterable[Name], field: str, found: Iterable[str], layers: int, where: str,
+  names: Iterable[Name], field: str, found: Iterable[str], layers: Mapping[str, int], where: str,
   prefixes: Sequence[str] = ("",), ignored: Sequence[str] = (),
 ) -> dict[str, tuple[Name, str]]:  # fmt: skip
   """`{path here: (its name, the tensor there)}` for the tensors `found` in a checkpoint.
 
   Args:
+    layers: how many there are, by what the paths of a stack of layers begin with (`""` for one stack).
     prefixes: what may stand before the tensors' names; the first is what most checkpoints have.
     ignored: patterns of tensors that hold nothing the config does not say.
 
@@ -106,7 +107,7 @@ def plan(
   """
   available, mapping = set(found), {}
   for name in names:
-    for i in range(layers) if "{i}" in name.path else (0,):
+    for i in range(depth_of(name.path, layers)):
       bare = getattr(name, field).format(i=i)
       called = [bare] if name.outside else [prefix + bare for prefix in prefixes]
       there = next((theirs for theirs in called if theirs in available), None)
@@ -115,13 +116,20 @@ def plan(
       elif not name.optional:
         raise FormatError(
           f"{where}: the tensor {called[0]!r} is missing "
-          f"({len(available)} tensors, {layers} layers expected)"
+          f"({len(available)} tensors, {' and '.join(map(str, layers.values()))} layers expected)"
         )
   left = sorted(available - {tensor for _, tensor in mapping.values()})
   left = [t for t in left if not any(re.fullmatch(p, t) for p in ignored)]
   if left:
     raise FormatError(f"{where}: tensor {left[0]!r} ({len(left)} in all) has no place in this architecture")
   return mapping
+
+
+def depth_of(path: str, layers: Mapping[str, int]) -> int:
+  """How many parameters a path stands for: one, or one a layer of its stack."""
+  if "{i}" not in path:
+    return 1
+  return next(n for start, n in layers.items() if path.startswith(start))
 
 
 def lazily(name: Name, read: Callable[[], np.ndarray], shape: Sequence[int]) -> StoredArray:
@@ -259,7 +267,7 @@ class Foreign:
     names: of a config, where the parameters lie.
     read: `(config, where) -> model`.
     write: `(model, params) -> config`, of which `model_type` and `architectures` say what it is.
-    depth: the key of the number of layers.
+    depth: the key of the number of layers, or one for each stack of layers by what its paths begin with.
     prefixes, ignored: as of `plan`.
     tied: whether the head is the embedding where the config does not say.
     headless: whether a checkpoint may have no head at all.
@@ -270,11 +278,16 @@ class Foreign:
   names: Callable[[Mapping[str, Any]], tuple[Name, ...]]
   read: Callable[[Mapping[str, Any], Any], Any]
   write: Callable[[Any, Params], dict[str, Any]]
-  depth: str = "num_hidden_layers"
+  depth: str | Mapping[str, str] = "num_hidden_layers"
   prefixes: tuple[str, ...] = ("",)
   ignored: tuple[str, ...] = ()
   tied: bool = False
   headless: bool = False
+
+  @property
+  def stacks(self) -> Mapping[str, str]:
+    """The key of the number of layers, by what the paths of a stack begin with."""
+    return {"": self.depth} if isinstance(self.depth, str) else self.depth
 
 
 @functools.cache

@@ -5,12 +5,14 @@ from lmcompress.models.gpt2 import GPT2, GPT2Config, GPT2Sizes
 from lmcompress.models.llama import Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.lstm import LSTM, LSTM_DEPTH, LSTMConfig, LSTMSizes
 from lmcompress.models.rope import Rope
+from lmcompress.models.t5 import T5, Decoding, T5Config, T5Sizes
 
 ARCHITECTURES = {
   "llama": (Llama, LlamaConfig),
   "gpt2": (GPT2, GPT2Config),
   "bert": (Bert, BertConfig),
   "lstm": (LSTM, LSTMConfig),
+  "t5": (T5, T5Config),
 }
 """Model class and config class by the architecture's name; a new model adds itself here."""
 
@@ -19,9 +21,11 @@ __all__ = [
   "GPT2",
   "LSTM",
   "LSTM_DEPTH",
+  "T5",
   "Bert",
   "BertConfig",
   "BertSizes",
+  "Decoding",
   "Encoded",
   "GPT2Config",
   "GPT2Sizes",
@@ -31,4 +35,6 @@ __all__ = [
   "LlamaConfig",
   "LlamaSizes",
   "Rope",
+  "T5Config",
+  "T5Sizes",
 ]

@@ -4,7 +4,7 @@ from lmcompress.ops import dictionary as _dictionary  # these four register rule
 from lmcompress.ops import factored as _factored
 from lmcompress.ops import quantized as _quantized
 from lmcompress.ops import sparse as _sparse
-from lmcompress.ops.attention import View, attention
+from lmcompress.ops.attention import View, attention, cross_attention, split_heads
 from lmcompress.ops.backend import backends, use_backend
 from lmcompress.ops.elementwise import argmax, gated_silu, rms_norm
 from lmcompress.ops.kernels import cpu as _cpu  # and this one
@@ -18,6 +18,7 @@ __all__ = [
   "attend",
   "attention",
   "backends",
+  "cross_attention",
   "embed",
   "gated_silu",
   "linear",
@@ -25,6 +26,7 @@ __all__ = [
   "prepare",
   "register",
   "rms_norm",
+  "split_heads",
   "use_backend",
 ]
 del _cpu, _dictionary, _factored, _quantized, _sparse

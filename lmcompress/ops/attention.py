@@ -131,6 +131,17 @@ def attention(
   return run(q, k, v, view, head, layer_cache, factor)
 
 
+def split_heads(x: jax.Array, head: int) -> jax.Array:
+  """`[batch, length, heads * head]` as `[batch, heads, length, head]`."""
+  return x.reshape(*x.shape[:2], -1, head).swapaxes(1, 2)
+
+
+def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, view: View, head: int, scale: float) -> jax.Array:
+  """Attention of `q: [batch, length, heads * head]` to keys and values `[batch, kv, slots, head]` made elsewhere."""
+  batch, length, kv = *q.shape[:2], k.shape[1]
+  return mix(q.reshape(batch, length, kv, -1, head), k, v, view.visible(), scale, view)
+
+
 def _native(q: jax.Array, head: int, view: View) -> bool:
   """Whether the kernel takes this: a whole number of vectors in a head, float32, nothing done to the scores."""
   return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0 and view.plain

@@ -1,0 +1,426 @@
+"""T5 and Flan-T5: an encoder and a decoder that looks at it, positions as biases of attention, RMS norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmcompress import ops
+from lmcompress.arrays import resolve
+from lmcompress.models.base import BlockModel, checked_tokens, numbered, of_tokens, positions_of, run_module
+from lmcompress.models.layers import ACTIVATIONS, Linear, RMSNorm, linears
+from lmcompress.types import Block, Params, Stage
+
+DECODER = "decoder_attention_mask"
+
+
+def _attention_axes(at: str, heads: str) -> dict[str, tuple[Any, ...]]:
+  split = (heads, "head")
+  return {**{f"{at}/{x}/kernel": ("embed", split) for x in "qkv"}, f"{at}/o/kernel": (split, "embed")}
+
+
+def _layer_axes(side: str) -> dict[str, tuple[Any, ...]]:
+  at = f"{side}/layers/*"
+  return {
+    f"{at}/attn_norm/scale": ("embed",),
+    **_attention_axes(f"{at}/attn", f"{side}_kv"),
+    f"{at}/mlp_norm/scale": ("embed",),
+    f"{at}/mlp/gate/kernel": ("embed", "mlp"),
+    f"{at}/mlp/up/kernel": ("embed", "mlp"),
+    f"{at}/mlp/down/kernel": ("mlp", "embed"),
+    f"{side}/relative/bias": ("bucket", f"{side}_kv"),
+    f"{side}/final_norm/scale": ("embed",),
+  }
+
+
+AXES: Mapping[str, tuple[Any, ...]] = {
+  "embed/table": ("vocab", "embed"),
+  **_layer_axes("encoder"),
+  **_layer_axes("decoder"),
+  "decoder/layers/*/cross_norm/scale": ("embed",),
+  **_attention_axes("decoder/layers/*/cross", "kv"),
+  "head/table": ("vocab", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """What the parameter tree cannot say. Depths, widths, heads, gates and tying are read from the tree.
+
+  Attributes:
+    activation: one of `layers.ACTIVATIONS`, of the gate where there is one.
+    max_distance: from how many tokens on all distances share a bias.
+    scaled: whether states are divided by `embed**0.5` before the head reads them (the first T5, not v1.1 and Flan).
+    start: the token that the decoder reads first.
+    max_length: tokens that either side takes at most; the architecture itself has no limit.
+  """
+
+  head_dim: int
+  rms_epsilon: float = 1e-6
+  activation: str = "relu"
+  max_distance: int = 128
+  scaled: bool = True
+  start: int = 0
+  max_length: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Sizes:
+  """Sizes for `init` only; a tree in hand speaks for itself."""
+
+  vocab: int
+  embed: int
+  mlp: int
+  layers: int
+  decoder_layers: int
+  heads: int
+  buckets: int = 32
+  gated: bool = False
+  tied: bool = True
+
+
+class _Attention(nn.Module):
+  """Attention to the tokens themselves, unscaled."""
+
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, view: ops.View, layer_cache: Any = None) -> tuple[jax.Array, Any]:
+    s, head = self.sizes, self.config.head_dim
+    dense = functools.partial(Linear, s.heads * head if s else 0)
+    q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
+    mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache, scale=1.0)
+    self.sow("taps", "o_input", mixed)
+    return Linear(x.shape[-1], name="o")(mixed), layer_cache
+
+
+class _Cross(nn.Module):
+  """Attention to what the encoder gave, or to keys and values that were made of it before."""
+
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None, view: ops.View, held: Any = None) -> jax.Array:
+    s, head = self.sizes, self.config.head_dim
+    dense = functools.partial(Linear, s.heads * head if s else 0)
+    q = dense(name="q")(x)
+    k, v = held if memory is None else self.held(memory)
+    mixed = ops.cross_attention(q, k, v, view, head, scale=1.0)
+    self.sow("taps", "cross_o_input", mixed)
+    return Linear(x.shape[-1], name="o")(mixed)
+
+  @nn.compact
+  def held(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[batch, kv, slots, head]` of the encoder's states."""
+    s, head = self.sizes, self.config.head_dim
+    dense = functools.partial(Linear, s.heads * head if s else 0)
+    k, v = linears(memory, dense(name="k"), dense(name="v"))
+    return ops.split_heads(k, head), ops.split_heads(v, head)
+
+
+class _Mlp(nn.Module):
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    s, act = self.sizes, ACTIVATIONS[self.config.activation]
+    dense = functools.partial(Linear, s.mlp if s else 0)
+    if s.gated if s else self.has_variable("params", "gate"):
+      gate, up = linears(x, dense(name="gate"), dense(name="up"))
+      hidden = act(gate) * up
+    else:
+      hidden = act(dense(name="up")(x))
+    self.sow("taps", "down_input", hidden)
+    return Linear(x.shape[-1], name="down")(hidden)
+
+
+class _EncoderLayer(nn.Module):
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  @nn.compact
+  def __call__(self, h: jax.Array, view: ops.View) -> jax.Array:
+    norm = functools.partial(RMSNorm, self.config.rms_epsilon)
+    x = norm(name="attn_norm")(h)
+    self.sow("taps", "qkv_input", x)
+    h = h + _Attention(self.config, self.sizes, name="attn")(x, view)[0]
+    x = norm(name="mlp_norm")(h)
+    self.sow("taps", "up_input", x)
+    return h + _Mlp(self.config, self.sizes, name="mlp")(x)
+
+
+class _DecoderLayer(nn.Module):
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  @nn.compact
+  def __call__(
+    self, h: jax.Array, view: ops.View, memory: jax.Array | None, seen: ops.View, layer_cache: Any, held: Any
+  ) -> tuple[jax.Array, Any]:
+    norm = functools.partial(RMSNorm, self.config.rms_epsilon)
+    x = norm(name="attn_norm")(h)
+    self.sow("taps", "qkv_input", x)
+    mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
+    h = h + mixed
+    x = norm(name="cross_norm")(h)
+    self.sow("taps", "cross_q_input", x)
+    if memory is not None:
+      self.sow("taps", "cross_kv_input", memory)
+    h = h + _Cross(self.config, self.sizes, name="cross")(x, memory, seen, held)
+    x = norm(name="mlp_norm")(h)
+    self.sow("taps", "up_input", x)
+    return h + _Mlp(self.config, self.sizes, name="mlp")(x), layer_cache
+
+
+class _Held(nn.Module):
+  """The keys and values of a decoder layer's `cross`."""
+
+  config: T5Config
+
+  @nn.compact
+  def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _Cross(self.config, name="cross").held(memory)
+
+
+class Decoding(NamedTuple):
+  """A decoder on its way: what it has read, and the keys and values that its layers made of the encoder's states.
+
+  Attributes:
+    cache: of the decoder's own tokens.
+    held: per block path `(k, v)`, each `[batch, kv, source, head]`.
+    real: bool `[batch, source]`, the tokens of the source that are real.
+  """
+
+  cache: Any
+  held: dict[str, tuple[jax.Array, jax.Array]]
+  real: jax.Array
+
+
+def buckets_of(distance: jax.Array, buckets: int, most: int, both: bool) -> jax.Array:
+  """The bucket of each distance `key - query`: near ones alone, far ones by their logarithm (arXiv:1910.10683, 2.1)."""
+  side = jnp.zeros_like(distance)
+  if both:
+    buckets //= 2
+    side = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance)
+  else:
+    distance = jnp.maximum(-distance, 0)
+  exact = buckets // 2
+  far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(most / exact) * (buckets - exact)
+  far = jnp.minimum(exact + far.astype(jnp.int32), buckets - 1)
+  return side + jnp.where(distance < exact, distance, far)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5(BlockModel):
+  """The T5 architecture (Raffel et al. 2019, arXiv:1910.10683; v1.1 and Flan with gates).
+
+  The encoder's layers come first, then its norm, a block without weights that hands over to the decoder, then the
+  decoder's layers. `apply` takes `decoder_input_ids` and gives logits for them; to write text a token at a time,
+  `encode` once and `decode` as often as needed.
+  """
+
+  config: T5Config
+  sizes: T5Sizes | None = None
+
+  architecture = "t5"
+  axes = AXES
+  takes = frozenset({"attention_mask", "decoder_input_ids"})
+  causal: ClassVar[bool] = False
+
+  def init(self, key: jax.Array) -> Params:
+    """Random parameters of `sizes`, layers apart.
+
+    Raises:
+      ValueError: the model has no sizes.
+    """
+    s, c = self.sized(), self.config
+    keys = jax.random.split(key, s.layers + s.decoder_layers + 4)
+    h, view = jnp.zeros((1, 1, s.embed), jnp.float32), self._view(jnp.ones((1, 1), bool), 1)
+    draw, one = nn.initializers.normal, {"scale": jnp.ones((s.embed,), jnp.float32)}
+    first, second = keys[: s.layers], keys[s.layers : -4]
+    given = {
+      "encoder": [_EncoderLayer(c, s).init(k, h, view)["params"] for k in first],
+      "decoder": [_DecoderLayer(c, s).init(k, h, view, h, view, None, None)["params"] for k in second],
+    }
+    params: Params = {
+      "embed": {"table": draw(1.0)(keys[-1], (s.vocab, s.embed), jnp.float32)},
+      **{
+        side: {
+          "layers": {str(i): layer for i, layer in enumerate(layers)},
+          "relative": {"bias": draw(s.embed**-0.5)(keys[-2 - n], (s.buckets, s.heads), jnp.float32)},
+          "final_norm": dict(one),
+        }
+        for n, (side, layers) in enumerate(given.items())
+      },
+    }
+    if not s.tied:
+      params["head"] = {"table": draw(s.embed**-0.5)(keys[-4], (s.vocab, s.embed), jnp.float32)}
+    return params
+
+  def _view(self, real: jax.Array, length: int, **other: Any) -> ops.View:
+    """What `length` tokens see of the slots that are `real`, in any order but for what `other` says."""
+    nothing = jnp.zeros((real.shape[0], length, 0), jnp.float32)
+    return ops.View(real, **{"slot": jnp.int32(0), "causal": False, **other}, cos=nothing, sin=nothing)
+
+  def _bias(self, params: Params, side: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """`[batch, heads, queries, keys]` float32 of positions `[batch, ...]`."""
+    table = resolve(params, params[side]["relative"]["bias"]).astype(jnp.float32)
+    distance = keys[:, None, :] - queries[:, :, None]
+    found = buckets_of(distance, table.shape[0], self.config.max_distance, side == "encoder")
+    return jnp.moveaxis(table[found], -1, 1)
+
+  def _embedded(self, params: Params, ids: Any) -> jax.Array:
+    tokens = checked_tokens(ids, params["embed"]["table"].shape[-2])
+    if tokens.shape[1] > self.config.max_length:
+      raise ValueError(f"{tokens.shape[1]} tokens are longer than the model's context of {self.config.max_length}")
+    return ops.embed(tokens, resolve(params, params["embed"]["table"]))
+
+  def _read(self, params: Params, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The encoder's part of a carry."""
+    h = self._embedded(params, inputs["tokens"])
+    mask = inputs.get("attention_mask")
+    real = jnp.ones(h.shape[:2], bool) if mask is None else jnp.asarray(mask) != 0
+    at = positions_of(real)
+    view = self._view(real, h.shape[1], bias=self._bias(params, "encoder", at, at))
+    return {"h": h, "view": view, "memory": None, "written": None, "writes": None, "seen": None}
+
+  def start(self, params: Params, inputs: Any) -> Any:
+    """Embeds both sides; the carry holds the stream, first the encoder's, what it may see, and what comes later.
+
+    Raises:
+      ValueError: tokens are no `[batch, length]` integers, too many, or there are none for the decoder.
+    """
+    inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+    if inputs.get("decoder_input_ids") is None:
+      raise ValueError(f"T5 takes decoder_input_ids, what its decoder has read, from token {self.config.start} on")
+    carry, written = self._read(params, inputs), self._embedded(params, inputs["decoder_input_ids"])
+    if written.shape[0] != carry["h"].shape[0]:
+      raise ValueError(f"decoder_input_ids have {written.shape[0]} rows and tokens {carry['h'].shape[0]}")
+    mask = inputs.get(DECODER)
+    real = jnp.ones(written.shape[:2], bool) if mask is None else jnp.asarray(mask) != 0
+    at = positions_of(real)
+    bias = self._bias(params, "decoder", at, at)
+    return {
+      **carry, "written": written, "writes": self._view(real, written.shape[1], bias=bias, causal=True),
+      "seen": self._view(carry["view"].real, written.shape[1]),
+    }  # fmt: skip
+
+  def blocks(self, params: Params) -> tuple[Block, ...]:
+    """The encoder's layers, the norm that hands over, and the decoder's layers."""
+    found = []
+    for side in ("encoder", "decoder"):
+      layers = params.get(side, {})
+      for i in numbered(layers, "layers"):
+        gated = "gate" in layers["layers"][i].get("mlp", {})
+        found.append(Block(f"{side}/layers/{i}", side, _stages(side, gated)))
+      if side == "encoder" and "final_norm" in layers:
+        found.append(Block("encoder/final_norm", "hands over", ()))
+    return tuple(found)
+
+  def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]:
+    """One layer, or the handing over; `taps` names stages whose inputs are returned."""
+    layer = params
+    for part in block.path.split("/"):
+      layer = layer[part]
+    layer = resolve(params, layer)
+    if block.kind == "encoder":
+      h, tapped = run_module(_EncoderLayer(self.config), layer, carry["h"], carry["view"], taps=tuple(taps))
+      return {**carry, "h": h}, tapped
+    if block.kind == "hands over":
+      memory, _ = run_module(RMSNorm(self.config.rms_epsilon), layer, carry["h"])
+      return {**carry, "memory": memory, "h": carry["written"], "written": None, "view": carry["writes"]}, {}
+    (h, _), tapped = run_module(
+      _DecoderLayer(self.config), layer, carry["h"], carry["writes"], carry["memory"], carry["seen"], None, None,
+      taps=tuple(taps),
+    )  # fmt: skip
+    return {**carry, "h": h}, tapped
+
+  def finish(self, params: Params, carry: Any, last: bool = False, span: tuple[Any, int] | None = None) -> Any:
+    """Logits of what the decoder reads (of the last token alone with `last`, of `span[1]` from `span[0]` on)."""
+    h = self.features(params, {**carry, "h": of_tokens(carry["h"], last, span)})
+    h = h * h.shape[-1] ** -0.5 if self.config.scaled else h
+    return _logits(resolve(params, params["head" if "head" in params else "embed"]["table"]), h)
+
+  def features(self, params: Params, carry: Any) -> jax.Array:
+    """What a head reads: the decoder's normed states `[batch, length, embed]`."""
+    norm = resolve(params, params["decoder"]["final_norm"])
+    return run_module(RMSNorm(self.config.rms_epsilon), norm, carry["h"])[0]
+
+  def extents(self, params: Params) -> dict[str, int]:
+    """Extents of logical axes that no array's shape tells by itself."""
+    return {"head": self.config.head_dim}
+
+  def cache_shapes(self, params: Params) -> dict[str, tuple[int, int]]:
+    """Per block path of the decoder, the heads and the head dimension that a cache must hold."""
+    head = self.config.head_dim
+    layers = params["decoder"]["layers"]
+    return {
+      f"decoder/layers/{i}": (layers[i]["attn"]["k"]["kernel"].shape[-1] // head, head)
+      for i in numbered(params["decoder"], "layers")
+    }
+
+  def encode(self, params: Params, tokens: Any, cache: Any, attention_mask: Any = None) -> Decoding:
+    """Reads `tokens: [batch, source]` once; `cache` is an empty one for the decoder's tokens."""
+    carry = self._read(params, {"tokens": tokens, "attention_mask": attention_mask})
+    held = {}
+    for block in self.blocks(params):
+      if block.kind != "decoder":
+        carry, _ = self.run(block, params, carry)
+      else:
+        layer = resolve(params, params["decoder"]["layers"][block.path.rpartition("/")[2]])
+        held[block.path], _ = run_module(_Held(self.config), {"cross": layer["cross"]}, carry["memory"])
+    # the encoder's own view was handed over as None: what is real of the source stands in `real`
+    real = jnp.ones(jnp.shape(tokens), bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    return Decoding(cache, held, real)
+
+  def decode(self, params: Params, ids: Any, state: Decoding) -> tuple[jax.Array, Decoding]:
+    """Logits `[batch, vocab]` of the last of `ids: [batch, length]`, which continue what the decoder has read."""
+    h = self._embedded(params, ids)
+    cache = state.cache.reserve(jnp.ones(h.shape[:2], bool))
+    slots = jnp.broadcast_to(jnp.arange(cache.real.shape[1]), cache.real.shape)
+    here = jnp.broadcast_to(cache.length + jnp.arange(h.shape[1]), h.shape[:2])
+    bias = self._bias(params, "decoder", here, slots)
+    view = self._view(cache.real, h.shape[1], slot=cache.length, bias=bias, causal=True)
+    seen, length = self._view(state.real, h.shape[1]), h.shape[1]
+    for block in self.blocks(params):
+      if block.kind == "decoder":
+        layer = resolve(params, params["decoder"]["layers"][block.path.rpartition("/")[2]])
+        (h, own), _ = run_module(
+          _DecoderLayer(self.config), layer, h, view, None, seen, cache.layer(block.path), state.held[block.path]
+        )
+        cache = cache.with_layer(block.path, own)
+    logits = self.finish(params, {"h": h}, last=True)[:, 0]
+    return logits, state._replace(cache=cache.advance(length))
+
+
+@jax.jit
+def _logits(table: Any, h: jax.Array) -> jax.Array:
+  return ops.attend(h, table).astype(jnp.float32)
+
+
+def _stages(side: str, gated: bool) -> tuple[Stage, ...]:
+  mask = "attention_mask" if side == "encoder" else DECODER
+  wide = ("mlp/gate", "mlp/up") if gated else ("mlp/up",)
+  cross = (
+    Stage("cross_q", ("cross/q",), "cross_norm", mask=mask),
+    Stage("cross_kv", ("cross/k", "cross/v"), ""),
+    Stage("cross_o", ("cross/o",), "cross/v", free=("head",), mask=mask),
+  )
+  return (
+    Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm", mask=mask),
+    Stage("o", ("attn/o",), "attn/v", free=("head",), mask=mask),
+    *(cross if side == "decoder" else ()),
+    Stage("up", wide, "mlp_norm", mask=mask),
+    Stage("down", ("mlp/down",), "mlp/up" if gated else "", mask=mask),
+  )
