@@ -106,6 +106,7 @@ class Evidence:
     reference: weights by path as they were when they were last dense, a tree.
     structure: what the model publishes (axes, blocks and their stages).
     tokens: calibration tokens `[n, length]`, for a method that runs the model itself.
+    beside: what else the model takes with them, such as `decoder_input_ids`, a row for each of theirs.
     block: a `BlockEvidence`.
   """
 
@@ -118,6 +119,7 @@ class Evidence:
   reference: Params | None = None
   structure: Any = dataclasses.field(default=None, metadata={"static": True})
   tokens: jax.Array | None = None
+  beside: Mapping[str, jax.Array] | None = None
   block: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -198,7 +200,11 @@ class Model(Protocol):
 
   @property
   def axes(self) -> Mapping[str, tuple[Any, ...]]:
-    """Logical axis names keyed by path pattern, e.g. `layers/*/mlp/up/kernel: ("embed", "mlp")`."""
+    """Logical axis names keyed by path pattern, e.g. `layers/*/mlp/up/kernel: ("embed", "mlp")`.
+
+    Patterns of what lies in blocks have a `*`, or the block's number; a name that occurs elsewhere too is one axis with
+    the same entries everywhere.
+    """
     ...
 
   def init(self, key: jax.Array) -> Params: ...

@@ -112,7 +112,9 @@ def compress(
       raise WeightError(f"{link.name} needs {', '.join(sorted(link.needs))}: pass calibration=tokens [n, length]")
     if "tokens" in link.needs:
       given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration
-      evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given))
+      more = calibration if isinstance(calibration, Mapping) else {}
+      beside = {name: jnp.asarray(x) for name, x in more.items() if name not in ("tokens", "attention_mask")}
+      evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given), beside=beside)
     if asked := link.needs & set(GRADIENTS):
       told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")
       found = gradients(model, params, batches_of(calibration), asked, told)

@@ -106,7 +106,8 @@ def block_by_block(
         params = tree.put(params, path, leaf)
       work.seconds.update(found[1]["seconds"])
       work.output_error.update(found[1]["output_error"])
-    for stages in [] if found else [block.stages] if link.scope == "block" else [(s,) for s in block.stages]:
+    groups = [block.stages] if link.scope == "block" else [(stage,) for stage in block.stages]
+    for stages in [] if found or not block.stages else groups:
       begun = time.perf_counter()
       reference = (original, second) if second is not None and compares else None
       values = _collect(model, block, alike, params, stream, stages, wanted, batches, reference)

@@ -16,7 +16,7 @@ from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.models.base import BlockModel, checked_tokens, numbered, of_tokens, positions_of, run_module
 from lmcompress.models.layers import ACTIVATIONS, Linear, RMSNorm, linears
-from lmcompress.types import Block, Params, Stage
+from lmcompress.types import Block, Params, Stage, WeightError
 
 DECODER = "decoder_attention_mask"
 
@@ -299,11 +299,11 @@ class T5(BlockModel):
     """Embeds both sides; the carry holds the stream, first the encoder's, what it may see, and what comes later.
 
     Raises:
-      ValueError: tokens are no `[batch, length]` integers, too many, or there are none for the decoder.
+      ValueError: tokens are no `[batch, length]` integers, too many, or (a WeightError) there are none for the decoder.
     """
     inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
     if inputs.get("decoder_input_ids") is None:
-      raise ValueError(f"T5 takes decoder_input_ids, what its decoder has read, from token {self.config.start} on")
+      raise WeightError(f"T5 takes decoder_input_ids, what its decoder has read, from token {self.config.start} on")
     carry, written = self._read(params, inputs), self._embedded(params, inputs["decoder_input_ids"])
     if written.shape[0] != carry["h"].shape[0]:
       raise ValueError(f"decoder_input_ids have {written.shape[0]} rows and tokens {carry['h'].shape[0]}")

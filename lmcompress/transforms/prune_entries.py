@@ -69,8 +69,9 @@ def prune_entries(
       found = find(axes)
       if len(found) == 1:
         return found[0]
-      if not axes:
-        raise WeightError(f"{name} at {block.path}: it has no axis of its own that could lose entries")
+      if not axes or (len(axes) == 1 and not found):
+        others = f"; of its others, {sorted(axes)}, say one with axis=" if axes else ""
+        raise WeightError(f"{name} at {block.path}: it has no axis of its own whose entries are {words}{others}")
       raise WeightError(f"{name} at {block.path}: axes {sorted(axes)} may be meant; say which, with axis=")
     if axis not in axes:
       raise WeightError(f"{name}(axis={axis!r}) at {block.path}: its own axes are {sorted(axes)}")
@@ -79,7 +80,7 @@ def prune_entries(
   def chosen(params: Params, evidence: Evidence) -> list[tuple[Block, str, list[Place]]]:
     """Blocks to prune: those of which the selection names weights with the axis."""
     model, found = evidence.structure, []
-    for block in model.blocks(params):
+    for block in (b for b in model.blocks(params) if b.stages):
       mine = axis_of(model, params, block)
       where = places(model, params, mine, block.path)
       weights = [p.path for p in where if tree.is_weight(p.path)]

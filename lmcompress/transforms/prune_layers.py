@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -51,7 +53,7 @@ def prune_layers(
     return ()
 
   def candidates(model: Any, params: Params, selected: frozenset[str] | None) -> list[str]:
-    blocks = [block.path for block in model.blocks(params)]
+    blocks = _layers(model, params)
     inner = blocks if ends else blocks[1:-1]
     weights = tree.weights(params)
     return [p for p in inner if selected is None or any(w.startswith(f"{p}/") and w in selected for w in weights)]
@@ -59,7 +61,7 @@ def prune_layers(
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     model = evidence.structure
     found = candidates(model, params, evidence.selected)
-    total = len(model.blocks(params))
+    total = len(_layers(model, params))
     if threshold is not None:
       gone = [path for path in found if _left(tree.get(params, path), threshold)]
       if len(gone) >= total:
@@ -74,17 +76,24 @@ def prune_layers(
     if evidence.tokens is None:
       raise WeightError("prune_layers runs the model: pass calibration=tokens [n, length]")
     rows = max(1, -(-tokens // evidence.tokens.shape[1]))
-    some = evidence.tokens[:rows]
+    some = {"tokens": evidence.tokens[:rows], **{name: x[:rows] for name, x in (evidence.beside or {}).items()}}
     want = _log_probabilities(model, params, some) if score == "kl" else None
     steps = [1] * count if iterative else [count] if count else []
     for step in steps:
       costs = _influences(model, params, some) if want is None else _divergences(model, params, some, want, found)
       gone = sorted(found, key=lambda path: costs[path])[:step]
+      if wide := [path for path in gone if math.isinf(costs[path])]:
+        raise WeightError(f"prune_layers at {wide[0]}: it changes the width of the stream, so what follows needs it")
       params, found = without(params, gone), [path for path in found if path not in gone]
     return params, state
 
   needs = frozenset({"tokens"}) if threshold is None else frozenset()
   return Transform(init, apply, needs=needs, scope="model", name="prune_layers")
+
+
+def _layers(model: Any, params: Params) -> list[str]:
+  """Paths of the blocks that hold weights; one that hands over from an encoder to a decoder holds none."""
+  return [block.path for block in model.blocks(params) if block.stages]
 
 
 def without(params: Params, paths: list[str]) -> Params:
@@ -103,13 +112,19 @@ def _left(layer: Params, threshold: float) -> bool:
   return left < (threshold if threshold >= 1 else threshold * sum(w.size for w in weights.values()))
 
 
-def _influences(model: Any, params: Params, tokens: jax.Array) -> dict[str, float]:
-  carry = model.start(params, {"tokens": tokens, "attention_mask": None})
-  found = {}
+def _influences(model: Any, params: Params, inputs: Mapping[str, jax.Array]) -> dict[str, float]:
+  carry, found = model.start(params, inputs), {}
   for block in model.blocks(params):
     after = model.run(block, params, carry)[0]
-    cosines = [_cosine(x, y) for x, y in zip(jax.tree.leaves(carry), jax.tree.leaves(after), strict=True) if x is not y]
-    found[block.path] = 1 - sum(map(float, cosines)) / max(len(cosines), 1)  # the streams that the block wrote
+    if not block.stages:
+      carry = after
+      continue
+    pairs = [(x, y) for x, y in zip(jax.tree.leaves(carry), jax.tree.leaves(after), strict=True) if x is not y]
+    if any(x.shape != y.shape for x, y in pairs):
+      found[block.path] = math.inf  # what follows could not read what comes before
+    else:
+      cosines = [float(_cosine(x, y)) for x, y in pairs]
+      found[block.path] = 1 - sum(cosines) / max(len(cosines), 1)  # the streams that the block wrote
     carry = after
   return found
 
@@ -122,14 +137,16 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.mean(jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30))
 
 
-def _log_probabilities(model: Any, params: Params, tokens: jax.Array) -> jax.Array:
-  return jax.nn.log_softmax(model.apply(params, tokens), axis=-1)
+def _log_probabilities(model: Any, params: Params, inputs: Mapping[str, jax.Array]) -> jax.Array:
+  return jax.nn.log_softmax(model.apply(params, **inputs), axis=-1)
 
 
-def _divergences(model: Any, params: Params, tokens: jax.Array, want: jax.Array, paths: list[str]) -> dict[str, float]:
+def _divergences(
+  model: Any, params: Params, inputs: Mapping[str, jax.Array], want: jax.Array, paths: list[str]
+) -> dict[str, float]:
   """KL of the predictions without each layer, nats; what comes before the layer is run once."""
   blocks = model.blocks(params)
-  carry, found = model.start(params, {"tokens": tokens, "attention_mask": None}), {}
+  carry, found = model.start(params, inputs), {}
   for n, block in enumerate(blocks):
     if block.path in paths:
       rest = carry

@@ -50,29 +50,26 @@ def _all_places(model: Any, params: Params, under: str) -> list[Place]:
   return found
 
 
-def _global_axes(model: Any, params: Params) -> frozenset[str]:
+def _global_axes(model: Any) -> frozenset[str]:
   """Axes with the same entries everywhere: those that occur outside of blocks too."""
-  blocks = model.blocks(params)
-  inside = {pattern for pattern in model.axes for block in blocks if _under(pattern, block.path)}
-  outside = [names for pattern, names in model.axes.items() if pattern not in inside]
+  outside = [names for pattern, names in model.axes.items() if not _numbered(pattern)]
   return frozenset(name for names in outside for part in names for name in _names(part))
+
+
+def _numbered(pattern: str) -> bool:
+  """Whether a pattern names leaves of blocks, by `*` or a number in the place of the block's own."""
+  return any(part == "*" or part.isdigit() for part in pattern.split("/"))
 
 
 def local_axes(model: Any, params: Params, under: str) -> dict[str, Place]:
   """Axes whose entries are a block's own and may be removed, each with the first place where it occurs."""
-  fixed = _global_axes(model, params) | set(dict(getattr(model, "extents", lambda params: {})(params)))
+  fixed = _global_axes(model) | set(dict(getattr(model, "extents", lambda params: {})(params)))
   found: dict[str, Place] = {}
   for place in _all_places(model, params, under):
     for name in place.names:
       if name not in fixed:
         found.setdefault(name, place)
   return found
-
-
-def _under(pattern: str, block: str) -> bool:
-  """Whether a pattern of a leaf's path names leaves of a block."""
-  parts, depth = pattern.split("/"), block.count("/") + 1
-  return len(parts) > depth and tree.matches("/".join(parts[:depth]), block)
 
 
 def _names(part: Any) -> tuple[str, ...]:
@@ -149,7 +146,7 @@ def stream_norms(name: str, model: Any, params: Params) -> tuple[str, list[str]]
   Raises:
     WeightError: there are none, or they lie on several axes.
   """
-  fixed = _global_axes(model, params)
+  fixed = _global_axes(model)
   norms = {path: tree.axes_of(model.axes, path)[-1] for path in tree.flatten(params) if path.endswith("/scale")}
   norms = {path.removesuffix("/scale"): axis for path, axis in norms.items() if axis in fixed}
   if len(set(norms.values())) != 1:

@@ -47,7 +47,7 @@ def tie_layers(
     raise ValueError(f"tie_layers(bits={bits}): 2 to 8")
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    blocks = [block.path for block in evidence.structure.blocks(params)]
+    blocks = [block.path for block in evidence.structure.blocks(params) if block.stages]
     runs = named
     if runs is None:
       inner = range(1, len(blocks) - 1)

@@ -18,6 +18,7 @@ from lmcompress.calibration import compress
 from lmcompress.models import (
   GPT2,
   LSTM,
+  T5,
   Bert,
   BertConfig,
   BertSizes,
@@ -28,6 +29,8 @@ from lmcompress.models import (
   LlamaConfig,
   LlamaSizes,
   LSTMSizes,
+  T5Config,
+  T5Sizes,
 )
 from lmcompress.transforms import METHODS, at, chain
 from lmcompress.types import Evidence, WeightError
@@ -38,6 +41,7 @@ ARCHITECTURES = {  # each kernel 32 by 32 or by 128, so that functions of one ma
   "Llama": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4, kv_heads=4)),
   "GPT2": GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
   "Bert": Bert(BertConfig(head_dim=8, max_length=32), BertSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
+  "T5": T5(T5Config(head_dim=8), T5Sizes(vocab=48, embed=32, mlp=32, layers=2, decoder_layers=2, heads=4)),
   "LSTM": LSTM(sizes=LSTMSizes(vocab=48, embed=32, units=32, layers=2)),
 }
 GIVEN = {  # what a method is asked here, where it must be asked or its defaults do not fit a matrix this small
@@ -69,6 +73,7 @@ REASONS = {
   "predicts no next token": "no next token",
   "subtracts a mean": "layer norm",
   "no axis of its own": "no such axis",
+  "no stage reads this norm": "two streams",
   "norms lie on axes []": "no norm",
   "no norm feeds": "no norm",
   "alone feeds what is selected": "nothing feeds it",
@@ -81,8 +86,15 @@ def params_of(name):
   return ARCHITECTURES[name].init(jax.random.key(0))
 
 
+def given_to(model):
+  """What a model is calibrated on."""
+  more = {"decoder_input_ids": TOKENS[:, ::-1]} if "decoder_input_ids" in model.takes else {}
+  return {"tokens": TOKENS, **more}
+
+
 def output(model, params):
-  given = model.apply(params, TOKENS[:1])
+  inputs = given_to(model)
+  given = model.apply(params, inputs.pop("tokens"), **inputs)
   return np.asarray(given.hidden if isinstance(given, Encoded) else given)
 
 
@@ -95,15 +107,15 @@ def outcome(architecture, method):
   """`yes`, or in a word why the method is refused."""
   model, params, key = ARCHITECTURES[architecture], params_of(architecture), jax.random.key(0)
   make = functools.partial(METHODS[method], **GIVEN.get(method, {}))
-  transform = make() if method in WHOLE else at("layers/*", make())
-  first = [at("layers/*", FIRST[method]())] if method in FIRST else []
+  transform = make() if method in WHOLE else at("**/layers/*", make())
+  first = [at("**/layers/*", FIRST[method]())] if method in FIRST else []
   try:
     if transform.phase == "step":
-      params = compress(model, params, first[0], TOKENS, key)[0] if first else params
+      params = compress(model, params, first[0], given_to(model), key)[0] if first else params
       grads = tree.map_leaves(lambda _, x: jnp.ones(x.shape), params)
       done, _ = transform.apply(params, transform.init(params), Evidence(step=4, key=key, grads=grads))
     else:
-      done, _ = compress(model, params, chain(*first, transform), TOKENS, key)
+      done, _ = compress(model, params, chain(*first, transform), given_to(model), key)
   except WeightError as error:
     assert "\n" not in str(error) and (method.split("_")[0] in str(error) or architecture in str(error)), error
     return next((word for text, word in REASONS.items() if text in str(error)), str(error))
