@@ -1,0 +1,93 @@
+"""Writing with an encoder-decoder against transformers' own search, and what it must refuse."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from small_model import byte_level
+
+from lmcompress.errors import WeightError
+from lmcompress.generation.seq2seq import beam_search, rewrite
+from lmcompress.io.huggingface import load_folder
+from lmcompress.models import T5, T5Config, T5Sizes
+
+TOKENS = np.random.default_rng(0).integers(2, 29, (3, 14)).astype(np.int32)
+MASK = np.arange(14)[None] < np.array([[14], [9], [4]])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+  """`(net, model, params)`: likely to end soon, so that beams end at different times."""
+  torch.manual_seed(3)
+  config = transformers.T5Config(
+    vocab_size=29, d_model=24, d_kv=5, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4, pad_token_id=0,
+    decoder_start_token_id=0, eos_token_id=1, initializer_factor=3.0,
+  )  # fmt: skip
+  net = transformers.T5ForConditionalGeneration(config).eval()
+  folder = tmp_path_factory.mktemp("t5")
+  net.save_pretrained(folder)
+  return net, *load_folder(folder)[:2]
+
+
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (2, 1.0), (4, 1.0), (3, 0.5), (3, 2.0)])
+def test_equals_transformers(pair, beams, penalty):
+  """The same tokens; padding on the right of the source changes nothing."""
+  net, model, params = pair
+  found = beam_search(model, params, TOKENS, 12, MASK, beams, penalty)
+  with torch.no_grad():
+    theirs = net.generate(
+      torch.tensor(np.where(MASK, TOKENS, 0)).long(), attention_mask=torch.tensor(MASK).long(), num_beams=beams,
+      length_penalty=penalty, max_new_tokens=12, do_sample=False, early_stopping=False,
+    )  # fmt: skip
+  for ours, row in zip(found, theirs[:, 1:].tolist(), strict=True):
+    row = row[: row.index(1) + 1] if 1 in row else row
+    assert ours.tokens == row[: len(ours.tokens)] and set(row[len(ours.tokens) :]) <= {0}
+  alone = beam_search(model, params, TOKENS[2:, :4], 12, None, beams, penalty)[0]
+  assert alone.tokens == found[2].tokens and alone.score == pytest.approx(found[2].score, abs=1e-4)
+
+
+def test_the_search_ends_at_different_lengths(pair):
+  """The comparison above would say little if nothing ended before the limit."""
+  lengths = {len(found.tokens) for found in beam_search(*pair[1:], TOKENS, 12, MASK, 4)}
+  assert min(lengths) < 12
+
+
+def test_cached_steps_equal_the_whole(pair):
+  _, model, params = pair
+  from lmcompress.generation.cache import init_cache
+
+  written = TOKENS[:, 5:11]
+  whole = np.asarray(model.apply(params, TOKENS, attention_mask=MASK, decoder_input_ids=written))
+  state = model.encode(params, TOKENS, init_cache(model, params, 3, 16), MASK)
+  for i in range(written.shape[1]):
+    logits, state = model.decode(params, written[:, i : i + 1], state)
+    np.testing.assert_allclose(logits, whole[:, i], atol=1e-4)
+
+
+def test_texts_in_batches(pair):
+  model = T5(T5Config(head_dim=8), T5Sizes(vocab=264, embed=16, mlp=16, layers=1, decoder_layers=1, heads=2))
+  params = model.init(jax.random.key(0))
+  texts = ["a wolf", "the king had three sons", "a", "dummling was the youngest of them"]
+  together = rewrite(model, params, byte_level(), texts, 6, beams=2, batch=3)
+  assert together == [rewrite(model, params, byte_level(), [text], 6, beams=2, batch=1)[0] for text in texts]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+  ({"max_new_tokens": 0}, "at least 1"), ({"beams": 0}, "at least 1"), ({"max_new_tokens": 5000}, "context of 4096"),
+])  # fmt: skip
+def test_settings_out_of_range(pair, given, said):
+  with pytest.raises(ValueError, match=said):
+    beam_search(*pair[1:], TOKENS, **{"max_new_tokens": 4, **given})
+
+
+def test_a_decoder_alone_is_refused(tiny):
+  with pytest.raises(WeightError, match="Llama has no encoder"):
+    beam_search(*tiny, TOKENS, 4)
+
+
+def test_a_decoder_without_its_tokens(pair):
+  with pytest.raises(WeightError, match="takes decoder_input_ids"):
+    pair[1].apply(pair[2], TOKENS)
