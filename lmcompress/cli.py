@@ -361,9 +361,10 @@ def generate(
   ] = None,
   draft_layers: Annotated[int | None, typer.Option(help="Drafts with the model's own first layers instead.")] = None,
   draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
+  beams: Annotated[int, typer.Option(help="Of an encoder-decoder: hypotheses that its search keeps.")] = 1,
   stats: Annotated[bool, typer.Option("--stats", help="Tells times and acceptance on standard error.")] = False,
 ) -> None:
-  """Continues a prompt, streaming the text.
+  """Continues a prompt, streaming the text; an encoder-decoder writes what it makes of the prompt.
 
   Examples:
 
@@ -374,6 +375,8 @@ def generate(
     lmcompress generate smollm2-135m "Once upon a time" --draft results/quickstart-1a2b3c4d/model --stats
 
     lmcompress generate smollm2-135m "Once upon a time" --draft-layers 20 --draft-tokens 2 --stats
+
+    lmcompress generate flan-t5-folder "translate English to German: How old are you?" --beams 4
   """
   import jax
 
@@ -393,6 +396,16 @@ def generate(
   elif draft_layers is not None:
     drafter = net, first_layers(params, draft_layers)
   text = sys.stdin.read() if prompt == "-" else prompt
+  if hasattr(net, "encode"):
+    given = {"--draft": drafter, "--temperature": temperature, "--stop": stop, "--chat": chat}
+    if refused := [option for option, value in given.items() if value]:
+      raise lmc.ConfigError(f"{', '.join(refused)}: {model} is an encoder-decoder, which searches by --beams alone")
+    from lmcompress.generation.seq2seq import rewrite
+
+    typer.echo(rewrite(net, params, tokenizer, [text], max_new_tokens, beams, batch=1)[0])
+    return
+  if beams != 1:
+    raise lmc.ConfigError(f"--beams {beams}: {model} is no encoder-decoder; it draws by --temperature, --top-k, --top-p")
   found: list[Any] = []
   lmc.generate(
     net,
@@ -573,6 +586,25 @@ def key(path: Annotated[Path, typer.Argument(help="The new file, readable by you
   except FileExistsError:
     raise ConfigError(f"{path} is there; a key is never replaced") from None
   _console().print(f"a key is in {path}; what it encrypts cannot be read without it", markup=False, highlight=False)
+
+
+@app.command()
+def export(
+  model: ModelName,
+  folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+) -> None:
+  """Writes a model as a Hugging Face folder, which transformers and others load; compressed weights become dense.
+
+  Example:
+
+    lmcompress export results/finetune-1a2b3c4d/model finetuned
+  """
+  import lmcompress as lmc
+  from lmcompress.io.huggingface import save_folder
+
+  net, params, tokenizer = lmc.load(model)
+  save_folder(net, params, folder, tokenizer)
+  _there(lambda: folder)
 
 
 @app.command()

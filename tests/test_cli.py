@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -22,10 +23,10 @@ from small_model import byte_level, random_params
 
 import lmcompress as lmc
 from lmcompress import cli, tree
-from lmcompress.models import Llama, LlamaConfig
+from lmcompress.models import T5, Llama, LlamaConfig, T5Config, T5Sizes
 
 VERBS = ("run", "resume", "validate", "ls", "cp", "eval", "generate", "bench", "inspect", "report", "compare",
-         "env")
+         "export", "env")
 PATH = "layers/0/mlp/down/kernel"
 RECIPE = [
   {"name": "magnitude", "at": "layers/*/mlp/down", "sparsity": 0.2},
@@ -532,3 +533,30 @@ def test_importing_the_package_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True,
                           timeout=60, check=True)
     assert not set(names) & set(done.stdout.split())
+
+
+def test_export_writes_a_folder_that_is_the_model(lmcompress, done, tmp_path):
+  """The weights that the codes stand for, read again from safetensors."""
+  code, out, err = lmcompress("export", done / "model", tmp_path / "out")
+  assert code == 0 and out == f"written: {tmp_path / 'out'}\n" and not err
+  model, params, tokenizer = lmc.load(done / "model")
+  back, dense, again = lmc.load(tmp_path / "out")
+  tokens = np.asarray([tokenizer.encode("I do not know")], np.int32)
+  np.testing.assert_allclose(back.apply(dense, tokens), model.apply(params, tokens), atol=1e-4)
+  assert again.encode("I do") == tokenizer.encode("I do")
+  code, _, err = lmcompress("export", done / "model", tmp_path / "out")
+  assert code == 2 and "has files already" in err
+
+
+def test_generate_searches_with_an_encoder_decoder(lmcompress, tmp_path):
+  model = T5(T5Config(head_dim=8), T5Sizes(vocab=264, embed=16, mlp=16, layers=1, decoder_layers=1, heads=2))
+  lmc.save(tmp_path / "t5", model, model.init(jax.random.key(0)), byte_level())
+  code, out, _ = lmcompress("generate", tmp_path / "t5", "a wolf", "-n", "4", "--beams", "2")
+  assert code == 0 and out.endswith("\n")
+  code, _, err = lmcompress("generate", tmp_path / "t5", "a wolf", "--temperature", "1")
+  assert code == 2 and "--temperature" in err and "encoder-decoder" in err
+
+
+def test_beams_of_a_decoder_are_refused(lmcompress, done):
+  code, _, err = lmcompress("generate", done / "model", "I do", "--beams", "3")
+  assert code == 2 and "no encoder-decoder" in err
