@@ -405,7 +405,7 @@ def generate(
     typer.echo(rewrite(net, params, tokenizer, [text], max_new_tokens, beams, batch=1)[0])
     return
   if beams != 1:
-    raise lmc.ConfigError(f"--beams {beams}: {model} is no encoder-decoder; it draws by --temperature, --top-k, --top-p")
+    raise lmc.ConfigError(f"--beams {beams}: {model} is no encoder-decoder; it draws by --temperature and --top-p")
   found: list[Any] = []
   lmc.generate(
     net,
