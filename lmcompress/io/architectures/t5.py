@@ -37,12 +37,16 @@ def _side(side: str, gated: bool) -> tuple[Name, ...]:
   )
 
 
-def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
-  gated = str(config.get("feed_forward_proj", "relu")).startswith("gated-")
+def names(gated: bool) -> tuple[Name, ...]:
+  """Where the parameters lie, with or without gates."""
   return (
     Name("embed/table", "shared.weight"), *_side("encoder", gated), *_side("decoder", gated),
     Name("head/table", "lm_head.weight", optional=True),
   )  # fmt: skip
+
+
+def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
+  return names(str(config.get("feed_forward_proj", "relu")).startswith("gated-"))
 
 
 def read(config: Mapping[str, Any], where: Any) -> T5:
