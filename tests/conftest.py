@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 _EIGHT = "--xla_force_host_platform_device_count=8"
+_QUICK = "--xla_backend_optimization_level=0"  # tests compile much and compute little
 _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT}".strip()
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT} {_QUICK}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: programs of eight devices in flight must not starve each other
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))

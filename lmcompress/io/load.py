@@ -16,9 +16,9 @@ def load(
   """Loads a model.
 
   Args:
-    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder with a
-      T5 as `encoder.onnx` and `decoder.onnx`, of a folder that `save` wrote, of a file that `encryption.encrypt` wrote
-      (its key is in the environment), or of a YAML file of the sizes of a model to be trained.
+    name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder with
+      a T5 as `encoder.onnx` and `decoder.onnx`, of a folder that `save` wrote, of a file that `encryption.encrypt`
+      wrote (its key is in the environment), or of a YAML file of the sizes of a model to be trained.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
