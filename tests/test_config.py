@@ -16,7 +16,7 @@ from lmcompress import config as configs
 from lmcompress import recipe as recipes
 from lmcompress.config import Config, check, dump, load_config, merge, override
 from lmcompress.io.yaml_text import parse
-from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.models import LSTM, Llama, LlamaConfig, LlamaSizes, LSTMSizes
 from lmcompress.transforms import METHODS
 from lmcompress.types import ConfigError
 
@@ -52,9 +52,16 @@ def params():
   return jax.jit(Llama(LlamaConfig(head_dim=32), sizes).init)(jax.random.key(0))
 
 
+@pytest.fixture(scope="module")
+def recurrent():
+  """The same of a model without attention, with a head of its own."""
+  return jax.jit(LSTM(sizes=LSTMSizes(vocab=64, embed=64, units=64)).init)(jax.random.key(0))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_each_config_of_the_repository_resolves(path, params):
+def test_each_config_of_the_repository_resolves(path, params, recurrent):
   config = load_config(path)
+  params = recurrent if "lstm" in config.model else params
   for variant in (config, *configs.variants_of(config)):
     for link in recipes.build(variant.recipe).links if variant.recipe else ():
       link.init(params, None)

@@ -74,12 +74,12 @@ def test_load_of_a_compressed_model_holds_nothing_dense(smollm2, small, tmp_path
 @pytest.mark.parametrize("rows", [1, 512])
 def test_compiled_forward_holds_no_dense_weight(smollm2, small, rows):
   """The temporaries of a compiled layer stay below the largest dense weight, for one token and for many."""
-  from lmcompress.models.llama import _run_layer
+  from lmcompress.models.base import run_module
 
   model, _, _ = smollm2
-  layer = small["layers"]["0"]
+  layer, module = small["layers"]["0"], model.layer_of(model.blocks(small)[0])
   carry = model.start(small, np.zeros((1, rows), np.int32))
-  compiled = _run_layer.lower(model.config, layer, carry["h"], carry["view"], None, ()).compile()
+  compiled = run_module.lower(module, layer, carry["h"], carry["view"], None).compile()
   dense = 576 * 1536 * 4
   activations = rows * (2 * 1536 + 8 * 576) * 4 + 3 * 9 * rows * rows * 4
   assert compiled.memory_analysis().temp_size_in_bytes < dense + activations
