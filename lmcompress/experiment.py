@@ -100,8 +100,8 @@ def run(
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
   if not getattr(model, "causal", True):
     raise ConfigError(
-      f"{config.model} is an encoder: it predicts no next token, so a run has nothing to score; compare vectors of "
-      "sentences by experiments/sentences.py"
+      f"{config.model} predicts no next token, so a run has nothing to score; encoders are compared by "
+      "experiments/sentences.py, encoder-decoders by experiments/titles.py"
     )
   b, most = config.bench, model.config.max_length
   decodes = b.rounds > 0 or (profile and config.train is None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lmcompress import tree
 from lmcompress.arrays.tiled import TiledArray
+from lmcompress.calibration.token_loss import require_causal
 from lmcompress.generation import loop
 from lmcompress.generation.cache import KVCache, init_cache
 from lmcompress.generation.prefill import prefill as read_prompt
@@ -79,6 +80,7 @@ def latency(
 
 def check(model: Any, prefills: Any, depths: Any, batches: Any, decode: int, rounds: int) -> None:
   """Raises ValueError for sizes that cannot be timed."""
+  require_causal(model, "latency")
   for what, values, least in (
     ("prefill", prefills, 1),
     ("depth", depths, 0),
