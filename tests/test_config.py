@@ -16,7 +16,7 @@ from lmcompress import config as configs
 from lmcompress import recipe as recipes
 from lmcompress.config import Config, check, dump, load_config, merge, override
 from lmcompress.io.yaml_text import parse
-from lmcompress.models import LSTM, Llama, LlamaConfig, LlamaSizes, LSTMSizes
+from lmcompress.models import LSTM, T5, Llama, LlamaConfig, LlamaSizes, LSTMSizes, T5Config, T5Sizes
 from lmcompress.transforms import METHODS
 from lmcompress.types import ConfigError
 
@@ -53,15 +53,17 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def recurrent():
-  """The same of a model without attention, with a head of its own."""
-  return jax.jit(LSTM(sizes=LSTMSizes(vocab=64, embed=64, units=64)).init)(jax.random.key(0))
+def others():
+  """The same of models of other architectures, by a word in their names."""
+  t5 = T5(T5Config(head_dim=32), T5Sizes(vocab=64, embed=64, mlp=64, layers=2, decoder_layers=2, heads=2, tied=False))
+  models = {"lstm": LSTM(sizes=LSTMSizes(vocab=64, embed=64, units=64)), "t5": t5}
+  return {word: jax.jit(model.init)(jax.random.key(0)) for word, model in models.items()}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_each_config_of_the_repository_resolves(path, params, recurrent):
+def test_each_config_of_the_repository_resolves(path, params, others):
   config = load_config(path)
-  params = recurrent if "lstm" in config.model else params
+  params = next((other for word, other in others.items() if word in config.model), params)
   for variant in (config, *configs.variants_of(config)):
     for link in recipes.build(variant.recipe).links if variant.recipe else ():
       link.init(params, None)
