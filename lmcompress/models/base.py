@@ -35,6 +35,16 @@ def _tap(taps: Mapping[str, Any], name: str) -> jax.Array:
   return None  # type: ignore[return-value]
 
 
+def linear_axes(path: str, inputs: Any, outputs: Any) -> dict[str, tuple[Any, ...]]:
+  """Logical axes of a linear: its kernel, and the bias that it may have."""
+  return {f"{path}/kernel": (inputs, outputs), f"{path}/bias": (outputs,)}
+
+
+def norm_axes(path: str, axis: str, bias: bool = True) -> dict[str, tuple[Any, ...]]:
+  """Logical axes of a norm: its scale, and the bias of one that subtracts a mean."""
+  return {f"{path}/scale": (axis,), **({f"{path}/bias": (axis,)} if bias else {})}
+
+
 def checked_tokens(given: Any, vocab: int) -> jax.Array:
   """Token ids `[batch, length]`.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lmcompress import ops
 from lmcompress.arrays import resolve
-from lmcompress.models.base import Decoder
+from lmcompress.models.base import Decoder, linear_axes, norm_axes
 from lmcompress.models.layers import ACTIVATIONS, LayerNorm, Linear, linears
 from lmcompress.types import Block, Params, Stage
 
@@ -22,24 +22,15 @@ _HEADS = ("kv", "head")
 AXES: Mapping[str, tuple[Any, ...]] = {
   "embed/table": ("vocab", "embed"),
   "positions/table": ("position", "embed"),
-  "layers/*/attn_norm/scale": ("embed",),
-  "layers/*/attn_norm/bias": ("embed",),
-  "layers/*/attn/q/kernel": ("embed", _HEADS),
-  "layers/*/attn/q/bias": (_HEADS,),
-  "layers/*/attn/k/kernel": ("embed", _HEADS),
-  "layers/*/attn/k/bias": (_HEADS,),
-  "layers/*/attn/v/kernel": ("embed", _HEADS),
-  "layers/*/attn/v/bias": (_HEADS,),
-  "layers/*/attn/o/kernel": (_HEADS, "embed"),
-  "layers/*/attn/o/bias": ("embed",),
-  "layers/*/mlp_norm/scale": ("embed",),
-  "layers/*/mlp_norm/bias": ("embed",),
-  "layers/*/mlp/up/kernel": ("embed", "mlp"),
-  "layers/*/mlp/up/bias": ("mlp",),
-  "layers/*/mlp/down/kernel": ("mlp", "embed"),
-  "layers/*/mlp/down/bias": ("embed",),
-  "final_norm/scale": ("embed",),
-  "final_norm/bias": ("embed",),
+  **norm_axes("layers/*/attn_norm", "embed"),
+  **linear_axes("layers/*/attn/q", "embed", _HEADS),
+  **linear_axes("layers/*/attn/k", "embed", _HEADS),
+  **linear_axes("layers/*/attn/v", "embed", _HEADS),
+  **linear_axes("layers/*/attn/o", _HEADS, "embed"),
+  **norm_axes("layers/*/mlp_norm", "embed"),
+  **linear_axes("layers/*/mlp/up", "embed", "mlp"),
+  **linear_axes("layers/*/mlp/down", "mlp", "embed"),
+  **norm_axes("final_norm", "embed"),
   "head/table": ("vocab", "embed"),
 }
 

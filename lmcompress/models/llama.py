@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from lmcompress import ops
-from lmcompress.models.base import Decoder
+from lmcompress.models.base import Decoder, linear_axes, norm_axes
 from lmcompress.models.layers import Linear, RMSNorm, linears
 from lmcompress.models.rope import Rope
 from lmcompress.types import Block, Params, Stage
@@ -27,25 +27,18 @@ _QUERY, _KEY = ("kv", "group", "head"), ("kv", "head")
 
 AXES: Mapping[str, tuple[Any, ...]] = {
   "embed/table": ("vocab", "embed"),
-  "layers/*/attn_norm/scale": ("embed",),
-  "layers/*/attn/q/kernel": ("embed", _QUERY),
-  "layers/*/attn/q/bias": (_QUERY,),
-  "layers/*/attn/k/kernel": ("embed", _KEY),
-  "layers/*/attn/k/bias": (_KEY,),
-  "layers/*/attn/q_norm/scale": ("head",),
-  "layers/*/attn/k_norm/scale": ("head",),
-  "layers/*/attn/v/kernel": ("embed", _KEY),
-  "layers/*/attn/v/bias": (_KEY,),
-  "layers/*/attn/o/kernel": (_QUERY, "embed"),
-  "layers/*/attn/o/bias": ("embed",),
-  "layers/*/mlp_norm/scale": ("embed",),
-  "layers/*/mlp/gate/kernel": ("embed", "mlp"),
-  "layers/*/mlp/gate/bias": ("mlp",),
-  "layers/*/mlp/up/kernel": ("embed", "mlp"),
-  "layers/*/mlp/up/bias": ("mlp",),
-  "layers/*/mlp/down/kernel": ("mlp", "embed"),
-  "layers/*/mlp/down/bias": ("embed",),
-  "final_norm/scale": ("embed",),
+  **norm_axes("layers/*/attn_norm", "embed", bias=False),
+  **linear_axes("layers/*/attn/q", "embed", _QUERY),
+  **linear_axes("layers/*/attn/k", "embed", _KEY),
+  **norm_axes("layers/*/attn/q_norm", "head", bias=False),
+  **norm_axes("layers/*/attn/k_norm", "head", bias=False),
+  **linear_axes("layers/*/attn/v", "embed", _KEY),
+  **linear_axes("layers/*/attn/o", _QUERY, "embed"),
+  **norm_axes("layers/*/mlp_norm", "embed", bias=False),
+  **linear_axes("layers/*/mlp/gate", "embed", "mlp"),
+  **linear_axes("layers/*/mlp/up", "embed", "mlp"),
+  **linear_axes("layers/*/mlp/down", "mlp", "embed"),
+  **norm_axes("final_norm", "embed", bias=False),
   "head/table": ("vocab", "embed"),
 }
 
