@@ -473,9 +473,10 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
     )
   model, config = known
   fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description["config"].items()}
-  if "rope" in fields:
-    rope = {**fields["rope"], "factors": tuple(fields["rope"]["factors"])}
-    fields["rope"] = _typed(Rope, rope, where)
+  for name in ("rope", "local_rope"):
+    if isinstance(fields.get(name), Mapping):
+      rope = {**fields[name], "factors": tuple(fields[name].get("factors", ()))}
+      fields[name] = _typed(Rope, rope, where)
   return model(_typed(config, fields, where))
 
 

@@ -1,6 +1,7 @@
 """Pure Flax models, an architecture per file."""
 
 from lmcompress.models.bert import Bert, BertConfig, BertSizes, Encoded
+from lmcompress.models.gemma import Gemma, GemmaConfig, GemmaSizes
 from lmcompress.models.gpt2 import GPT2, GPT2Config, GPT2Sizes
 from lmcompress.models.llama import Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.lstm import LSTM, LSTM_DEPTH, LSTMConfig, LSTMSizes
@@ -13,6 +14,7 @@ ARCHITECTURES = {
   "bert": (Bert, BertConfig),
   "lstm": (LSTM, LSTMConfig),
   "t5": (T5, T5Config),
+  "gemma": (Gemma, GemmaConfig),
 }
 """Model class and config class by the architecture's name; a new model adds itself here."""
 
@@ -29,6 +31,9 @@ __all__ = [
   "Encoded",
   "GPT2Config",
   "GPT2Sizes",
+  "Gemma",
+  "GemmaConfig",
+  "GemmaSizes",
   "LSTMConfig",
   "LSTMSizes",
   "Llama",

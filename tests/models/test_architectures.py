@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ import torch
 import transformers
 
 from lmcompress import tree
+from lmcompress.generation.cache import init_cache
+from lmcompress.io import checkpoint
 from lmcompress.io.huggingface import load_folder, save_folder
 from lmcompress.models import ARCHITECTURES, Encoded
-from lmcompress.types import Model
+from lmcompress.types import FormatError, Model
 
 LLAMA = {
   "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -60,6 +63,15 @@ CASES = {
   ),
   "qwen3": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 10}),
   "qwen3 tied": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+  "gemma": Case("GemmaForCausalLM", {**LLAMA, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"}),
+  "gemma2": Case("Gemma2ForCausalLM", {
+    **LLAMA, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+  }),
+  "gemma3": Case("Gemma3ForCausalLM", {
+    **LLAMA, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 24, "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+  }),
   "gpt2 odd heads": Case("GPT2LMHeadModel", GPT2),
   "gpt2 relu untied": Case(
     "GPT2LMHeadModel", {**GPT2, "n_embd": 48, "activation_function": "relu", "tie_word_embeddings": False}
@@ -153,3 +165,44 @@ def test_every_architecture_is_here():
   nets = {case.net.lower() for case in CASES.values()}
   for name in set(ARCHITECTURES) - {"llama", "lstm"}:  # these have a file of their own
     assert any(net.startswith(name) for net in nets), name
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2 odd heads"])
+def test_a_cache_continues_what_was_read(name, tmp_path):
+  """Windows, two kinds of positions and learned ones, over a cache as all at once; saved by us and read again."""
+  net = CASES[name].build()
+  net.save_pretrained(tmp_path / "hf")
+  model, params, _ = load_folder(tmp_path / "hf")
+  cache, pieces = init_cache(model, params, len(TOKENS), 32), []
+  for piece in (TOKENS[:, :17], TOKENS[:, 17:18], TOKENS[:, 18:]):
+    logits, cache = model.apply(params, piece, cache=cache)
+    pieces.append(np.asarray(logits))
+  np.testing.assert_allclose(np.concatenate(pieces, axis=1), output(model, params), atol=1e-4)
+  checkpoint.save(tmp_path / "ours", model, params)
+  back, again, _ = checkpoint.load_checkpoint(tmp_path / "ours")
+  assert back.config == model.config
+  np.testing.assert_array_equal(output(back, again), output(model, params))
+
+
+@pytest.mark.parametrize(("name", "change", "said"), [
+  ("gpt2 odd heads", {"n_head": 5}, "n_embd is 42, no multiple of n_head"),
+  ("gpt2 odd heads", {"activation_function": "swoosh"}, "activation_function 'swoosh' is not known here"),
+  ("gpt2 odd heads", {"n_layer": 4}, "the tensor 'transformer.h.3.ln_1.weight' is missing"),
+  ("gpt2 odd heads", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not known"),
+  ("bert", {"num_hidden_layers": 2}, "has no place in this architecture"),
+  ("bert", {"position_embedding_type": "relative_key"}, "relative positions"),
+  ("roberta", {"pad_token_id": -1}, "pad_token_id is -1"),
+  ("distilbert", {"dim": 40}, "no multiple of n_heads"),
+  ("t5", {"feed_forward_proj": "gated-swoosh"}, "feed_forward_proj 'gated-swoosh' is not known here"),
+  ("t5", {"num_decoder_layers": 4}, "the tensor 'decoder.block.3.layer.0.layer_norm.weight' is missing"),
+  ("t5", {"d_kv": 4}, "no multiple of the head size 4"),
+  ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1"),
+  ("mistral", {"sliding_window": "wide"}, "sliding_window is 'wide'"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(name, change, said, tmp_path):
+  CASES[name].build().save_pretrained(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+  with pytest.raises(FormatError) as caught:
+    load_folder(tmp_path)
+  assert said in str(caught.value) and "\n" not in str(caught.value)
