@@ -475,7 +475,7 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
   fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description["config"].items()}
   for name in ("rope", "local_rope"):
     if isinstance(fields.get(name), Mapping):
-      rope = {**fields[name], "factors": tuple(fields[name].get("factors", ()))}
+      rope = {**fields[name], "factors": tuple(fields[name]["factors"])}
       fields[name] = _typed(Rope, rope, where)
   return model(_typed(config, fields, where))
 
