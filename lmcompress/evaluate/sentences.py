@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.generation.prefill import bucket
 from lmcompress.types import Params
-
-_SMALLEST = 16
 
 
 def sentence_vectors(
@@ -42,7 +41,7 @@ def sentence_vectors(
   order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), {}
   for first in range(0, len(order), batch):
     some = order[first : first + batch]
-    width = min(length, max(_SMALLEST, 1 << (max(len(rows[i]) for i in some) - 1).bit_length()))
+    width = min(length, bucket(max(len(rows[i]) for i in some)))
     tokens, mask = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
     mask[:, 0] = True  # rows that only fill the batch
     for row, i in enumerate(some):

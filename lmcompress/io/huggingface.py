@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable
@@ -93,6 +94,10 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     raise FormatError(f"{type(model).__name__} has no form in Hugging Face folders")
   if folder.exists() and any(folder.iterdir()):
     raise FormatError(f"{folder}: has files already; name an empty or a new folder")
+  if getattr(model.config, "full_layers", ()):  # they are named by numbers, which close up too
+    order = sorted(params["layers"], key=int)
+    full = tuple(new for new, old in enumerate(order) if int(old) in model.config.full_layers)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, full_layers=full))
   params = _closed_up(params, kind.stacks)
   config = kind.write(model, params)
   kind = names.foreign()[config["model_type"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ def numbered(params: Params, name: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockModel:
+class BlockModel(abc.ABC):
   """A model by its block view (see `types.Model`); a subclass gives `start`, `blocks`, `run`, `finish`.
 
   Attributes:
@@ -131,21 +132,21 @@ class BlockModel:
       carry, _ = self.run(block, params, carry)
     return self.finish(params, carry)
 
+  @abc.abstractmethod
   def start(self, params: Params, inputs: Any) -> Any:
     """The carry before the first block."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def blocks(self, params: Params) -> tuple[Block, ...]:
     """The blocks that the tree has, in order."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]:
     """One block; `taps` names stages whose inputs are returned."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def finish(self, params: Params, carry: Any, last: bool = False, span: tuple[Any, int] | None = None) -> Any:
     """The output for the carry after the last block."""
-    raise NotImplementedError
 
   def extents(self, params: Params) -> dict[str, int]:
     """Extents of logical axes that no array's shape tells by itself."""
@@ -179,13 +180,13 @@ class Decoder(BlockModel):
 
   stages: ClassVar[tuple[Stage, ...]]
 
+  @abc.abstractmethod
   def layer_of(self, block: Block) -> nn.Module:
     """The module of a block: `(h, view, layer_cache) -> (h, layer_cache)`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def norm(self) -> nn.Module:
     """The norm after the last layer."""
-    raise NotImplementedError
 
   def embedded(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """The hidden stream `[batch, length, embed]` before the first layer."""

@@ -198,6 +198,7 @@ def test_a_cache_continues_what_was_read(name, tmp_path):
   ("t5", {"d_kv": 4}, "no multiple of the head size 4"),
   ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1"),
   ("mistral", {"sliding_window": "wide"}, "sliding_window is 'wide'"),
+  ("qwen2 with a window", {"max_window_layers": "x", "layer_types": None}, "max_window_layers is 'x'"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(name, change, said, tmp_path):
   CASES[name].build().save_pretrained(tmp_path)
@@ -206,3 +207,14 @@ def test_what_does_not_fit_is_named(name, change, said, tmp_path):
   with pytest.raises(FormatError) as caught:
     load_folder(tmp_path)
   assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_windows_stay_with_their_layers_where_others_are_removed(tmp_path):
+  """A folder numbers layers anew; the one that sees all is still the one that sees all."""
+  CASES["gemma3"].build().save_pretrained(tmp_path / "hf")
+  model, params, _ = load_folder(tmp_path / "hf")
+  params = {**params, "layers": {i: layer for i, layer in params["layers"].items() if i != "0"}}
+  save_folder(model, params, tmp_path / "out")
+  back, read, _ = load_folder(tmp_path / "out")
+  assert model.config.full_layers == (2,) and back.config.full_layers == (1,)
+  np.testing.assert_allclose(output(back, read), output(model, params), atol=1e-5)

@@ -77,7 +77,7 @@ def windows(config: Mapping[str, Any], where: Any) -> tuple[int | None, tuple[in
   if isinstance(types, list) and len(types) == layers:
     return width, tuple(i for i, word in enumerate(types) if word == "full_attention")
   if kind in ("qwen2", "qwen3"):
-    return width, tuple(range(min(layers, int(config.get("max_window_layers") or 0))))
+    return width, tuple(range(min(layers, integer(config, "max_window_layers", where, 0, least=0))))
   return width, ()
 
 
