@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
 
 import lmcompress as lmc
 from lmcompress.data.labelled import load_labelled
@@ -15,34 +16,22 @@ from lmcompress.generation.seq2seq import rewrite
 from lmcompress.io.hub import resolve_model
 
 
-def session(path, folder):
-  """The file's own graph, but for the rounding of activations to 8 bits: integer products become float ones."""
-  model = onnx.load(str(path))
-  held, nodes = {tensor.name: tensor for tensor in model.graph.initializer}, []
-  model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
-  for node in model.graph.node:
-    if node.op_type == "DynamicQuantizeLinear":
-      nodes += [helper.make_node("Identity", [node.input[0]], [node.output[0]], name=f"{node.name}/x"),
-                helper.make_node("Identity", ["one"], [node.output[1]], name=f"{node.name}/scale")]  # fmt: skip
-    elif node.op_type == "MatMulInteger":
-      codes, zero = (numpy_helper.to_array(held[name]).astype(np.float32) for name in (node.input[1], node.input[3]))
-      weight = f"{node.name}/weight"
-      model.graph.initializer.append(numpy_helper.from_array(codes - zero, weight))
-      nodes.append(helper.make_node("MatMul", [node.input[0], weight], list(node.output), name=node.name))
-    else:
-      nodes.append(node)
-  del model.graph.node[:]
-  model.graph.node.extend(nodes)
-  onnx.save(model, str(folder / path.name))
-  options = onnxruntime.SessionOptions()
-  options.log_severity_level = 3
-  return onnxruntime.InferenceSession(str(folder / path.name), options)
+def study():
+  """The study of titles, which runs the graph with the inputs of integer products left as they are."""
+  path = Path(__file__).parents[2] / "experiments" / "titles.py"
+  spec = importlib.util.spec_from_file_location("titles", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
 
 
 @pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-  folder, out = resolve_model("title-t5"), tmp_path_factory.mktemp("onnx")
-  return tuple(session(folder / f"{side}.onnx", out) for side in ("encoder", "decoder"))
+def sessions():
+  folder, floating = resolve_model("title-t5"), study().floating
+  return tuple(
+    onnxruntime.InferenceSession(floating(folder / f"{side}.onnx").SerializeToString())
+    for side in ("encoder", "decoder")
+  )
 
 
 @pytest.fixture(scope="module")
