@@ -389,15 +389,12 @@ def generate(
   if tokenizer is None:
     raise lmc.SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
   params = lmc.prepare(params, consume=True)
-  drafter = None
-  if draft is not None:
-    other, theirs, _ = lmc.load(draft)
-    drafter = other, lmc.prepare(theirs, consume=True)
-  elif draft_layers is not None:
-    drafter = net, first_layers(params, draft_layers)
   text = sys.stdin.read() if prompt == "-" else prompt
   if hasattr(net, "encode"):
-    given = {"--draft": drafter, "--temperature": temperature, "--stop": stop, "--chat": chat}
+    given = {
+      "--draft": draft, "--draft-layers": draft_layers, "--temperature": temperature, "--top-k": top_k,
+      "--top-p": top_p != 1, "--stop": stop, "--chat": chat, "--stats": stats,
+    }  # fmt: skip
     if refused := [option for option, value in given.items() if value]:
       raise lmc.ConfigError(f"{', '.join(refused)}: {model} is an encoder-decoder, which searches by --beams alone")
     from lmcompress.generation.seq2seq import rewrite
@@ -406,6 +403,12 @@ def generate(
     return
   if beams != 1:
     raise lmc.ConfigError(f"--beams {beams}: {model} is no encoder-decoder; it draws by --temperature and --top-p")
+  drafter = None
+  if draft is not None:
+    other, theirs, _ = lmc.load(draft)
+    drafter = other, lmc.prepare(theirs, consume=True)
+  elif draft_layers is not None:
+    drafter = net, first_layers(params, draft_layers)
   found: list[Any] = []
   lmc.generate(
     net,

@@ -555,6 +555,8 @@ def test_generate_searches_with_an_encoder_decoder(lmcompress, tmp_path):
   assert code == 0 and out.endswith("\n")
   code, _, err = lmcompress("generate", tmp_path / "t5", "a wolf", "--temperature", "1")
   assert code == 2 and "--temperature" in err and "encoder-decoder" in err
+  code, _, err = lmcompress("generate", tmp_path / "t5", "a wolf", "--draft-layers", "1")
+  assert code == 2 and "--draft-layers" in err and "encoder-decoder" in err
 
 
 def test_beams_of_a_decoder_are_refused(lmcompress, done):
