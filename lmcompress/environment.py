@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ def facts() -> dict[str, str]:
     "isa": " ".join(_flags()) or "unknown",
     "machine": f"{platform.system()} {platform.machine()}",
   }
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+  """Within it float32 products are of float32, also where a device's default is tf32 or bfloat16.
+
+  Hessians, factorizations and scores are to agree with a CPU's; products of bfloat16 stay as fast as they are.
+  """
+  import jax
+
+  cpu = jax.default_backend() == "cpu"
+  with contextlib.nullcontext() if cpu else jax.default_matmul_precision("float32"):
+    yield
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump
 from lmcompress.data.text import load_text, windows
-from lmcompress.environment import device, versions
+from lmcompress.environment import device, exact_products, versions
 from lmcompress.errors import GateError
 from lmcompress.evaluate import energy, profiling
 from lmcompress.evaluate.latency import kernels, latency
@@ -51,6 +51,7 @@ from lmcompress.types import ConfigError, FormatError, Params, SourceError, Tran
 _HISTOGRAM_BINS = 80
 
 
+@exact_products()
 def run(
   config: Config,
   results: Path,

@@ -32,6 +32,8 @@ TEXTS: dict[str, str] = {
   "pydoc": "CPython's manual as pydoc shows it, 0.5 to 0.7 MB; varies with the Python version",
   "grimm": "tales of the brothers Grimm in English, 54 tales, 0.4 MB",
   "books": "excerpts of books for children and adults, 140 excerpts, 0.7 MB, with little punctuation",
+  "bbc": "articles of BBC news of the data set bbc, those to train on, 1,704 articles, 3.8 MB",
+  "movies": "reviews of films and plots of the data set movies, those to train on, 11,241 texts, 1.7 MB",
 }
 """One line for each text that has a name."""
 
@@ -54,7 +56,7 @@ def load_text(name: str | os.PathLike[str]) -> str:
   A named text is a list of documents (topics, tales, excerpts) joined by blank lines. `name:even` and
   `name:odd` are the documents of even and of odd index: calibrate on one and evaluate on the other, since
   they share no document. `pydoc` (its topics in sorted order) comes with Python, so its numbers compare only
-  within one Python version; `grimm` and `books` are pinned and the same everywhere.
+  within one Python version; the others are pinned and the same everywhere.
 
   Raises:
     SourceError: no such name, part or file, or the text cannot be downloaded.
@@ -162,6 +164,13 @@ def _pydoc() -> list[str]:
   return [topics[topic] for topic in sorted(topics)]
 
 
+def _training_part(name: str) -> list[str]:
+  """The documents of a labelled data set that a classifier may learn from."""
+  from lmcompress.data.labelled import load_labelled  # reads tables of the same wheels
+
+  return [text for text in load_labelled(name).train[0] if isinstance(text, str)]
+
+
 def _orange_column(path: Path) -> list[str]:
   """The column of an Orange table that holds the text, which is the one with the most characters.
 
@@ -182,6 +191,8 @@ _DOCUMENTS: dict[str, Callable[[], list[str]]] = {
   "pydoc": _pydoc,
   "grimm": lambda: _orange_column(fetch_file(_GRIMM)),
   "books": lambda: _orange_column(fetch_file(_BOOKS)),
+  "bbc": lambda: _training_part("bbc"),
+  "movies": lambda: _training_part("movies"),
 }
 
 

@@ -30,28 +30,32 @@ from lmcompress.ops.linear import gathered_embed, tiled_attend, tiled_linear
 
 
 class Tiles(NamedTuple):
-  """Block sizes of one case; `inputs` is the largest slice of a packing block, in bytes."""
+  """Block sizes of one case.
+
+  Attributes:
+    inputs: the largest slice of a packing block, in bytes (of 2:4 weights, quads).
+    programs: what splitting the contraction axis aims at; 0 splits nothing.
+  """
 
   rows: int
   outputs: int
   inputs: int
   warps: int
   stages: int
+  programs: int = 0
 
 
 FEW_ROWS = 16
 """Rows of x up to which a product is bound by reading the codes; also the least that a tensor core takes."""
 
-FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4)
+FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=264)
 MANY = Tiles(rows=64, outputs=128, inputs=64, warps=8, stages=3)
-PROGRAMS = 264
-"""Two programs for each of an H100's 132 multiprocessors: what splitting the contraction axis aims at."""
+SPARSE_FEW = FEW._replace(inputs=32)
+SPARSE_MANY = MANY._replace(inputs=32)
 
 STEPS_OF_A_SPLIT = 4
 LEAST_DOT = 16
 WASTE = 0.25
-SPARSE_QUADS = 32
-"""Quads of a step of the 2:4 product: 64 stored values for each output."""
 
 
 class Layout(NamedTuple):
@@ -97,14 +101,17 @@ def supports(x: Any, w: Any, door: str) -> str:
   return dtype_reason(x) or quantized_reason(w, -2 if door == "linear" else -1) or _block_reason(w)
 
 
-def linear(x: jax.Array, w: Any, *, interpret: bool = False) -> jax.Array:
-  """`x @ w` for `x: [..., in]` and a compressed kernel `w: [in, out]` that `supports` takes, in the dtype of x."""
-  return (_sparse if isinstance(w, NMSparseArray) else _linear)(interpret)(x, w)
+def linear(x: jax.Array, w: Any, *, interpret: bool = False, tiles: Tiles | None = None) -> jax.Array:
+  """`x @ w` for `x: [..., in]` and a compressed kernel `w: [in, out]` that `supports` takes, in the dtype of x.
+
+  `tiles` stand for those that are chosen by the number of rows; powers of two, 16 rows and inputs at least.
+  """
+  return (_sparse if isinstance(w, NMSparseArray) else _linear)(interpret, tiles)(x, w)
 
 
-def attend(x: jax.Array, w: QuantizedArray, *, interpret: bool = False) -> jax.Array:
+def attend(x: jax.Array, w: QuantizedArray, *, interpret: bool = False, tiles: Tiles | None = None) -> jax.Array:
   """`x @ w.T` for `x: [..., features]` and a compressed table `w: [vocab, features]`, in the dtype of x."""
-  return _attend(interpret)(x, w)
+  return _attend(interpret, tiles)(x, w)
 
 
 embed = gathered_embed
@@ -112,18 +119,18 @@ embed = gathered_embed
 
 
 @functools.cache
-def _linear(interpret: bool) -> Product:
-  return around(functools.partial(_quantized, interpret=interpret), tiled_linear, lambda w: w.shape[-1])
+def _linear(interpret: bool, tiles: Tiles | None = None) -> Product:
+  return around(functools.partial(_quantized, interpret=interpret, tiles=tiles), tiled_linear, lambda w: w.shape[-1])
 
 
 @functools.cache
-def _attend(interpret: bool) -> Product:
-  return around(functools.partial(_quantized, interpret=interpret), tiled_attend, lambda w: w.shape[-2])
+def _attend(interpret: bool, tiles: Tiles | None = None) -> Product:
+  return around(functools.partial(_quantized, interpret=interpret, tiles=tiles), tiled_attend, lambda w: w.shape[-2])
 
 
 @functools.cache
-def _sparse(interpret: bool) -> Product:
-  return around(functools.partial(_nm_sparse, interpret=interpret), tiled_linear, lambda w: w.shape[-1])
+def _sparse(interpret: bool, tiles: Tiles | None = None) -> Product:
+  return around(functools.partial(_nm_sparse, interpret=interpret, tiles=tiles), tiled_linear, lambda w: w.shape[-1])
 
 
 # Quantized kernels and tables
@@ -176,10 +183,10 @@ def _flat(packed: Packed) -> jax.Array:
   return data.reshape(data.shape[0] * data.shape[1], data.shape[2])
 
 
-def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool) -> jax.Array:
+def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | None) -> jax.Array:
   """`[m, inputs] -> [m, outputs]`."""
   at, few = _layout(w), x.shape[0] <= FEW_ROWS
-  tiles = FEW if few else MANY
+  tiles = tiles or (FEW if few else MANY)
   tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs))
   body = functools.partial(_product, at=at, tiles=tiles, few=few, interpret=interpret)
   steps = at.blocks * pl.cdiv(at.length, tiles.inputs)
@@ -207,7 +214,7 @@ def _call(
   """Runs `body` over tiles of rows and outputs; few rows split the steps over programs too."""
   rows = x.shape[0]
   grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(outputs, tiles.outputs))
-  wanted = max(1, PROGRAMS // (grid[0] * grid[1])) if few else 1
+  wanted = max(1, tiles.programs // (grid[0] * grid[1]))
   share = max(pl.cdiv(steps, wanted), min(steps, STEPS_OF_A_SPLIT))
   splits = pl.cdiv(steps, share)
   y = pl.pallas_call(
@@ -379,10 +386,10 @@ def _sparse_reason(w: NMSparseArray) -> str:
   return "" if isinstance(w.values, jax.Array) else f"values in a {type(w.values).__name__}"
 
 
-def _nm_sparse(x: jax.Array, w: NMSparseArray, interpret: bool) -> jax.Array:
+def _nm_sparse(x: jax.Array, w: NMSparseArray, interpret: bool, tiles: Tiles | None) -> jax.Array:
   """`[m, inputs] -> [m, outputs]`: quads are spread to dense tiles in registers; only what is stored is read."""
   few = x.shape[0] <= FEW_ROWS
-  tiles = (FEW if few else MANY)._replace(inputs=SPARSE_QUADS)
+  tiles = tiles or (SPARSE_FEW if few else SPARSE_MANY)
   steps = pl.cdiv(x.shape[1] // 4, tiles.inputs)
   values = w.values
   quantized = isinstance(values, QuantizedArray)
