@@ -50,7 +50,9 @@ FORMS: dict[str, dict[str, Any]] = {
 TIMED = ("int8 row", "int4 g128", "int4 g128 minimum", "int4 g32", "fp8_e4m3 row", "2:4 bfloat16", "2:4 int8 row")
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 """The linears of a block of Llama-3-8B, query and output, up and down."""
-ROWS = (1, 8, 16, 128, 2048)
+ROWS = (1, 4, 16, 2048)
+SWEPT = (("int4 g128", 4, 1), ("int8 row", 8, 1), ("int4 g128", 4, 16), ("int8 row", 8, 16),
+         ("int4 g128", 4, 2048), ("int8 row", 8, 2048))  # fmt: skip
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 WEIGHTS_BYTES = 1 << 29
 """Bytes of different weights that a timing goes through, ten times the cache of an H100."""
@@ -218,24 +220,23 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
     return None
 
 
-def timed(forms: tuple[str, ...], shapes: Any, rows_of: Any, peer: bool) -> list[dict[str, Any]]:
-  """The kernels beside the dense product, rounds interleaved."""
-  lines = []
-  for (inputs, outputs), rows in itertools.product(shapes, rows_of):
-    runs, sizes, counts = {}, {}, {}
+def timed(rows_of: Any, tuned: dict[tuple[str, int], gpu.Tiles], lines: list[dict[str, Any]]) -> None:
+  """The kernels beside the dense product, rounds interleaved; adds a line for each."""
+  for rows, (inputs, outputs) in itertools.product(rows_of, SHAPES):
+    runs, sizes, counts, waiting = {}, {}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-      waiting = {}
-      for form in ("bfloat16", *forms):
+      for form in ("bfloat16", *TIMED):
         weights, xs = weights_of(form, inputs, outputs, rows)
         sizes[form], counts[form] = nbytes(weights[0]), len(weights) * len(xs)
-        product = dense_product if form == "bfloat16" else gpu.linear
-        waiting[form] = pool.submit(compiled, product, xs, weights)
+        bits = weights[0].codes.bits if isinstance(weights[0], QuantizedArray) else 0
+        product = functools.partial(gpu.linear, tiles=tuned.get((gpu.kind_of(rows), bits)))
+        waiting[form] = pool.submit(compiled, dense_product if form == "bfloat16" else product, xs, weights)
       for form, future in waiting.items():
         try:
           runs[form] = future.result()
         except Exception as failure:
           print(f"time {form} {inputs}x{outputs} rows {rows}: {type(failure).__name__}: {str(failure)[:300]}")
-    if peer and rows <= 128 and (run := torch_int4(inputs, outputs, rows, 24)) is not None:
+    if rows <= 128 and (run := torch_int4(inputs, outputs, rows, 24)) is not None:
       runs["torch int4 g128"], counts["torch int4 g128"] = run, 48
       sizes["torch int4 g128"] = inputs * outputs // 2 + inputs // 128 * outputs * 4
     seconds = {name: [s / counts[name] for s in found] for name, found in interleaved(runs, 1).items()}
@@ -247,59 +248,52 @@ def timed(forms: tuple[str, ...], shapes: Any, rows_of: Any, peer: bool) -> list
         "most": max(found), "nbytes": sizes[form], "bytes_per_s": sizes[form] / median,
         "operations_per_s": 2 * rows * inputs * outputs / median, "speedup": dense / median,
       })  # fmt: skip
-      print(f"{inputs:>6}x{outputs:<6} rows {rows:<5} {form:<18} {median * 1e6:9.1f} us {sizes[form] / median / 1e12:6.2f} TB/s "
-            f"{lines[-1]['operations_per_s'] / 1e12:7.1f} Tflop/s {dense / median:6.2f}x", flush=True)  # fmt: skip
-  return lines
+      print(f"{inputs:>6}x{outputs:<6} rows {rows:<5} {form:<18} {median * 1e6:9.1f} us "
+            f"{sizes[form] / median / 1e12:6.2f} TB/s {lines[-1]['operations_per_s'] / 1e12:7.1f} Tflop/s "
+            f"{dense / median:6.2f}x", flush=True)  # fmt: skip
 
 
-def sweep(few: bool, forms: tuple[str, ...], shape: tuple[int, int], rows: int, seconds_left: float) -> list[dict]:
-  """Tile sizes of a kernel at one shape, the fastest first; stops at its share of time."""
-  if few:
-    choices = itertools.product((64, 128, 256), (32, 64, 128), (2, 4, 8), (2, 4), (264, 528, 1056))
-  else:
-    choices = itertools.product((128, 256), (64, 128), (4, 8), (2, 3, 4), (64, 128))
-  choices = list(choices)
-  np.random.default_rng(0).shuffle(choices)
-  lines, until = [], time.perf_counter() + seconds_left
-  for form in forms:
-    weights, xs = weights_of(form, *shape, rows)
-    weights, xs = weights[:8], xs[:1]
-    share = time.perf_counter() + (until - time.perf_counter()) / (len(forms) - forms.index(form))
-    found = []
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-      for start in range(0, len(choices), 24):
-        if time.perf_counter() > share:
-          break
-        batch = [tuple(int(n) for n in choice) for choice in choices[start : start + 24]]
+CHOICES = {
+  "vector": ((1,), (128, 256, 512), (8, 16, 32, 64), (2, 4, 8), (2,), (264, 528, 1056, 2112)),
+  "few": ((16,), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (264, 528, 1056)),
+  "many": ((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0,)),
+}
+"""Tile sizes that are tried, in the order of the fields of `gpu.Tiles`."""
 
-        def build(choice: tuple[int, ...], weights: Any = weights, xs: Any = xs) -> Any:
-          if few:
-            outputs, inputs, warps, stages, programs = choice
-            tiles = gpu.Tiles(gpu.FEW_ROWS, outputs, inputs, warps, stages, programs)
-          else:
-            outputs, inputs, warps, stages, tile_rows = choice
-            tiles = gpu.Tiles(tile_rows, outputs, inputs, warps, stages)
-          try:
-            return compiled(functools.partial(gpu.linear, tiles=tiles), xs, weights)
-          except Exception as failure:
-            return f"{type(failure).__name__}: {str(failure)[:120]}"
 
-        built = dict(zip(batch, pool.map(build, batch), strict=True))
-        runs = {str(choice): run for choice, run in built.items() if callable(run)}
-        for name, seconds in interleaved(runs, len(weights) * len(xs), 3).items():
-          found.append((statistics.median(seconds), name))
-        bad = [f"{choice} {why}" for choice, why in built.items() if isinstance(why, str)]
-        if bad and not runs:
-          print(f"sweep {form}: {bad[0]}")
-    found.sort()
-    print(f"sweep {form} {shape} rows {rows}: {len(found)} of {len(choices)}; best", flush=True)
-    for seconds, name in found[:6]:
-      print(f"   {seconds * 1e6:9.1f} us {nbytes(weights[0]) / seconds / 1e12:5.2f} TB/s {name}", flush=True)
-    if found:
-      print(f"   {found[-1][0] * 1e6:9.1f} us {found[-1][1]} (the slowest)")
-    lines.append({"form": form, "shape": list(shape), "rows": rows,
-                  "found": [{"seconds": s, "tiles": name} for s, name in found]})  # fmt: skip
-  return lines
+def sweep(form: str, rows: int, until: float) -> tuple[dict[str, Any], gpu.Tiles | None]:
+  """Tile sizes of a kernel at one shape, the fastest first, in a random order for as long as there is time."""
+  shape = (4096, 14336)
+  choices = [gpu.Tiles(*choice) for choice in itertools.product(*CHOICES[gpu.kind_of(rows)])]
+  order = np.random.default_rng(0).permutation(len(choices))
+  weights, xs = weights_of(form, *shape, rows)
+  weights, xs = weights[:8], xs[:1]
+  found, failed = [], []
+
+  def build(tiles: gpu.Tiles) -> Any:
+    try:
+      return compiled(functools.partial(gpu.linear, tiles=tiles), xs, weights)
+    except Exception as failure:
+      return f"{tuple(tiles)}: {type(failure).__name__}: {str(failure)[:120]}"
+
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    for start in range(0, len(order), 16):
+      if time.perf_counter() > until:
+        break
+      batch = [choices[i] for i in order[start : start + 16]]
+      built = dict(zip(batch, pool.map(build, batch), strict=True))
+      failed += [run for run in built.values() if isinstance(run, str)]
+      runs = {str(tuple(tiles)): run for tiles, run in built.items() if callable(run)}
+      for name, seconds in interleaved(runs, len(weights) * len(xs), 3).items():
+        found.append((statistics.median(seconds), name))
+  found.sort()
+  print(f"sweep {form} {shape} rows {rows}: {len(found)} of {len(choices)}, {len(failed)} failed", *failed[:1])
+  for seconds, name in [*found[:5], *found[-1:]]:
+    print(f"   {seconds * 1e6:9.1f} us {nbytes(weights[0]) / seconds / 1e12:5.2f} TB/s {name}", flush=True)
+  row = {"form": form, "shape": list(shape), "rows": rows,
+         "found": [{"seconds": s, "tiles": name} for s, name in found]}  # fmt: skip
+  best = found[0][1].strip("()").split(", ") if found else None
+  return row, best and gpu.Tiles(*map(int, best))
 
 
 # decode
@@ -373,19 +367,22 @@ def main() -> int:
   jax.config.update("jax_default_matmul_precision", "float32")
   result: dict[str, Any] = {"format": 1, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   result["ceilings"] = ceilings()
+  tuned: dict[tuple[str, int], gpu.Tiles] = {}
   for section in arguments.sections:
     begun = time.perf_counter()
     try:
       if section == "check":
         result["check"] = check()
       elif section == "sweep":
-        s = arguments.seconds
-        result["sweep"] = [
-          *sweep(True, ("int4 g128", "int8 row", "2:4 int8 row"), (4096, 14336), 1, 0.6 * s),
-          *sweep(False, ("int4 g128", "int8 row"), (4096, 14336), 2048, 0.4 * s),
-        ]
+        result["sweep"] = []
+        for n, (form, bits, rows) in enumerate(SWEPT):
+          until = begun + arguments.seconds * (n + 1) / len(SWEPT)
+          row, best = sweep(form, rows, until)
+          result["sweep"].append(row)
+          if best is not None:
+            tuned[gpu.kind_of(rows), bits] = best
       elif section == "time":
-        result["time"] = timed(TIMED, SHAPES, arguments.rows, True)
+        timed(arguments.rows, tuned, result.setdefault("time", []))
       else:
         result["decode"] = decode(("int8 row", "int4 g128", "fp8_e4m3 row", "2:4 int8 row"))
     except Exception:

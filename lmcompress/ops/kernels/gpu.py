@@ -1,14 +1,17 @@
 """Products of compressed weights on GPUs: codes are read as bytes and decoded in registers (Pallas, by Triton).
 
-One kernel serves few rows and many. A program owns a tile of `[rows of x, outputs]` and loops over steps of the
-contraction axis; a step is a slice of one packing block, so that its low nibbles meet a contiguous slice of x, its
-high nibbles another (two half products, nothing interleaved), and all of it one scale group. With few rows (bound
-by memory) bare codes, which any float type holds exactly, are multiplied and the scale goes on the partial product;
-steps are split over programs and the splits summed. With many rows (bound by arithmetic) scale and zero go on the
-decoded tile, which is rounded to the dtype of x. Sums are in float32. No operand is padded or copied: every load
-is masked. Block sizes are powers of two, as Triton wants.
+A program owns a tile of `[rows of x, outputs]` and loops over steps of the contraction axis; a step is a slice of one
+packing block, so that its low nibbles meet a contiguous slice of x, its high nibbles another (two half products,
+nothing interleaved), and all of it one scale group. Up to `VECTOR_ROWS` rows multiply without tensor cores: each
+element of a tile of codes keeps a sum of its own, and the tile is summed up once at the end. More rows go through
+tensor cores. Bare codes, which any float type holds exactly, are multiplied and the scale goes on the partial
+product, once at the end where a row has one scale; only where groups are small and rows are many does the scale go
+on the decoded tile, which is rounded to the dtype of x. With few rows (bound by memory) steps are split over programs
+and the splits summed. Sums are in float32. No operand is padded or copied: every load is masked. Block sizes are
+powers of two, as Triton wants.
 
-Tile sizes are estimates for a device that was not at hand: only interpret mode and the lowering are tested.
+Codes become floats by their bits, not by conversions, of which a multiprocessor does 16 a cycle: on an H100 those
+took longer than reading the codes. Tile sizes are the best of a search there (`experiments/gpu_kernels.py sweep`).
 """
 
 from __future__ import annotations
@@ -45,16 +48,30 @@ class Tiles(NamedTuple):
   programs: int = 0
 
 
+VECTOR_ROWS = 4
+"""Rows of x up to which multiplying without tensor cores is faster."""
+
 FEW_ROWS = 16
 """Rows of x up to which a product is bound by reading the codes; also the least that a tensor core takes."""
 
-FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=264)
-MANY = Tiles(rows=64, outputs=128, inputs=64, warps=8, stages=3)
-SPARSE_FEW = FEW._replace(inputs=32)
-SPARSE_MANY = MANY._replace(inputs=32)
+TILES = {
+  ("vector", 4): Tiles(rows=1, outputs=256, inputs=32, warps=4, stages=2, programs=1056),
+  ("vector", 8): Tiles(rows=1, outputs=256, inputs=32, warps=4, stages=2, programs=1056),
+  ("few", 4): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=528),
+  ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=528),
+  ("many", 4): Tiles(rows=128, outputs=128, inputs=64, warps=8, stages=3),
+  ("many", 8): Tiles(rows=128, outputs=256, inputs=64, warps=8, stages=3),
+}
+"""By kind of product and bits of a code. A vector's inputs are for one row, fewer for more, so that sums fit."""
+
+SPARSE_FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=4, stages=4, programs=264)
+SPARSE_MANY = Tiles(rows=64, outputs=128, inputs=32, warps=8, stages=3)
 
 STEPS_OF_A_SPLIT = 4
 LEAST_DOT = 16
+LEAST_SCALED = 64
+"""Inputs of a step from which a scale costs less on the partial product of many rows than on the tile."""
+
 WASTE = 0.25
 
 
@@ -185,92 +202,109 @@ def _flat(packed: Packed) -> jax.Array:
 
 def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | None) -> jax.Array:
   """`[m, inputs] -> [m, outputs]`."""
-  at, few = _layout(w), x.shape[0] <= FEW_ROWS
-  tiles = tiles or (FEW if few else MANY)
-  tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs))
-  body = functools.partial(_product, at=at, tiles=tiles, few=few, interpret=interpret)
-  steps = at.blocks * pl.cdiv(at.length, tiles.inputs)
-  return _call(body, x, [_flat(w.codes), *_affine_operands(w)], at.outputs, tiles, steps, few, interpret)
+  at, rows = _layout(w), x.shape[0]
+  operands = [_flat(w.codes), *_affine_operands(w)]
+  kind = kind_of(rows)
+  tiles = tiles or TILES[kind, w.codes.bits]
+  if kind == "vector":
+    inputs = max(1, tiles.inputs // pl.next_power_of_2(rows))
+    tiles = tiles._replace(rows=rows, inputs=_slice_of(at.length, inputs, 1))
+    over: Any = functools.partial(_over_vectors, at=at)
+  else:
+    tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs, LEAST_DOT))
+    long = tiles.inputs * at.parts >= LEAST_SCALED and not at.minimum
+    scaled = kind == "few" or long or not at.blocks_per_group
+    over = functools.partial(_over_dots, at=at, scaled=scaled, interpret=interpret)
+  return _call(over, x, operands, at.outputs, tiles, at.blocks * pl.cdiv(at.length, tiles.inputs), interpret)
 
 
-def _slice_of(length: int, largest: int) -> int:
+def kind_of(rows: int) -> str:
+  """The kind of product, a key of `TILES`."""
+  return "vector" if rows <= VECTOR_ROWS else "few" if rows <= FEW_ROWS else "many"
+
+
+def _slice_of(length: int, largest: int, least: int) -> int:
   """The largest power of two up to `largest` that wastes at most a quarter of its lanes on a block of `length`."""
   size = largest
-  while size > LEAST_DOT and pl.cdiv(length, size) * size * (1 - WASTE) > length:
+  while size > least and pl.cdiv(length, size) * size * (1 - WASTE) > length:
     size //= 2
   return size
 
 
 def _call(
-  body: Any,
-  x: jax.Array,
-  operands: list[jax.Array],
-  outputs: int,
-  tiles: Tiles,
-  steps: int,
-  few: bool,
-  interpret: bool,
+  over: Any, x: jax.Array, operands: list[jax.Array], outputs: int, tiles: Tiles, steps: int, interpret: bool
 ) -> jax.Array:
-  """Runs `body` over tiles of rows and outputs; few rows split the steps over programs too."""
+  """Runs `over` for each tile of rows and outputs; where `tiles.programs` asks for it steps are split too."""
   rows = x.shape[0]
   grid = (pl.cdiv(rows, tiles.rows), pl.cdiv(outputs, tiles.outputs))
   wanted = max(1, tiles.programs // (grid[0] * grid[1]))
   share = max(pl.cdiv(steps, wanted), min(steps, STEPS_OF_A_SPLIT))
   splits = pl.cdiv(steps, share)
   y = pl.pallas_call(
-    functools.partial(_over_steps, body, tiles=tiles, steps=steps, share=share),
+    functools.partial(over, tiles=tiles, steps=steps, share=share),
     grid=(*grid, splits),
     out_shape=jax.ShapeDtypeStruct((splits, rows, outputs), x.dtype if splits == 1 else jnp.float32),
     interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-    name="few_rows" if few else "many_rows",
+    name=f"rows_{tiles.rows}",
   )(x, *operands)
   return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(x.dtype)
 
 
 class Window(NamedTuple):
-  """Where a program's tile lies: its first row and output, all its outputs, and which of both exist."""
+  """Where a program's tile lies: its first row and output, all its outputs, which of both exist, and its steps."""
 
   row: jax.Array
   output: jax.Array
   outputs: jax.Array
-  rows_inside: jax.Array
+  rows_inside: Any
   outputs_inside: jax.Array
+  split: jax.Array
+  first: jax.Array
+  last: jax.Array
 
 
-def _over_steps(body: Any, x_ref: Any, *refs: Any, tiles: Tiles, steps: int, share: int) -> None:
-  """Sums `body(window, step, x_ref, *refs)` over the steps of this program's split and stores the tile."""
-  *operand_refs, y_ref = refs
+def _window(y_ref: Any, tiles: Tiles, steps: int, share: int) -> Window:
   row, output, split = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.outputs, pl.program_id(2)
   outputs = output + _range(tiles.outputs)
-  window = Window(row, output, outputs, row + _range(tiles.rows) < y_ref.shape[1], outputs < y_ref.shape[2])
+  inside = row + _range(tiles.rows) < y_ref.shape[1] if tiles.rows >= LEAST_DOT else None
   first = split * share
-  total = jax.lax.fori_loop(
-    first,
-    jnp.minimum(first + share, steps),
-    lambda step, total: total + body(window, step, x_ref, *operand_refs),
-    jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),
+  return Window(
+    row, output, outputs, inside, outputs < y_ref.shape[2], split, first, jnp.minimum(first + share, steps)
   )
+
+
+def _store(y_ref: Any, window: Window, total: jax.Array) -> None:
+  """Stores a tile `[rows, outputs]`."""
+  rows, outputs = total.shape
   plgpu.store(
-    y_ref.at[split, pl.ds(row, tiles.rows), pl.ds(output, tiles.outputs)],
+    y_ref.at[window.split, pl.ds(window.row, rows), pl.ds(window.output, outputs)],
     total.astype(y_ref.dtype),
     mask=window.rows_inside[:, None] & window.outputs_inside[None, :],
   )
 
 
-def _product(
-  window: Window,
-  step: jax.Array,
-  x_ref: Any,
-  codes_ref: Any,
-  scale_ref: Any,
-  *zero_refs: Any,
-  at: Layout,
-  tiles: Tiles,
-  few: bool,
-  interpret: bool,
-) -> jax.Array:
-  """The partial product `[rows, outputs]` of a slice of one block, float32."""
+class Slice(NamedTuple):
+  """The codes of one step and what makes weights of them.
+
+  Attributes:
+    codes: bytes, `[inputs, outputs]`, of a table `[outputs, inputs]`.
+    scale, zero, minimum: float32 `[outputs]` or absent.
+    starts: of each part, its first column of x.
+    inside: lanes that are of the block.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+  zero: jax.Array | None
+  minimum: jax.Array | None
+  starts: list[jax.Array]
+  inside: jax.Array
+
+
+def _slice(
+  window: Window, step: jax.Array, codes_ref: Any, scale_ref: Any, zero_refs: Any, at: Layout, tiles: Tiles
+) -> Slice:
   chunks = pl.cdiv(at.length, tiles.inputs)
   block = step // chunks
   within = (step - block * chunks) * tiles.inputs
@@ -284,36 +318,136 @@ def _product(
     at_codes = codes_ref.at[pl.ds(byte, tiles.inputs), pl.ds(window.output, tiles.outputs)]
     mask = stored[:, None] & window.outputs_inside[None, :]
   codes = plgpu.load(at_codes, mask=mask, other=jnp.uint8(0))
+  group = block // at.blocks_per_group if at.blocks_per_group else jnp.int32(0)
+  affine_parts = _of_groups(scale_ref, zero_refs, group, window.outputs, at)
+  starts = [block * at.block + part * at.length + within for part in range(at.parts)]
+  return Slice(codes, *affine_parts, starts, inside)
+
+
+def _values(codes: jax.Array, part: int, zero: jax.Array | None, at: Layout, dtype: Any) -> jax.Array:
+  """Bare numbers of one part of a tile of bytes, less their zero points."""
+  if at.parts == 2:
+    codes = (codes >> 4) if part else codes & 15
+  across = None if zero is None else zero[:, None] if at.table else zero[None, :]
+  return _decode(codes, at.grid, dtype, across)
+
+
+def _vector_values(codes: jax.Array, at: Layout) -> list[jax.Array]:
+  """Bare float32 numbers of each part of a tile of bytes; high nibbles stay in their place, 16 times too large."""
+  if not isinstance(at.grid, Integer):
+    return [_decode(codes, at.grid, jnp.float32)]
+  whole = _with_bits(codes.astype(jnp.uint32), 0x4B000000, jnp.float32)
+  if at.parts == 1:
+    return [whole - (2.0**23 + at.grid.offset)]
+  low = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(whole, jnp.int32) & ~0xF0, jnp.float32)
+  return [low - 2.0**23, whole - low]
+
+
+def _over_vectors(x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int) -> None:
+  """A few rows: each element of the tile of codes has a sum for each row, float32.
+
+  Offset, zero point and minimum go by sums of x.
+  """
+  codes_ref, scale_ref, *zero_refs, y_ref = refs
+  window = _window(y_ref, tiles, steps, share)
+  shape = (tiles.outputs, tiles.inputs) if at.table else (tiles.inputs, tiles.outputs)
+  offset = at.grid.offset if isinstance(at.grid, Integer) and at.parts == 2 else 0
+  grouped, moved = bool(at.blocks_per_group), bool(at.zero_block) or at.minimum
+
+  def along(values: jax.Array, inputs: bool) -> jax.Array:
+    return values[None, :] if inputs == at.table else values[:, None]
+
+  def step(n: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    found = _slice(window, n, codes_ref, scale_ref, zero_refs, at, tiles)
+    values = _vector_values(found.codes, at)
+    after = []
+    for row, (total, sums) in enumerate(carry):
+      columns = [
+        plgpu.load(
+          x_ref.at[window.row + row, pl.ds(start, tiles.inputs)],
+          mask=found.inside & (start + _range(tiles.inputs) < at.inputs),
+          other=jnp.zeros((), x_ref.dtype),
+        ).astype(jnp.float32)
+        for start in found.starts
+      ]
+      both = functools.reduce(jnp.add, columns)
+      partial = total if not grouped else jnp.zeros(shape, jnp.float32)
+      if offset:
+        partial = partial - along(offset * both, True)
+      for part, xs in enumerate(columns):
+        partial = partial + along(xs / 16 if part else xs, True) * values[part]
+      if not grouped:
+        after.append((partial, sums + both if moved else sums))
+        continue
+      total = total + partial * along(found.scale, False)
+      if moved:
+        total = total + along(both, True) * along(_shift(found.scale, found.zero, found.minimum), False)
+      after.append((total, sums))
+    return tuple(after)
+
+  carry = tuple((jnp.zeros(shape, jnp.float32), jnp.zeros((tiles.inputs,), jnp.float32)) for _ in range(tiles.rows))
+  for row, (total, sums) in enumerate(jax.lax.fori_loop(window.first, window.last, step, carry)):
+    y = jnp.sum(total, axis=1 if at.table else 0)
+    if not grouped:
+      scale, zero, minimum = _of_groups(scale_ref, zero_refs, jnp.int32(0), window.outputs, at)
+      y = y * scale
+      y = y + jnp.sum(sums) * _shift(scale, zero, minimum) if moved else y
+    plgpu.store(
+      y_ref.at[window.split, window.row + row, pl.ds(window.output, tiles.outputs)],
+      y.astype(y_ref.dtype),
+      mask=window.outputs_inside,
+    )
+
+
+def _shift(scale: jax.Array, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
+  """What the weights of a group have in common: times the sum of their inputs it goes on the product."""
+  return minimum if minimum is not None else -zero * scale  # type: ignore[operator]
+
+
+def _over_dots(
+  x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int, scaled: bool, interpret: bool
+) -> None:
+  """More rows, by tensor cores; `scaled` puts the scale on products, else it goes on the decoded tile."""
+  codes_ref, scale_ref, *zero_refs, y_ref = refs
+  window = _window(y_ref, tiles, steps, share)
 
   def across(values: jax.Array) -> jax.Array:
     """One value for each output, laid along a tile of codes."""
     return values[:, None] if at.table else values[None, :]
 
-  group = block // at.blocks_per_group if at.blocks_per_group else jnp.int32(0)
-  scale, zero, minimum = _of_groups(scale_ref, zero_refs, group, window.outputs, at)
-  total = jnp.zeros((tiles.rows, tiles.outputs), jnp.float32)
-  sums = jnp.zeros((tiles.rows,), jnp.float32)
-  for part in range(at.parts):
-    start = block * at.block + part * at.length + within
-    xs = plgpu.load(
-      x_ref.at[pl.ds(window.row, tiles.rows), pl.ds(start, tiles.inputs)],
-      mask=window.rows_inside[:, None] & (inside & (start + _range(tiles.inputs) < at.inputs))[None, :],
-      other=jnp.zeros((), x_ref.dtype),
-    )
-    values = _decode((codes >> (4 * part)) & 15 if at.parts == 2 else codes, at.grid, x_ref.dtype)
-    if zero is not None:
-      values = values - across(zero).astype(x_ref.dtype)  # exact: integers within 255
-    if few and minimum is not None:
-      sums = sums + jnp.sum(xs.astype(jnp.float32), axis=1)
-    if not few:
-      values = values.astype(jnp.float32) * across(scale)
-      values = values if minimum is None else values + across(minimum)
-      values = values.astype(x_ref.dtype)  # where many rows drop precision
-    total = total + _dot(xs, values, at.table, interpret)
-  if few:
+  def step(n: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    total, sums = carry
+    found = _slice(window, n, codes_ref, scale_ref, zero_refs, at, tiles)
+    grouped = bool(at.blocks_per_group)
+    partial = jnp.zeros_like(total) if scaled and grouped else total
+    shift = jnp.zeros_like(sums) if grouped else sums
+    for part, start in enumerate(found.starts):
+      xs = plgpu.load(
+        x_ref.at[pl.ds(window.row, tiles.rows), pl.ds(start, tiles.inputs)],
+        mask=window.rows_inside[:, None] & (found.inside & (start + _range(tiles.inputs) < at.inputs))[None, :],
+        other=jnp.zeros((), x_ref.dtype),
+      )
+      if scaled:
+        values = _values(found.codes, part, found.zero, at, x_ref.dtype)
+        shift = shift + jnp.sum(xs.astype(jnp.float32), axis=1) if at.minimum else shift
+      else:
+        values = _values(found.codes, part, found.zero, at, jnp.float32) * across(found.scale)
+        values = values if found.minimum is None else values + across(found.minimum)
+        values = values.astype(x_ref.dtype)  # where precision is dropped
+      partial = partial + _dot(xs, values, at.table, interpret)
+    if scaled and grouped:
+      partial = total + partial * found.scale[None, :]
+      if found.minimum is not None:
+        partial = partial + shift[:, None] * found.minimum[None, :]
+    return partial, shift
+
+  zeros = (jnp.zeros((tiles.rows, tiles.outputs), jnp.float32), jnp.zeros((tiles.rows,), jnp.float32))
+  total, sums = jax.lax.fori_loop(window.first, window.last, step, zeros)
+  if not at.blocks_per_group:
+    scale, _, minimum = _of_groups(scale_ref, zero_refs, jnp.int32(0), window.outputs, at)
     total = total * scale[None, :]
     total = total if minimum is None else total + sums[:, None] * minimum[None, :]
-  return total
+  _store(y_ref, window, total)
 
 
 def _of_groups(
@@ -343,11 +477,10 @@ def _range(size: int) -> jax.Array:
   return jnp.arange(size, dtype=jnp.int32)
 
 
-def _decode(codes: jax.Array, grid: Grid, dtype: Any) -> jax.Array:
-  """Grid values of uint8 `codes` in the dtype of x: exact, since every code fits 8 bits of mantissa."""
+def _decode(codes: jax.Array, grid: Grid, dtype: Any, zero: jax.Array | None = None) -> jax.Array:
+  """Grid values of uint8 `codes`, less `zero`, in the dtype of x: exact, since every code fits 8 bits of mantissa."""
   if isinstance(grid, Integer):
-    values = codes.astype(dtype)
-    return values - jnp.asarray(grid.offset, dtype) if grid.offset else values
+    return _integers(codes, grid.bits, grid.offset if zero is None else grid.offset + zero, jnp.dtype(dtype))
   wide = codes.astype(jnp.uint16)
   if grid.name == "fp8_e5m2":  # the upper byte of a float16
     return jax.lax.bitcast_convert_type(wide << 8, jnp.float16).astype(dtype)
@@ -355,6 +488,24 @@ def _decode(codes: jax.Array, grid: Grid, dtype: Any) -> jax.Array:
   half = jax.lax.bitcast_convert_type(((wide & 0x80) << 8) | ((wide & 0x7F) << 7), jnp.float16)
   values = half.astype(jnp.float32) * 256.0
   return jnp.where((wide & 0x7F) == 0x7F, jnp.nan, values).astype(dtype)
+
+
+def _integers(codes: jax.Array, bits: int, less: Any, dtype: Any) -> jax.Array:
+  """`codes - less`, a code put among the last bits of a float whose last bit is 1; every step is exact."""
+  if dtype == jnp.float32:
+    return _with_bits(codes.astype(jnp.uint32), 0x4B000000, dtype) - (2.0**23 + less)
+  codes = codes.astype(jnp.uint16)
+  if dtype == jnp.float16:
+    return _with_bits(codes, 0x6400, dtype) - jnp.asarray(1024.0 + less, dtype)
+  if bits <= 7:
+    return _with_bits(codes, 0x4300, dtype) - jnp.asarray(128.0 + less, dtype)
+  # seven bits fit a bfloat16 so; with the eighth 128 is to go, without it 256
+  values = _with_bits(codes & 0x7F, 0x4300, dtype) - jax.lax.bitcast_convert_type(0x4380 - (codes & 0x80), dtype)
+  return values if isinstance(less, int) and less == 128 else values - jnp.asarray(less - 128.0, dtype)
+
+
+def _with_bits(codes: jax.Array, ones: int, dtype: Any) -> jax.Array:
+  return jax.lax.bitcast_convert_type(codes | ones, dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array, transposed: bool, interpret: bool) -> jax.Array:
@@ -395,16 +546,28 @@ def _nm_sparse(x: jax.Array, w: NMSparseArray, interpret: bool, tiles: Tiles | N
   quantized = isinstance(values, QuantizedArray)
   at = _layout(values) if quantized else None
   operands = [_flat(values.codes), *_affine_operands(values)] if quantized else [values]
-  body = functools.partial(
-    _sparse_product,
+  over = functools.partial(
+    _over_quads,
     at=at,
     value_block=values.codes.block if quantized else 0,
     group=values.group_size if quantized else 0,
     index_block=w.indices.block,
-    tiles=tiles,
     interpret=interpret,
   )
-  return _call(body, x, [_flat(w.indices), *operands], w.shape[-1], tiles, steps, few, interpret)
+  return _call(over, x, [_flat(w.indices), *operands], w.shape[-1], tiles, steps, interpret)
+
+
+def _over_quads(x_ref: Any, *refs: Any, tiles: Tiles, steps: int, share: int, **product: Any) -> None:
+  """Sums the partial products of a program's steps and stores the tile."""
+  *operand_refs, y_ref = refs
+  window = _window(y_ref, tiles, steps, share)
+  total = jax.lax.fori_loop(
+    window.first,
+    window.last,
+    lambda step, total: total + _sparse_product(window, step, x_ref, *operand_refs, tiles=tiles, **product),
+    jnp.zeros((tiles.rows, tiles.outputs), jnp.float32),
+  )
+  _store(y_ref, window, total)
 
 
 def _sparse_product(
