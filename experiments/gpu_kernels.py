@@ -193,7 +193,7 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
     import torch
 
     codes = torch.randint(0, 255, (outputs, inputs // 2), dtype=torch.uint8, device="cuda")
-    packed = torch._convert_weight_to_int4pack(codes, 8)
+    packed = torch._convert_weight_to_int4pack(codes, 8)  # pyright: ignore[reportPrivateImportUsage]
     weights = [packed.clone() for _ in range(count)]
     affine = torch.rand(inputs // 128, outputs, 2, dtype=torch.bfloat16, device="cuda")
     xs = [torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
@@ -201,7 +201,7 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
     def every() -> None:
       for x in xs:
         for w in weights:
-          torch._weight_int4pack_mm(x, w, 128, affine)
+          torch._weight_int4pack_mm(x, w, 128, affine)  # pyright: ignore[reportPrivateImportUsage]
 
     every()
     torch.cuda.synchronize()
@@ -223,7 +223,8 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
 def timed(rows_of: Any, tuned: dict[tuple[str, int], gpu.Tiles], lines: list[dict[str, Any]]) -> None:
   """The kernels beside the dense product, rounds interleaved; adds a line for each."""
   for rows, (inputs, outputs) in itertools.product(rows_of, SHAPES):
-    runs, sizes, counts, waiting = {}, {}, {}, {}
+    runs: dict[str, Callable[[], None]] = {}
+    sizes, counts, waiting = {}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       for form in ("bfloat16", *TIMED):
         weights, xs = weights_of(form, inputs, outputs, rows)
@@ -283,7 +284,7 @@ def sweep(form: str, rows: int, until: float) -> tuple[dict[str, Any], gpu.Tiles
       batch = [choices[i] for i in order[start : start + 16]]
       built = dict(zip(batch, pool.map(build, batch), strict=True))
       failed += [run for run in built.values() if isinstance(run, str)]
-      runs = {str(tuple(tiles)): run for tiles, run in built.items() if callable(run)}
+      runs: dict[str, Any] = {str(tuple(tiles)): run for tiles, run in built.items() if callable(run)}
       for name, seconds in interleaved(runs, len(weights) * len(xs), 3).items():
         found.append((statistics.median(seconds), name))
   found.sort()

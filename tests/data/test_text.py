@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmcompress.data import text as text_module
+from lmcompress.data.labelled import Labelled
 from lmcompress.data.text import TEXTS, load_text, windows
 from lmcompress.types import ConfigError, FormatError, SourceError
 
@@ -196,6 +197,14 @@ def test_unknown_text_lists_the_names(name):
 def test_unknown_part_lists_the_parts(name):
   with pytest.raises(SourceError, match=":even or"):
     load_text(name)
+
+
+def test_labelled_data_as_text(monkeypatch):
+  """Only what a classifier may learn from."""
+  train, test = (["a film", "a plot"], [0, 1]), (["held out"], [0])
+  monkeypatch.setattr("lmcompress.data.labelled.load_labelled", lambda name: Labelled(("x", "y"), train, test))
+  assert load_text("bbc") == load_text("movies") == "a film\n\na plot"
+  assert load_text("movies:odd") == "a plot"
 
 
 def test_every_text_has_documents():

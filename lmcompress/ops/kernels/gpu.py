@@ -2,13 +2,13 @@
 
 A program owns a tile of `[rows of x, outputs]` and loops over steps of the contraction axis; a step is a slice of one
 packing block, so that its low nibbles meet a contiguous slice of x, its high nibbles another (two half products,
-nothing interleaved), and all of it one scale group. Up to `VECTOR_ROWS` rows multiply without tensor cores: each
-element of a tile of codes keeps a sum of its own, and the tile is summed up once at the end. More rows go through
-tensor cores. Bare codes, which any float type holds exactly, are multiplied and the scale goes on the partial
-product, once at the end where a row has one scale; only where groups are small and rows are many does the scale go
-on the decoded tile, which is rounded to the dtype of x. With few rows (bound by memory) steps are split over programs
-and the splits summed. Sums are in float32. No operand is padded or copied: every load is masked. Block sizes are
-powers of two, as Triton wants.
+nothing interleaved), and all of it one scale group. One row multiplies without tensor cores: each element of a tile
+of codes keeps a sum of its own, and the tile is summed up once at the end. More rows go through tensor cores. Bare
+codes, which any float type holds exactly, are multiplied and the scale goes on the partial product, once at the end
+where a row has one scale; only where groups are small and rows are many does the scale go on the decoded tile, which
+is rounded to the dtype of x. With few rows (bound by memory) steps are split over programs and the splits summed.
+Sums are in float32. No operand is padded or copied: every load is masked. Block sizes are powers of two, as Triton
+wants.
 
 Codes become floats by their bits, not by conversions, of which a multiprocessor does 16 a cycle: on an H100 those
 took longer than reading the codes. Tile sizes are the best of a search there (`experiments/gpu_kernels.py sweep`).
@@ -17,6 +17,7 @@ took longer than reading the codes. Tile sizes are the best of a search there (`
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,21 +49,21 @@ class Tiles(NamedTuple):
   programs: int = 0
 
 
-VECTOR_ROWS = 4
-"""Rows of x up to which multiplying without tensor cores is faster."""
+VECTOR_ROWS = 1
+"""Rows of x up to which multiplying without tensor cores is faster; four took twice as long as sixteen with them."""
 
 FEW_ROWS = 16
 """Rows of x up to which a product is bound by reading the codes; also the least that a tensor core takes."""
 
 TILES = {
-  ("vector", 4): Tiles(rows=1, outputs=256, inputs=32, warps=4, stages=2, programs=1056),
-  ("vector", 8): Tiles(rows=1, outputs=256, inputs=32, warps=4, stages=2, programs=1056),
-  ("few", 4): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=528),
-  ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=4, programs=528),
-  ("many", 4): Tiles(rows=128, outputs=128, inputs=64, warps=8, stages=3),
-  ("many", 8): Tiles(rows=128, outputs=256, inputs=64, warps=8, stages=3),
+  ("vector", 4): Tiles(rows=1, outputs=128, inputs=16, warps=4, stages=2, programs=2112),
+  ("vector", 8): Tiles(rows=1, outputs=512, inputs=32, warps=8, stages=2, programs=264),
+  ("few", 4): Tiles(rows=FEW_ROWS, outputs=256, inputs=64, warps=4, stages=3, programs=264),
+  ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=3, programs=264),
+  ("many", 4): Tiles(rows=64, outputs=128, inputs=64, warps=4, stages=3),
+  ("many", 8): Tiles(rows=128, outputs=128, inputs=64, warps=4, stages=3),
 }
-"""By kind of product and bits of a code. A vector's inputs are for one row, fewer for more, so that sums fit."""
+"""By kind of product and bits of a code; float32 rows take half the inputs, as their tiles are twice as large."""
 
 SPARSE_FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=4, stages=4, programs=264)
 SPARSE_MANY = Tiles(rows=64, outputs=128, inputs=32, warps=8, stages=3)
@@ -207,11 +208,11 @@ def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | 
   kind = kind_of(rows)
   tiles = tiles or TILES[kind, w.codes.bits]
   if kind == "vector":
-    inputs = max(1, tiles.inputs // pl.next_power_of_2(rows))
-    tiles = tiles._replace(rows=rows, inputs=_slice_of(at.length, inputs, 1))
+    tiles = tiles._replace(rows=rows, inputs=_slice_of(at.length, tiles.inputs, 1))
     over: Any = functools.partial(_over_vectors, at=at)
   else:
-    tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs, LEAST_DOT))
+    inputs = tiles.inputs // 2 if x.dtype == jnp.float32 else tiles.inputs
+    tiles = tiles._replace(inputs=_slice_of(at.length, inputs, LEAST_DOT))
     long = tiles.inputs * at.parts >= LEAST_SCALED and not at.minimum
     scaled = kind == "few" or long or not at.blocks_per_group
     over = functools.partial(_over_dots, at=at, scaled=scaled, interpret=interpret)
@@ -344,7 +345,7 @@ def _vector_values(codes: jax.Array, at: Layout) -> list[jax.Array]:
 
 
 def _over_vectors(x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int) -> None:
-  """A few rows: each element of the tile of codes has a sum for each row, float32.
+  """Up to `VECTOR_ROWS` rows: each element of the tile of codes has a sum for each row, float32.
 
   Offset, zero point and minimum go by sums of x.
   """
@@ -451,7 +452,7 @@ def _over_dots(
 
 
 def _of_groups(
-  scale_ref: Any, zero_refs: tuple[Any, ...], group: jax.Array, outputs: jax.Array, at: Layout
+  scale_ref: Any, zero_refs: Sequence[Any], group: jax.Array, outputs: jax.Array, at: Layout
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
   """Scale, zero point and minimum in float32; `group` and `outputs` are a scalar and a row, or of one shape."""
   outputs = jnp.minimum(outputs, at.scaled_outputs - 1)
