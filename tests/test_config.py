@@ -16,7 +16,18 @@ from lmcompress import config as configs
 from lmcompress import recipe as recipes
 from lmcompress.config import Config, check, dump, load_config, merge, override
 from lmcompress.io.yaml_text import parse
-from lmcompress.models import LSTM, T5, Llama, LlamaConfig, LlamaSizes, LSTMSizes, T5Config, T5Sizes
+from lmcompress.models import (
+  LSTM,
+  T5,
+  Llama,
+  LlamaConfig,
+  LlamaSizes,
+  LSTMSizes,
+  Seq2Seq,
+  Seq2SeqSizes,
+  T5Config,
+  T5Sizes,
+)
 from lmcompress.transforms import METHODS
 from lmcompress.types import ConfigError
 
@@ -56,7 +67,10 @@ def params():
 def others():
   """The same of models of other architectures, by a word in their names."""
   t5 = T5(T5Config(head_dim=32), T5Sizes(vocab=64, embed=64, mlp=64, layers=2, decoder_layers=2, heads=2, tied=False))
-  models = {"lstm": LSTM(sizes=LSTMSizes(vocab=64, embed=64, units=64)), "t5": t5}
+  models = {
+    "lstm": LSTM(sizes=LSTMSizes(vocab=64, embed=64, units=64)), "t5": t5,
+    "g2p": Seq2Seq(sizes=Seq2SeqSizes(embed=256, units=256)),
+  }  # fmt: skip
   return {word: jax.jit(model.init)(jax.random.key(0)) for word, model in models.items()}
 
 

@@ -36,6 +36,9 @@ END_OF_TURN = frozenset(
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
+TARGET = "target_tokenizer.json"
+"""The file of the second tokenizer of a pair."""
+
 
 class Tokenizer:
   """Text to token ids and back, with what generation and chat need to know of the vocabulary.
@@ -260,6 +263,10 @@ class Tokenizer:
       with library_errors(f"{path} cannot encode"):
         first = backend.encode("").ids[:1]
       wants_bos = "bos_token" in tokens and first == [backend.token_to_id(tokens["bos_token"])]
+    target = _read(folder / TARGET)
+    if target is not None:
+      with library_errors(f"{folder / TARGET} is no tokenizer that the tokenizers library reads"):
+        return PairTokenizer(backend, cls(Backend.from_str(target), stop_ids=stop_ids))
     return cls(backend, tokens=tokens, stop_ids=stop_ids, chat_template=template, wants_bos=bool(wants_bos))
 
   def _id(self, role: str) -> int | None:
@@ -275,6 +282,47 @@ class Tokenizer:
       special.encode_special_tokens = False
       self._special = special
     return self._special
+
+
+class PairTokenizer(Tokenizer):
+  """Two vocabularies: what is read is encoded by one, what is written is decoded by the other.
+
+  Attributes:
+    target: the tokenizer of what is written; its `stop_ids` are those of the pair.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, target: Tokenizer):
+    super().__init__(backend)
+    self.target, self.stop_ids = target, target.stop_ids
+
+  @classmethod
+  def of_words(cls, source: Sequence[str], target: Sequence[str]) -> PairTokenizer:
+    """Letters, ended by `</s>`, to words with blanks between them; each vocabulary has an `<unk>` and a `</s>`."""
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    reads, writes = (
+      Backend(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))  # pyright: ignore[reportCallIssue]
+      for words in (source, target)
+    )
+    reads.normalizer = normalizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+      [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    reads.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    reads.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+      single="$A </s>", special_tokens=[("</s>", list(source).index("</s>"))]
+    )
+    writes.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return cls(reads, Tokenizer(writes, stop_ids=[list(target).index("</s>")]))
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Ids of what was written, to text."""
+    return self.target.decode(ids, skip_special)
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes what `Tokenizer.save` does, and the tokenizer of what is written as `target_tokenizer.json`."""
+    super().save(folder)
+    (Path(folder) / TARGET).write_text(self.target.backend.to_str(), encoding="utf-8")
 
 
 class TextStream:

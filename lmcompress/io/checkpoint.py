@@ -55,7 +55,7 @@ from lmcompress.arrays import (
   resolve,
 )
 from lmcompress.arrays.shared import SHARED
-from lmcompress.data.tokenizer import Tokenizer
+from lmcompress.data.tokenizer import TARGET, Tokenizer
 from lmcompress.io import names, safetensors
 from lmcompress.models import ARCHITECTURES, Rope
 from lmcompress.types import CompressedArray, FormatError, Params
@@ -91,7 +91,7 @@ _ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, Stat
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
-_OURS = {MANIFEST, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
+_OURS = {MANIFEST, WEIGHTS, "tokenizer.json", "tokenizer_config.json", TARGET}
 
 
 # ---------------------------------------------------------------------------------------- describing leaves

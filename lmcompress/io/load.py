@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmcompress.io import checkpoint, encryption, hub
+from lmcompress.io import checkpoint, encryption, hub, npz_model
 from lmcompress.types import FormatError, Params, SourceError
 
 
@@ -17,8 +17,9 @@ def load(
 
   Args:
     name: a known name such as `"smollm2-135m"`, or the path of a GGUF file, of a Hugging Face folder, of a folder with
-      a T5 as `encoder.onnx` and `decoder.onnx`, of a folder that `save` wrote, of a file that `encryption.encrypt`
-      wrote (its key is in the environment), or of a YAML file of the sizes of a model to be trained.
+      a T5 as `encoder.onnx` and `decoder.onnx`, of the `.npz` of g2p-en, of a folder that `save` wrote, of a file that
+      `encryption.encrypt` wrote (its key is in the environment), or of a YAML file of the sizes of a model to be
+      trained.
     mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
@@ -48,6 +49,8 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
     from lmcompress.io.untrained import load_untrained
 
     return _placed(*load_untrained(path), mesh)
+  if path.is_file() and path.suffix == npz_model.SUFFIX:
+    return _placed(*npz_model.load_npz(path), mesh)
   if path.is_file() and encryption.is_encrypted(path):
     with encryption.opened(path, encryption.read_key()) as folder:
       return _read(folder, mesh, lazy)
@@ -75,6 +78,8 @@ def origin(name: str | os.PathLike) -> str:
   path = Path(hub.resolve_model(str(name)))
   if path.is_file() and path.suffix in (".yaml", ".yml"):
     return "random"
+  if path.is_file() and path.suffix == npz_model.SUFFIX:
+    return "float32"
   if path.is_file() and encryption.is_encrypted(path):
     return "as saved, encrypted"
   if path.is_file():

@@ -1,12 +1,14 @@
 """Pure Flax models, an architecture per file."""
 
+from lmcompress.models.base import Decoding
 from lmcompress.models.bert import Bert, BertConfig, BertSizes, Encoded
 from lmcompress.models.gemma import Gemma, GemmaConfig, GemmaSizes
 from lmcompress.models.gpt2 import GPT2, GPT2Config, GPT2Sizes
 from lmcompress.models.llama import Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.lstm import LSTM, LSTM_DEPTH, LSTMConfig, LSTMSizes
 from lmcompress.models.rope import Rope
-from lmcompress.models.t5 import T5, Decoding, T5Config, T5Sizes
+from lmcompress.models.seq2seq import Seq2Seq, Seq2SeqConfig, Seq2SeqSizes
+from lmcompress.models.t5 import T5, T5Config, T5Sizes
 
 ARCHITECTURES = {
   "llama": (Llama, LlamaConfig),
@@ -15,6 +17,7 @@ ARCHITECTURES = {
   "lstm": (LSTM, LSTMConfig),
   "t5": (T5, T5Config),
   "gemma": (Gemma, GemmaConfig),
+  "seq2seq": (Seq2Seq, Seq2SeqConfig),
 }
 """Model class and config class by the architecture's name; a new model adds itself here."""
 
@@ -40,6 +43,9 @@ __all__ = [
   "LlamaConfig",
   "LlamaSizes",
   "Rope",
+  "Seq2Seq",
+  "Seq2SeqConfig",
+  "Seq2SeqSizes",
   "T5Config",
   "T5Sizes",
 ]

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,9 @@ import numpy as np
 from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.types import Block, Params, Stage, Tokens
+
+DECODER = "decoder_attention_mask"
+"""The input that says which tokens of `decoder_input_ids` are real."""
 
 
 @functools.partial(jax.jit, static_argnames=("module", "taps"))
@@ -162,6 +165,20 @@ class BlockModel(abc.ABC):
       name = type(self).__name__
       raise ValueError(f"{name}.init needs sizes: {name}(config, {name}Sizes(vocab=..., embed=..., ...))")
     return self.sizes
+
+
+class Decoding(NamedTuple):
+  """The decoder of an encoder-decoder on its way: what it has read, and what its layers hold of the source.
+
+  Attributes:
+    cache: of the decoder's own tokens, or the states of a recurrent one.
+    held: per block path `(k, v)`, each `[batch, kv, source, head]`; nothing of a recurrent one.
+    real: bool `[batch, source]`, the tokens of the source that are real.
+  """
+
+  cache: Any
+  held: dict[str, tuple[jax.Array, jax.Array]]
+  real: jax.Array
 
 
 def of_tokens(h: jax.Array, last: bool, span: tuple[Any, int] | None) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.models.base import BlockModel, checked_tokens, numbered, of_tokens, run_module
-from lmcompress.models.layers import Linear
+from lmcompress.models.recurrent import Recurrent, RecurrentState, empty_state, recurrent_axes, recurrent_params
 from lmcompress.types import Block, Params, Stage
 
 LSTM_DEPTH = 16
@@ -25,11 +24,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
   **{
     path: axes
     for i in range(LSTM_DEPTH)
-    for path, axes in {
-      f"layers/{i}/input/kernel": (f"below_{i}", ("gate", f"unit_{i}")),
-      f"layers/{i}/input/bias": (("gate", f"unit_{i}"),),
-      f"layers/{i}/recurrent/kernel": (f"unit_{i}", ("gate", f"unit_{i}")),
-    }.items()
+    for path, axes in recurrent_axes(f"layers/{i}", f"below_{i}", f"unit_{i}").items()
   },
   "head/table": ("vocab", "top"),
   "head/bias": ("vocab",),
@@ -51,54 +46,6 @@ class LSTMSizes:
   embed: int = 256
   units: int = 128
   layers: int = 2
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("h", "c"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class LSTMState:
-  """What a layer remembers: `h` its output and `c` its cell, both float32 `[batch, units]`."""
-
-  h: jax.Array
-  c: jax.Array
-
-  @property
-  def per_slot(self) -> tuple[jax.Array, ...]:
-    """The arrays that grow with the slots: none."""
-    return ()
-
-  def rollback(self, length: Any, written: Any) -> LSTMState:
-    """The state itself: padding, which it never took in, is all that can be forgotten again."""
-    return self
-
-
-class _Layer(nn.Module):
-  """One layer over `x: [batch, length, below]`; gates in the order input, forget, cell, output."""
-
-  units: int = 0
-
-  @nn.compact
-  def __call__(self, x: jax.Array, real: jax.Array, state: LSTMState | None = None) -> tuple[jax.Array, LSTMState]:
-    self.sow("taps", "input_input", x)
-    moved = Linear(4 * self.units, use_bias=True, name="input")(x)
-    units = moved.shape[-1] // 4
-    kernel, _ = Linear(4 * units, name="recurrent").leaves(units)
-    if state is None:
-      zeros = jnp.zeros((x.shape[0], units), jnp.float32)
-      state = LSTMState(zeros, zeros)
-
-    def step(before: LSTMState, now: tuple[jax.Array, jax.Array]) -> tuple[LSTMState, jax.Array]:
-      given, counts = now
-      gates = given + ops.linear(before.h.astype(given.dtype), kernel)
-      i, f, g, o = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
-      c = jax.nn.sigmoid(f) * before.c + jax.nn.sigmoid(i) * jnp.tanh(g)
-      h = jax.nn.sigmoid(o) * jnp.tanh(c)
-      h, c = jnp.where(counts[:, None], h, before.h), jnp.where(counts[:, None], c, before.c)
-      return LSTMState(h, c), h
-
-    after, hidden = jax.lax.scan(step, state, (moved.swapaxes(0, 1), real.swapaxes(0, 1)))
-    hidden = hidden.swapaxes(0, 1)
-    self.sow("taps", "recurrent_input", jnp.concatenate([state.h[:, None], hidden[:, :-1]], axis=1))
-    return hidden.astype(x.dtype), after
 
 
 @jax.jit
@@ -131,14 +78,8 @@ class LSTM(BlockModel):
     if not 1 <= s.layers <= LSTM_DEPTH:
       raise ValueError(f"LSTM of {s.layers} layers: from 1 to {LSTM_DEPTH}")
     keys = jax.random.split(key, 2 * s.layers + 2)
-    draw, turn = nn.initializers.variance_scaling(1.0, "fan_in", "normal"), nn.initializers.orthogonal()
-    open_ = jnp.zeros((4, s.units)).at[1].set(1.0).reshape(-1)
     layers = {
-      str(i): {
-        "input": {"kernel": draw(keys[2 * i], (s.units if i else s.embed, 4 * s.units), jnp.float32), "bias": open_},
-        "recurrent": {"kernel": turn(keys[2 * i + 1], (s.units, 4 * s.units), jnp.float32)},
-      }
-      for i in range(s.layers)
+      str(i): recurrent_params(keys[2 * i : 2 * i + 2], s.units if i else s.embed, s.units, 4) for i in range(s.layers)
     }
     table = nn.initializers.normal
     return {
@@ -166,7 +107,7 @@ class LSTM(BlockModel):
     """One layer over all tokens; `taps` names stages whose inputs are returned."""
     cache, layer = carry["cache"], resolve(params, params["layers"][block.path.rpartition("/")[2]])
     state = None if cache is None else cache.layer(block.path)
-    (h, state), tapped = run_module(_Layer(), layer, carry["h"], carry["real"], state, taps=tuple(taps))
+    (h, state), tapped = run_module(Recurrent(4), layer, carry["h"], carry["real"], state, taps=tuple(taps))
     cache = None if cache is None else cache.with_layer(block.path, state)
     return {**carry, "h": h, "cache": cache}, tapped
 
@@ -196,7 +137,7 @@ class LSTM(BlockModel):
         known[f"unit_{i}"] = below
     return known if below is None else {**known, "top": below}
 
-  def states(self, params: Params, batch: int) -> dict[str, LSTMState]:
+  def states(self, params: Params, batch: int) -> dict[str, RecurrentState]:
     """Per block path, the state before the first token."""
-    shapes = {i: (batch, params["layers"][i]["recurrent"]["kernel"].shape[-2]) for i in numbered(params, "layers")}
-    return {f"layers/{i}": LSTMState(jnp.zeros(shape), jnp.zeros(shape)) for i, shape in shapes.items()}
+    layers = params["layers"]
+    return {f"layers/{i}": empty_state(layers[i], batch) for i in numbered(params, "layers")}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,11 +14,18 @@ import jax.numpy as jnp
 
 from lmcompress import ops
 from lmcompress.arrays import resolve
-from lmcompress.models.base import BlockModel, checked_tokens, numbered, of_tokens, positions_of, run_module
+from lmcompress.models.base import (
+  DECODER,
+  BlockModel,
+  Decoding,
+  checked_tokens,
+  numbered,
+  of_tokens,
+  positions_of,
+  run_module,
+)
 from lmcompress.models.layers import ACTIVATIONS, Linear, RMSNorm, linears
 from lmcompress.types import Block, Params, Stage, WeightError
-
-DECODER = "decoder_attention_mask"
 
 
 def _attention_axes(at: str, heads: str) -> dict[str, tuple[Any, ...]]:
@@ -190,20 +197,6 @@ class _Held(nn.Module):
   @nn.compact
   def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _Cross(self.config, name="cross").held(memory)
-
-
-class Decoding(NamedTuple):
-  """A decoder on its way: what it has read, and the keys and values that its layers made of the encoder's states.
-
-  Attributes:
-    cache: of the decoder's own tokens.
-    held: per block path `(k, v)`, each `[batch, kv, source, head]`.
-    real: bool `[batch, source]`, the tokens of the source that are real.
-  """
-
-  cache: Any
-  held: dict[str, tuple[jax.Array, jax.Array]]
-  real: jax.Array
 
 
 def buckets_of(distance: jax.Array, buckets: int, most: int, both: bool) -> jax.Array:

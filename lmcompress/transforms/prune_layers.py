@@ -119,7 +119,8 @@ def _influences(model: Any, params: Params, inputs: Mapping[str, jax.Array]) -> 
     if not block.stages:
       carry = after
       continue
-    pairs = [(x, y) for x, y in zip(jax.tree.leaves(carry), jax.tree.leaves(after), strict=True) if x is not y]
+    before = dict(jax.tree.leaves_with_path(carry))  # what a block adds to the carry has nothing to be compared with
+    pairs = [(before[at], y) for at, y in jax.tree.leaves_with_path(after) if at in before and before[at] is not y]
     if any(x.shape != y.shape for x, y in pairs):
       found[block.path] = math.inf  # what follows could not read what comes before
     else:

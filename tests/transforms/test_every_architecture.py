@@ -32,6 +32,8 @@ from lmcompress.models import (
   LlamaConfig,
   LlamaSizes,
   LSTMSizes,
+  Seq2Seq,
+  Seq2SeqSizes,
   T5Config,
   T5Sizes,
 )
@@ -48,6 +50,7 @@ ARCHITECTURES = {  # each kernel 32 by 32 or by 128, so that functions of one ma
   "Bert": Bert(BertConfig(head_dim=8, max_length=32), BertSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
   "T5": T5(T5Config(head_dim=8), T5Sizes(vocab=48, embed=32, mlp=32, layers=2, decoder_layers=2, heads=4)),
   "LSTM": LSTM(sizes=LSTMSizes(vocab=48, embed=32, units=32, layers=2)),
+  "Seq2Seq": Seq2Seq(sizes=Seq2SeqSizes(source=48, vocab=48, embed=32, units=32, layers=2)),
 }
 GIVEN = {  # what a method is asked here, where it must be asked or its defaults do not fit a matrix this small
   **{name: {"group_size": 16} for name in
