@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmcompress.cli_talk import ModelName, chat, classify, generate
 from lmcompress.errors import ConfigError, LmcompressError, SourceError
 
 app = typer.Typer(
@@ -28,7 +29,6 @@ app = typer.Typer(
 
 ConfigFile = Annotated[str, typer.Argument(help="A config file, or its name as `lmcompress ls` shows it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. evaluate.windows=4 seed=1.")]
-ModelName = Annotated[str, typer.Argument(help="A known name, a GGUF file, a Hugging Face folder, or a saved folder.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders.")]
 Profile = Annotated[
   bool, typer.Option("--profile", help="Traces a few steps for TensorBoard, and shows what took longest in the report.")
@@ -345,91 +345,8 @@ def evaluate(
   console.print(table)
 
 
-@app.command()
-def generate(
-  model: ModelName,
-  prompt: Annotated[str, typer.Argument(help="The text to continue; `-` reads it from standard input.")],
-  max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-  temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-  top_k: Annotated[int, typer.Option(help="0 is all tokens.")] = 0,
-  top_p: Annotated[float, typer.Option(help="1 is all tokens.")] = 1.0,
-  seed: Annotated[int, typer.Option()] = 0,
-  stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation; repeat for more.")] = None,
-  chat: Annotated[bool, typer.Option("--chat", help="Wraps the prompt in the model's chat template.")] = False,
-  draft: Annotated[
-    str | None, typer.Option(help="A cheaper model, same tokenizer, that proposes tokens; the text stays the same.")
-  ] = None,
-  draft_layers: Annotated[int | None, typer.Option(help="Drafts with the model's own first layers instead.")] = None,
-  draft_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
-  beams: Annotated[int, typer.Option(help="Of an encoder-decoder: hypotheses that its search keeps.")] = 1,
-  stats: Annotated[bool, typer.Option("--stats", help="Tells times and acceptance on standard error.")] = False,
-) -> None:
-  """Continues a prompt, streaming the text; an encoder-decoder writes what it makes of the prompt.
-
-  Examples:
-
-    lmcompress generate smollm2-135m "The capital of France is" -n 32 --stats
-
-    lmcompress generate results/quickstart-1a2b3c4d/model "Write a haiku about rain." --chat --temperature 0.7
-
-    lmcompress generate smollm2-135m "Once upon a time" --draft results/quickstart-1a2b3c4d/model --stats
-
-    lmcompress generate smollm2-135m "Once upon a time" --draft-layers 20 --draft-tokens 2 --stats
-
-    lmcompress generate flan-t5-folder "translate English to German: How old are you?" --beams 4
-  """
-  import jax
-
-  import lmcompress as lmc
-  from lmcompress.generation import first_layers
-
-  if draft is not None and draft_layers is not None:
-    raise lmc.ConfigError(f"--draft {draft} and --draft-layers {draft_layers}: one draft at a time; leave one out")
-  net, params, tokenizer = lmc.load(model)
-  if tokenizer is None:
-    raise lmc.SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
-  params = lmc.prepare(params, consume=True)
-  text = sys.stdin.read() if prompt == "-" else prompt
-  if hasattr(net, "encode"):
-    given = {
-      "--draft": draft, "--draft-layers": draft_layers, "--temperature": temperature, "--top-k": top_k,
-      "--top-p": top_p != 1, "--stop": stop, "--chat": chat, "--stats": stats,
-    }  # fmt: skip
-    if refused := [option for option, value in given.items() if value]:
-      raise lmc.ConfigError(f"{', '.join(refused)}: {model} is an encoder-decoder, which searches by --beams alone")
-    from lmcompress.generation.seq2seq import rewrite
-
-    typer.echo(rewrite(net, params, tokenizer, [text], max_new_tokens, beams, batch=1)[0])
-    return
-  if beams != 1:
-    raise lmc.ConfigError(f"--beams {beams}: {model} is no encoder-decoder; it draws by --temperature and --top-p")
-  drafter = None
-  if draft is not None:
-    other, theirs, _ = lmc.load(draft)
-    drafter = other, lmc.prepare(theirs, consume=True)
-  elif draft_layers is not None:
-    drafter = net, first_layers(params, draft_layers)
-  found: list[Any] = []
-  lmc.generate(
-    net,
-    params,
-    tokenizer,
-    text,
-    max_new_tokens,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    key=jax.random.key(seed),
-    stop=stop or (),
-    chat=chat,
-    draft=drafter,
-    draft_tokens=draft_tokens,
-    on_text=lambda piece: typer.echo(piece, nl=False),
-    on_stats=found.append,
-  )
-  typer.echo()
-  if stats:
-    typer.echo(found[0], err=True)
+for _verb in (generate, chat, classify):
+  app.command()(_verb)
 
 
 @app.command()

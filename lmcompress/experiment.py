@@ -154,7 +154,8 @@ def run(
     records.add({"kind": "tree", "tree_hash": digest})
   if not (folder / MODEL / checkpoint.MANIFEST).is_file():
     watcher.note("saving the model")
-    checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe))
+    heads = {t.name: {"classes": tasks[t.name][0].classes, "length": t.length} for t in config.tasks}
+    checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe), tasks=heads)
 
   prepared = mesh is None and not config.stream
   ready = _ready(stages) if prepared else [stage.params for stage in stages]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ def generate(
   model: Any,
   params: Params,
   tokenizer: Any,
-  prompt: str | Sequence[str],
+  prompt: str | Sequence[str] | Sequence[Mapping[str, str]],
   max_new_tokens: int = 128,
   *,
   temperature: float = 0.0,
@@ -41,14 +41,14 @@ def generate(
   """Continues a prompt, or a batch of prompts of different lengths.
 
   Args:
-    prompt: a text, or a sequence of texts.
+    prompt: a text, a sequence of texts, or with `chat` one conversation as a sequence of messages (`role`, `content`).
     max_new_tokens: at most this many tokens are added to each.
     temperature: 0 is greedy; else divides the logits.
     top_k: draws among the k likeliest; 0 is all.
     top_p: draws among the fewest tokens whose probability reaches p.
     key: decides the draw; needed when the temperature is positive.
     stop: texts at which a continuation ends (and which it leaves out), beside the tokenizer's stop tokens.
-    chat: wraps each prompt in the tokenizer's chat template as a user's message.
+    chat: wraps each prompt in the tokenizer's chat template, a text as a user's message.
     cache_dtype: float32 or bfloat16, or whatever else `init_cache` takes.
     draft: `(model, params)` of a cheaper model with the same tokenizer: it proposes tokens, the model keeps those it
       agrees with. The text is drawn from the same distribution as without it (greedy: is the same text but for ties
@@ -65,14 +65,15 @@ def generate(
     ValueError: nothing to continue, a setting out of range, a draft that does not fit, or more tokens than the
       model's context.
   """
-  single = isinstance(prompt, str)
-  prompts = [prompt] if single else list(prompt)
+  talk = chat and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+  single = isinstance(prompt, str) or talk
+  prompts: list[Any] = [prompt] if single else list(prompt)
   if not prompts:
     raise ValueError("generate: no prompt; pass a text or a sequence of texts")
   if on_text is not None and not single:
     raise ValueError("generate(on_text=...) streams one prompt; found a sequence")
   if chat:
-    prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+    prompts = [tokenizer.chat(p if talk else [{"role": "user", "content": p}]) for p in prompts]
   ids = [tokenizer.encode(text, parse_special=chat) for text in prompts]
   bos = getattr(tokenizer, "bos_id", None)
   ids = [row or ([bos] if bos is not None else []) for row in ids]

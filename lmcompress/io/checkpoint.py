@@ -249,7 +249,13 @@ def weights_size(params: Params) -> int:
 
 
 def save(
-  folder: str | os.PathLike, model: Any, params: Params, tokenizer: Tokenizer | None = None, *, recipe: Any = None
+  folder: str | os.PathLike,
+  model: Any,
+  params: Params,
+  tokenizer: Tokenizer | None = None,
+  *,
+  recipe: Any = None,
+  tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
   """Writes model, tree and tokenizer to a folder that `load` reads back, bitwise.
 
@@ -257,6 +263,7 @@ def save(
 
   Args:
     recipe: what made the tree, kept in the manifest.
+    tasks: of each head of the tree by its name, `classes` in their order and the `length` of the rows it learned from.
 
   Raises:
     FileExistsError: the folder holds something that is not a checkpoint.
@@ -284,6 +291,7 @@ def save(
       "versions": {"lmcompress": lmcompress.__version__, "jax": jax.__version__},
       "model": {"architecture": model.architecture, "config": dataclasses.asdict(model.config)},
       "recipe": recipe,
+      "tasks": {name: {**task, "classes": list(task["classes"])} for name, task in (tasks or {}).items()},
       "leaves": leaves,
       "shapes": {path: list(leaf.shape) for path, leaf in tree.flatten(params).items()},
       "header": digests.pop(""),
@@ -380,6 +388,25 @@ def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, P
     raise FormatError(
       f"{folder / MANIFEST}: does not describe a checkpoint ({type(error).__name__}: {what})"
     ) from error
+
+
+def read_tasks(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+  """The `tasks` that `save` was given.
+
+  Raises:
+    FormatError: the manifest is damaged.
+  """
+  found = read_manifest(Path(folder)).get("tasks", {})
+  fits = isinstance(found, dict) and all(
+    isinstance(task, dict)
+    and isinstance(task.get("length"), int)
+    and isinstance(task.get("classes"), list)
+    and all(isinstance(word, str) for word in task["classes"])
+    for task in found.values()
+  )
+  if not fits:
+    raise FormatError(f"{Path(folder) / MANIFEST}: its tasks have no classes and lengths")
+  return found
 
 
 def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params, Tokenizer | None]:
