@@ -1,6 +1,7 @@
 """One model compressed in several ways: a run for each variant of a config, all in one table and one plot.
 
-A variant is a run of its own under `results/`, so that a study that was interrupted goes on where it was.
+A variant is a run of its own under `results/`, so that a study that was interrupted goes on where it was. Of a config
+with `tasks` the rows are judged by those, beside a logistic regression on TF-IDF of the whole texts (scikit-learn).
 
   python experiments/variants.py --config configs/article/lstm_compress.yaml
 """
@@ -17,7 +18,28 @@ from lmcompress.config import load_config, variants_of
 from lmcompress.errors import ConfigError, LmcompressError
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = ("parameters", "bits_per_weight", "bytes_on_disk", "perplexity", "kl", "top1", "accuracy", "tokens_per_s")
+KEPT = (
+  "parameters", "bits_per_weight", "bytes_on_disk", "perplexity", "kl", "top1", "accuracy", "tokens_per_s", "tasks",
+)  # fmt: skip
+
+
+def baseline(names: dict[str, str]) -> dict[str, Any]:
+  """Scores of a logistic regression on TF-IDF of words and pairs of them, for data sets by task."""
+  import numpy as np
+  from sklearn.feature_extraction.text import TfidfVectorizer
+  from sklearn.linear_model import LogisticRegression
+
+  from lmcompress.data.labelled import load_labelled
+  from lmcompress.evaluate.classification import scores
+
+  found = {}
+  for task, name in names.items():
+    data = load_labelled(name)
+    texts = [list(part[0]) for part in (data.train, data.test)]
+    vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit(texts[0])
+    model = LogisticRegression(C=10, max_iter=2000).fit(vectors.transform(texts[0]), data.train[1])
+    found[task] = scores(data.test[1], np.asarray(model.predict_proba(vectors.transform(texts[1]))), data.classes)
+  return found
 
 
 def study(path: Path, only: list[str], overrides: list[str]) -> dict[str, Any]:
@@ -39,21 +61,30 @@ def study(path: Path, only: list[str], overrides: list[str]) -> dict[str, Any]:
     seconds = sum(stage["seconds"] for stage in result["stages"][1:])
     methods = [*result["config"]["recipe"], *result["config"]["finish"]]
     rows.append({"name": variant.name, "recipe": methods, "seconds": seconds, **{key: last[key] for key in KEPT}})
-  return {"format": 1, "name": config.name, "model": config.model, "texts": list(config.evaluate.texts),
-          "versions": versions(), "device": device(), "rows": rows}  # fmt: skip
+  others = baseline({table.name: table.data for table in config.tasks}) if config.tasks else {}
+  return {
+    "format": 1, "name": config.name, "model": config.model, "texts": list(config.evaluate.texts),
+    "tasks": [table.name for table in config.tasks], "tf-idf": others, "versions": versions(), "device": device(),
+    "rows": rows,
+  }  # fmt: skip
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-  """Megabytes on disk against perplexity, a point for each variant, one panel a text."""
+  """Megabytes on disk against perplexity or accuracy, a point for each variant, one panel a text or task."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(5 * len(result["texts"]), 4), layout="constrained")
-  for axes, text in zip(figure.subplots(1, len(result["texts"]), squeeze=False)[0], result["texts"], strict=True):
+  panels = [(text, "perplexity") for text in result["texts"]] + [(task, "accuracy") for task in result["tasks"]]
+  figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+  for axes, (of, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     for row in result["rows"]:
-      x, y = row["bytes_on_disk"] / 1e6, row["perplexity"][text]
+      x = row["bytes_on_disk"] / 1e6
+      y = row["tasks"][of][measure] if measure == "accuracy" else row[measure][of]
       axes.plot(x, y, "o", color="black" if row["name"] == "original" else "tab:blue")
       axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="MB on disk", ylabel="perplexity", title=text, xscale="log")
+    if of in result["tf-idf"]:
+      axes.axhline(result["tf-idf"][of]["accuracy"], color="gray", linestyle=":", label="TF-IDF")
+      axes.legend(fontsize=8)
+    axes.set(xlabel="MB on disk", ylabel=measure, title=of, xscale="log")
   figure.savefig(path)
 
 
@@ -73,6 +104,14 @@ def main() -> int:
   out = arguments.out or RESULTS / f"{result['name']}.json"
   out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   plot(result, out.with_suffix(".svg"))
+  for task in result["tasks"]:
+    print(f"{task:<18}{'bits':>6}{'MB':>8}{'accuracy':>10}  95 % of resamples{'F1':>8}{'AUC':>8}")
+    for row in [*result["rows"], {"name": "TF-IDF", "tasks": result["tf-idf"]}]:
+      t, (low, high) = row["tasks"][task], row["tasks"][task]["interval"]["accuracy"]
+      size = f"{row['bits_per_weight']:>6.2f}{row['bytes_on_disk'] / 1e6:>8.2f}" if "bytes_on_disk" in row else " " * 14
+      print(f"{row['name']:<18}{size}{t['accuracy']:>10.3f}  {low:.3f} to {high:.3f}{t['f1']:>11.3f}{t['auc']:>8.3f}")
+  if not result["texts"]:
+    return 0
   print(f"{'variant':<14}{'bits':>6}{'MB':>8}  {'text':<12}{'ppl':>8}{'KL':>8}{'right':>7}{'decode':>8}")
   for row in result["rows"]:
     for text in result["texts"]:

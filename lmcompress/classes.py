@@ -135,7 +135,7 @@ def classified(
     parts = []
     for start in range(0, len(texts), 8 * batch):
       some = texts[start : start + 8 * batch]
-      tokens, mask = encode_rows(list(some), tokenizer, head.length)
+      tokens, mask = encode_rows(list(some), tokenizer, head.length, special=not getattr(model, "causal", True))
       task = Task(tokens, mask, np.zeros(len(some), np.int32), head.classes)
       parts.append(probabilities(model, params, name, task, batch))
       done(len(some))
@@ -196,7 +196,7 @@ def draw(path: Path, table: Texts, found: Mapping[str, np.ndarray], heads: Mappi
       heights = np.asarray([row[1][c] for row in rows])
       axes.bar(range(len(rows)), heights, bottom=bottom, label=word)
       bottom += heights
-    axes.set_xticks(range(len(rows)), names, fontsize=7, rotation=0 if len(rows) <= 12 else 90)
+    axes.set_xticks(range(len(rows)), names, fontsize=7, rotation=0 if sum(map(len, names)) <= 80 else 90)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of texts")
     axes.set_title(f"{name}, by {column}" if column else name, fontsize=9)

@@ -99,15 +99,13 @@ def run(
   stages = [Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
-  if not getattr(model, "causal", True):
-    raise ConfigError(
-      f"{config.model} predicts no next token, so a run has nothing to score; encoders are compared by "
-      "experiments/sentences.py, encoder-decoders by experiments/titles.py"
-    )
+  encoder = not getattr(model, "causal", True)
+  if encoder:
+    _fits_encoder(config, model)
   b, most = config.bench, model.config.max_length
   decodes = b.rounds > 0 or (profile and config.train is None)
   for what, length in (
-    ("evaluate.length", config.evaluate.length),
+    ("evaluate.length", config.evaluate.length if config.evaluate.texts else 0),
     ("calibration.length", config.calibration.length if config.calibration else 0),
     ("train.length", config.train.length if config.train and not config.tasks else 0),
     ("tasks.length", max((table.length for table in config.tasks), default=0)),
@@ -124,7 +122,7 @@ def run(
   if config.calibration is not None:
     c = config.calibration
     calibration = windows(tokenizer, load_text(c.text), c.windows, c.length)
-  tasks = {table.name: task_data(table, tokenizer) for table in config.tasks}
+  tasks = {table.name: task_data(table, tokenizer, special=encoder) for table in config.tasks}
   vocab = params["embed"]["table"].shape[0]
   for name, tokens in texts.items():
     if int(tokens.max()) >= vocab:
@@ -205,6 +203,29 @@ def run(
   store.clear()
   last.clear()
   return _through_gates(config, result)
+
+
+def _fits_encoder(config: Config, model: Any) -> None:
+  """Raises ConfigError where a run asks an encoder for what only predictions of next tokens give."""
+  if hasattr(model, "encode"):
+    raise ConfigError(
+      f"{config.model} is an encoder-decoder, for whose texts a run has no score; experiments/titles.py and "
+      "experiments/phonemes.py compare such models"
+    )
+  asked = {
+    "evaluate.texts: []": config.evaluate.texts, "bench.rounds: 0": config.bench.rounds,
+    "generate: null": config.generate is not None,
+  }  # fmt: skip
+  wants = [word for word, value in asked.items() if value]
+  if not config.tasks:
+    wants.append("tasks, by which it is scored")
+  if config.train is not None and config.train.held_out is not None:
+    wants.append("train.held_out: null")
+  if wants:
+    raise ConfigError(
+      f"{config.model} is an encoder, which predicts no next token; its run needs {', '.join(wants)} "
+      "(vectors of sentences are compared by experiments/sentences.py)"
+    )
 
 
 def _through_gates(config: Config, result: dict[str, Any]) -> dict[str, Any]:

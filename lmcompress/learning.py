@@ -122,8 +122,8 @@ def train_text(
   }
 
 
-def task_data(table: TaskTable, tokenizer: Any) -> tuple[Any, Any]:
-  """What a task trains on and what it is judged by."""
+def task_data(table: TaskTable, tokenizer: Any, special: bool = False) -> tuple[Any, Any]:
+  """What a task trains on and what it is judged by; `special` as of `encode_rows`."""
   from lmcompress.data.labelled import encode_rows, load_labelled
   from lmcompress.training import Task
 
@@ -134,7 +134,7 @@ def task_data(table: TaskTable, tokenizer: Any) -> tuple[Any, Any]:
     if table.rows is not None and not parts:  # spread over the data, whatever its order
       chosen = chosen[np.linspace(0, len(chosen) - 1, min(table.rows, len(chosen))).astype(int)]
     some = documents[chosen] if isinstance(documents, np.ndarray) else [documents[i] for i in chosen.tolist()]
-    parts.append(Task(*encode_rows(some, tokenizer, table.length), labels[chosen], data.classes))
+    parts.append(Task(*encode_rows(some, tokenizer, table.length, special), labels[chosen], data.classes))
   return parts[0], parts[1]
 
 

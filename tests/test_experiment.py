@@ -18,11 +18,13 @@ import lmcompress as lmc
 from lmcompress import experiment, learning, run_folder
 from lmcompress import recipe as recipes
 from lmcompress.config import check, load_config, merge
+from lmcompress.data.labelled import Labelled
 from lmcompress.errors import GateError
+from lmcompress.io import checkpoint
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.whole import write_text
-from lmcompress.models import Llama, LlamaConfig
-from lmcompress.types import FormatError, LmcompressError
+from lmcompress.models import Bert, BertConfig, BertSizes, Llama, LlamaConfig, Seq2Seq, Seq2SeqSizes
+from lmcompress.types import ConfigError, FormatError, LmcompressError
 
 RECIPE = [
   {"name": "magnitude", "at": "layers/*/mlp/down", "sparsity": 0.2},
@@ -602,3 +604,53 @@ def test_a_config_trains_over_a_mesh(place):
   for a, b in zip(alone["training"]["history"], result["training"]["history"], strict=True):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
   assert result["stages"][-1]["kl"][text] == pytest.approx(alone["stages"][-1]["kl"][text], rel=1e-2)
+
+
+# encoders
+
+
+@pytest.fixture(scope="module")
+def encoder(place):
+  """A table for a saved encoder that tells two kinds of text apart."""
+  model = Bert(BertConfig(head_dim=16, max_length=64), BertSizes(vocab=264, embed=32, mlp=32, layers=1, heads=2))
+  lmc.save(place / "encoder", model, model.init(jax.random.key(0)), byte_level())
+  return {
+    "name": "enc", "model": str(place / "encoder"), "recipe": [],
+    "tasks": [{"name": "kind", "data": "bbc", "length": 16}], "evaluate": {"texts": []}, "bench": {"rounds": 0},
+    "generate": None, "train": {"steps": 2, "batch": 4, "save_every": 2},
+    "finish": [{"name": "round_to_nearest", "at": "layers/*", "bits": 8, "group_size": -1}],
+  }  # fmt: skip
+
+
+def test_an_encoder_is_trained_and_judged_by_its_tasks(encoder, place, monkeypatch):
+  rows = (["a wolf", "kings", "bread", "sons"] * 3, np.arange(12) % 2)
+  monkeypatch.setattr("lmcompress.data.labelled.load_labelled", lambda name: Labelled(("x", "y"), rows, rows))
+  config = check(encoder, "enc.yaml")
+  result = experiment.run(config, place / "encoders", "lmcompress run enc.yaml")
+  assert [stage["name"] for stage in result["stages"]] == ["original", "trained", "round_to_nearest at layers/*"]
+  assert result["stages"][0]["tasks"] == {} and result["stages"][0]["perplexity"] == {}
+  assert result["stages"][2]["tasks"]["kind"]["n"] == 12
+  folder = place / "encoders" / config.folder
+  assert checkpoint.read_tasks(folder / "model") == {"kind": {"classes": ["x", "y"], "length": 16}}
+  page = (folder / "report.html").read_text()
+  assert "kind" in page and experiment.run(config, place / "encoders", "again")["tree_hash"] == result["tree_hash"]
+
+
+@pytest.mark.parametrize("change, message", [
+  ({"tasks": []}, "is an encoder, which predicts no next token; its run needs tasks, by which it is scored"),
+  ({"bench": {"rounds": 1}}, "needs bench.rounds: 0"), ({"generate": {"prompt": "x"}}, "needs generate: null"),
+  ({"evaluate": {"texts": ["grimm"]}}, r"needs evaluate.texts: \[\]"),
+])  # fmt: skip
+def test_what_an_encoder_cannot_give_is_refused(encoder, place, change, message):
+  table = {**encoder, **change}
+  if not table["tasks"]:
+    table["train"] = None
+  with pytest.raises(ConfigError, match=message):
+    experiment.run(check(table, "enc.yaml"), place / "encoders", "lmcompress run enc.yaml")
+
+
+def test_an_encoder_decoder_has_studies_of_its_own(encoder, place):
+  model = Seq2Seq(sizes=Seq2SeqSizes(embed=8, units=8))
+  lmc.save(place / "pair", model, model.init(jax.random.key(0)), byte_level())
+  with pytest.raises(ConfigError, match="is an encoder-decoder, for whose texts a run has no score"):
+    experiment.run(check({**encoder, "model": str(place / "pair")}, "enc.yaml"), place / "encoders", "again")

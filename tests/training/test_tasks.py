@@ -11,7 +11,7 @@ from lmcompress import tree
 from lmcompress.calibration import compress
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint
-from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.models import Bert, BertConfig, BertSizes, Llama, LlamaConfig, LlamaSizes
 from lmcompress.training import Distill, Match, Privacy, Task, Training, Weighting, fit_tasks, probabilities
 from lmcompress.training.tasks import agreed, balanced, shares, tasks_step, with_heads
 from lmcompress.transforms import at, round_to_nearest
@@ -52,6 +52,27 @@ def gradients(params, rows):
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves({k: v for k, v in g.items() if k != "tasks"})])
     found[name] = float(loss), flat.astype(np.float64), g["tasks"][name]
   return found
+
+
+def test_a_head_reads_the_mean_of_an_encoder():
+  model = Bert(BertConfig(head_dim=8, max_length=16), BertSizes(vocab=32, embed=32, mlp=32, layers=1, heads=4))
+  params = with_heads(model, model.init(jax.random.key(0)), TASKS, jax.random.key(1))
+  said, task = probabilities(model, params, "four", TASKS["four"]), TASKS["four"]
+  for row in (0, 1):
+    n = task.mask[row].sum()
+    carry = model.start(params, task.tokens[row : row + 1, :n])
+    for block in model.blocks(params):
+      carry, _ = model.run(block, params, carry)
+    head, mean = params["tasks"]["four"], model.features(params, carry)[0].mean(0)
+    np.testing.assert_allclose(said[row], jax.nn.softmax(mean @ head["kernel"] + head["bias"]), atol=1e-5)
+
+
+def test_an_encoder_learns_a_task():
+  model = Bert(BertConfig(head_dim=8, max_length=16), BertSizes(vocab=32, embed=32, mlp=32, layers=1, heads=4))
+  training = Training(steps=60, batch=32, learning_rate=1e-2, schedule="constant")
+  tree_, _ = fit_tasks(model, model.init(jax.random.key(0)), {"two": TASKS["two"]}, training, seed=0)
+  said = probabilities(model, tree_, "two", TASKS["two"]).argmax(1)
+  assert np.mean(said == TASKS["two"].labels) > 0.9
 
 
 def one_step(weighting):
