@@ -6,6 +6,7 @@ from lmcompress.models.gemma import Gemma, GemmaConfig, GemmaSizes
 from lmcompress.models.gpt2 import GPT2, GPT2Config, GPT2Sizes
 from lmcompress.models.llama import Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.lstm import LSTM, LSTM_DEPTH, LSTMConfig, LSTMSizes
+from lmcompress.models.phi import Phi, PhiConfig, PhiSizes
 from lmcompress.models.rope import Rope
 from lmcompress.models.seq2seq import Seq2Seq, Seq2SeqConfig, Seq2SeqSizes
 from lmcompress.models.t5 import T5, T5Config, T5Sizes
@@ -18,6 +19,7 @@ ARCHITECTURES = {
   "t5": (T5, T5Config),
   "gemma": (Gemma, GemmaConfig),
   "seq2seq": (Seq2Seq, Seq2SeqConfig),
+  "phi": (Phi, PhiConfig),
 }
 """Model class and config class by the architecture's name; a new model adds itself here."""
 
@@ -42,6 +44,9 @@ __all__ = [
   "Llama",
   "LlamaConfig",
   "LlamaSizes",
+  "Phi",
+  "PhiConfig",
+  "PhiSizes",
   "Rope",
   "Seq2Seq",
   "Seq2SeqConfig",

@@ -24,7 +24,8 @@ class View:
   Attributes:
     real: bool `[batch, slots]`, True where a slot holds a token (of these, or of the cache).
     slot: int32, the slot of the first current token; 0 without a cache.
-    cos, sin: `[batch, length, head / 2]` float32, of each token's position; 1 and 0 turn nothing, as does none.
+    cos, sin: `[batch, length, head / 2]` float32, of each token's position, or fewer for the first entries of a head
+      alone; 1 and 0 turn nothing, as does none.
     bias: float32 `[1 or batch, heads, length, slots]`, added to the scores; None for none.
     window: a token sees that many slots up to its own; None for all (Mistral, arXiv:2310.06825).
     cap: scores become `cap * tanh(scores / cap)`; None leaves them (Gemma 2, arXiv:2408.00118).
@@ -57,12 +58,14 @@ class View:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns `x: [batch, length, heads, head]`, the first half of a head with the second; not at all without cos."""
-  if not cos.shape[-1]:
+  """Turns the first half of those entries of `x: [batch, length, heads, head]` that have a cos with the second."""
+  turned = 2 * cos.shape[-1]
+  if not turned:
     return x
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  a, b = jnp.split(x[..., :turned].astype(jnp.float32), 2, axis=-1)
   cos, sin = cos[:, :, None], sin[:, :, None]
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  made = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  return made if turned == x.shape[-1] else jnp.concatenate([made, x[..., turned:]], axis=-1)
 
 
 def mix(
@@ -143,8 +146,9 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, view: View, head: 
 
 
 def _native(q: jax.Array, head: int, view: View) -> bool:
-  """Whether the kernel takes this: a whole number of vectors in a head, float32, nothing done to the scores."""
-  return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0 and view.plain
+  """Whether the kernel takes this: whole vectors in a head, turned as one, float32, nothing done to the scores."""
+  whole = view.cos.shape[-1] in (0, head // 2)
+  return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0 and view.plain and whole
 
 
 def _reference(q: Any, k: Any, v: Any, view: View, head: int, layer_cache: Any, scale: float) -> tuple[jax.Array, Any]:

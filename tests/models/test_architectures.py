@@ -76,6 +76,11 @@ CASES = {
   "gpt2 relu untied": Case(
     "GPT2LMHeadModel", {**GPT2, "n_embd": 48, "activation_function": "relu", "tie_word_embeddings": False}
   ),
+  "phi": Case("PhiForCausalLM", {**LLAMA, "partial_rotary_factor": 0.5}),
+  "phi grouped": Case("PhiForCausalLM", {
+    **LLAMA, "hidden_size": 60, "partial_rotary_factor": 0.4, "num_key_value_heads": 3, "hidden_act": "relu",
+    "layer_norm_eps": 1e-4,
+  }),
   "bert": Case("BertModel", BERT),
   "bert masked": Case("BertForMaskedLM", {**BERT, "hidden_act": "relu"}),
   "roberta": Case("RobertaForMaskedLM", {**BERT, "pad_token_id": 1, "hidden_size": 48}),
@@ -167,7 +172,7 @@ def test_every_architecture_is_here():
     assert any(net.startswith(name) for net in nets), name
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2 odd heads"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2 odd heads", "phi"])
 def test_a_cache_continues_what_was_read(name, tmp_path):
   """Windows, two kinds of positions and learned ones, over a cache as all at once; saved by us and read again."""
   net = CASES[name].build()
