@@ -82,7 +82,7 @@ def html(result: Result) -> str:
   ).from_string(source)
   stages, columns = _stages(result), _stage_columns(result, agreement=True)
   weights = _last_rows(result)
-  quality, errors, output_errors, training, histograms = _plots(result, stages, weights)
+  quality, errors, output_errors, training, histograms, curves = _plots(result, stages, weights)
   return template.render(
     name=_run_name(result),
     description=_text(result.get("description", "")),
@@ -100,6 +100,7 @@ def html(result: Result) -> str:
     needs=_needs(result),
     tasks=_task_rows(stages),
     confusions=_confusions(stages),
+    curves=curves,
     profile=[
       (_text(row.get("operation", "-")), _text(row.get("calls", "-")), *(_show(row.get(k), 3) for k in ("ms", "share")))
       for row in result.get("profile") or []
@@ -203,6 +204,28 @@ def _confusions(stages: Sequence[Row]) -> list[tuple[str, list[str], list[tuple[
   return [(name, task["classes"], rows[name]) for name, task in tasks.items()]
 
 
+def _plot_curves(stages: Sequence[Row]) -> str:
+  """Of the last stage: for each task the ROC curve of each class against the rest."""
+  from matplotlib.figure import Figure
+
+  tasks = {name: task for name, task in ((stages[-1].get("tasks") or {}) if stages else {}).items() if task.get("roc")}
+  if not tasks:
+    return ""
+  columns = min(2, len(tasks))
+  rows = math.ceil(len(tasks) / columns)
+  figure = Figure(figsize=(4.3 * columns, 3.6 * rows), layout="constrained")
+  for n, (name, task) in enumerate(tasks.items(), 1):
+    axes = figure.add_subplot(rows, columns, n)
+    for c, (word, rates) in enumerate(zip(task["classes"], task["roc"], strict=True)):
+      across = [i / (len(rates) - 1) for i in range(len(rates))]
+      axes.plot(across, rates, label=_text(word), color=_COLORS[c % len(_COLORS)], linewidth=1.2)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=name)
+    if len(task["classes"]) <= 12:
+      _legend(axes)
+  return _svg(figure, "roc")
+
+
 def _speed(phase: str) -> _Column:
   return _Column(f"{phase}\ntok/s", lambda stage: _show((stage.get("tokens_per_s") or {}).get(phase), 1))
 
@@ -294,12 +317,12 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 # Plots
 
 
-def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, str, str, str, str]:
-  """SVG of perplexity against size, of errors against depth, of the loss, and of the weights' values; "" for none."""
+def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, ...]:
+  """SVG of perplexity against size, of both errors against depth, the loss, weights' values, and ROC; "" for none."""
   with _style():
     errors = _plot_errors(weights, "weight"), _plot_errors(weights, "output")
     histograms = _plot_histograms(result.get("histograms") or {})
-    return _plot_quality(stages), *errors, _plot_training(_history(result)), histograms
+    return _plot_quality(stages), *errors, _plot_training(_history(result)), histograms, _plot_curves(stages)
 
 
 def _history(result: Result) -> list[Row]:

@@ -149,7 +149,8 @@ def test_a_training_is_drawn_and_reads_back(result, page, tmp_path):
 def test_privacy_energy_profile_and_tasks_are_shown(result, page):
   """Each where the result has it, in the table or on the page, and nowhere else."""
   scores = {"n": 9, "accuracy": 0.75, "precision": 0.7, "recall": 0.6, "f1": 0.65, "auc": None, "confusion": [[4, 1],
-            [2, 2]], "classes": ["<good>", "bad"], "interval": {"accuracy": [0.6, 0.9], "f1": [0.5, 0.8]}}  # fmt: skip
+            [2, 2]], "classes": ["<good>", "bad"], "roc": [[0.0, 0.5, 1.0], [0.2, 0.9, 1.0]],
+            "interval": {"accuracy": [0.6, 0.9], "f1": [0.5, 0.8]}}  # fmt: skip
   more = {
     **result,
     "config": {**result["config"], "train": {"privacy": {"delta": 1e-5}}},
@@ -160,7 +161,7 @@ def test_privacy_energy_profile_and_tasks_are_shown(result, page):
   }
   made, table = report.html(more), shown(report.table(more), 200)
   said = ("epsilon 3.25 at delta 1e-05", "modelled: 2 threads at 5 W", "dot.7", "2.0 GFLOP",
-          "0.750 (0.600 to 0.900)", "&lt;good&gt;")  # fmt: skip
+          "0.750 (0.600 to 0.900)", "&lt;good&gt;", "false positive rate")  # fmt: skip
   for text in said:
     assert text in made and text not in page, text
   assert "epsilon 3.25" in table and "0.750" in table and "mood" in table

@@ -10,6 +10,9 @@ import numpy as np
 
 from lmcompress.types import ConfigError
 
+ROC_POINTS = 51
+"""Points of a ROC curve, from no false positive to all."""
+
 
 def scores(
   labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], resamples: int = 1000, seed: int = 0
@@ -25,8 +28,8 @@ def scores(
 
   Returns:
     `n`, `accuracy` and macro means `precision`, `recall`, `f1` and `auc` (one against the rest; None where a class is
-    absent), `interval` (the middle 95 % of accuracy and F1 over resamples), `confusion` (rows are the truth) and
-    `classes`.
+    absent), `roc` (for each class the true positive rates at `ROC_POINTS` even false positive rates; None likewise),
+    `interval` (the middle 95 % of accuracy and F1 over resamples), `confusion` (rows are the truth) and `classes`.
 
   Raises:
     ValueError: shapes that do not fit, no row, or a probability that is not finite.
@@ -48,15 +51,17 @@ def scores(
   precision, recall, f1, _ = metrics.precision_recall_fscore_support(
     labels, said, labels=every, average="macro", zero_division=0,  # pyright: ignore[reportArgumentType]
   )
-  auc = None
+  auc, roc = None, None
   if set(labels.tolist()) == set(every):
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       auc = float(np.mean([metrics.roc_auc_score(labels == c, probabilities[:, c]) for c in every]))
+      roc = [_curve(*metrics.roc_curve(labels == c, probabilities[:, c])[:2]) for c in every]
   confusion = metrics.confusion_matrix(labels, said, labels=every)
   found = {
     "n": len(labels), "accuracy": float(np.mean(labels == said)), "precision": float(precision),
-    "recall": float(recall), "f1": float(f1), "auc": auc, "confusion": confusion.tolist(), "classes": list(classes),
+    "recall": float(recall), "f1": float(f1), "auc": auc, "roc": roc, "confusion": confusion.tolist(),
+    "classes": list(classes),
   }  # fmt: skip
   if resamples:
     draw = np.random.default_rng(seed)
@@ -65,6 +70,12 @@ def scores(
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     found["interval"] = {name: [float(low[i]), float(high[i])] for i, name in enumerate(("accuracy", "f1"))}
   return found
+
+
+def _curve(false_rates: np.ndarray, true_rates: np.ndarray) -> list[float]:
+  """True positive rates at even false positive rates; where a curve rises, its upper end."""
+  at = np.searchsorted(false_rates, np.linspace(0, 1, ROC_POINTS), side="right") - 1
+  return [round(float(rate), 4) for rate in true_rates[at]]
 
 
 def _from_confusion(counts: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from lmcompress.evaluate.classification import scores
+from lmcompress.evaluate.classification import ROC_POINTS, scores
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 400)
@@ -19,6 +19,10 @@ def test_scores_are_scikit_learns():
   assert found["f1"] == pytest.approx(metrics.f1_score(LABELS, said, average="macro"))
   assert found["auc"] == pytest.approx(metrics.roc_auc_score(LABELS, PROBABILITIES, multi_class="ovr"))
   assert np.sum(found["confusion"]) == found["n"] == 400
+  for c, rates in enumerate(found["roc"]):
+    false, true, _ = metrics.roc_curve((LABELS == c).astype(int), PROBABILITIES[:, c])
+    want = [true[false <= x].max() for x in np.linspace(0, 1, ROC_POINTS)]
+    np.testing.assert_allclose(rates, want, atol=1e-4)
   assert found["confusion"][0][1] == np.sum((LABELS == 0) & (said == 1))
 
 
@@ -35,7 +39,8 @@ def test_intervals_are_those_of_drawing_rows_anew():
 
 def test_a_class_that_never_occurs_has_no_auc():
   found = scores(np.zeros(5, int), PROBABILITIES[:5], ("a", "b", "c"), resamples=0)
-  assert found["auc"] is None and "interval" not in found and found["confusion"][1] == [0, 0, 0]
+  assert found["auc"] is None and found["roc"] is None
+  assert "interval" not in found and found["confusion"][1] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
