@@ -20,7 +20,7 @@ def test_scores_are_scikit_learns():
   assert found["auc"] == pytest.approx(metrics.roc_auc_score(LABELS, PROBABILITIES, multi_class="ovr"))
   assert np.sum(found["confusion"]) == found["n"] == 400
   for c, rates in enumerate(found["roc"]):
-    false, true, _ = metrics.roc_curve((LABELS == c).astype(int), PROBABILITIES[:, c])
+    false, true, _ = metrics.roc_curve((c == LABELS).astype(int), PROBABILITIES[:, c])
     want = [true[false <= x].max() for x in np.linspace(0, 1, ROC_POINTS)]
     np.testing.assert_allclose(rates, want, atol=1e-4)
   assert found["confusion"][0][1] == np.sum((LABELS == 0) & (said == 1))
