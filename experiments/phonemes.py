@@ -9,7 +9,6 @@ tales keep all of their phonemes.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import sys
@@ -51,8 +50,6 @@ def by_its_package(words: list[str]) -> list[str]:
   path = fetch_file(dataclasses.replace(wheel, member=CODE[0], member_sha256=CODE[1], nbytes=CODE[2]))
   left_out = ("nltk", "nltk.corpus", "nltk.tokenize", "g2p_en", "g2p_en.expand")
   with mock.patch.dict(sys.modules, {name: mock.MagicMock(__path__=[]) for name in left_out}):
-    spec = importlib.util.spec_from_file_location("g2p_en.g2p", path)
-    assert spec is not None and spec.loader is not None
     module = types.ModuleType("g2p_en.g2p")
     module.__dict__.update(__file__=str(path), __package__="g2p_en")
     exec(compile(path.read_text("utf-8"), str(path), "exec"), module.__dict__)
@@ -79,7 +76,7 @@ def calibration_of(model: Any, params: Any, tokenizer: Any, words: list[str]) ->
   said = beam_search(model, params, tokens, LONGEST, real, stop_ids=sorted(tokenizer.stop_ids))
   written, writes = np.zeros((len(rows), LONGEST), np.int32), np.zeros((len(rows), LONGEST), bool)
   for n, one in enumerate(said):
-    ids = [model.config.start, *one.tokens][:LONGEST]
+    ids = [model.config.start, *(t for t in one.tokens if t not in tokenizer.stop_ids)][:LONGEST]
     written[n, : len(ids)], writes[n, : len(ids)] = ids, True
   return {"tokens": tokens, "attention_mask": real, "decoder_input_ids": written, "decoder_attention_mask": writes}
 
@@ -97,8 +94,8 @@ def study(path: Path, count: int, rows: int, overrides: list[str]) -> dict[str, 
   from lmcompress.recipe import build
 
   config = load_config(path, overrides)
-  if not config.variants:
-    raise ConfigError(f"{path.name}: variants are needed")
+  if not config.variants or count < 1 or rows < 1:
+    raise ConfigError(f"{path.name}: variants, words and rows are needed")
   model, params, tokenizer = load(config.model)
   words = words_of("grimm")
   words = words[:: max(1, len(words) // count)][:count]

@@ -24,7 +24,7 @@ KEPT = (
 
 
 def baseline(names: dict[str, str]) -> dict[str, Any]:
-  """Scores of a logistic regression on TF-IDF of words and pairs of them, for data sets by task."""
+  """Scores of a logistic regression on TF-IDF of words and pairs of them, for data sets of texts by task."""
   import numpy as np
   from sklearn.feature_extraction.text import TfidfVectorizer
   from sklearn.linear_model import LogisticRegression
@@ -35,6 +35,8 @@ def baseline(names: dict[str, str]) -> dict[str, Any]:
   found = {}
   for task, name in names.items():
     data = load_labelled(name)
+    if isinstance(data.train[0], np.ndarray):
+      continue  # images
     texts = [list(part[0]) for part in (data.train, data.test)]
     vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit(texts[0])
     model = LogisticRegression(C=10, max_iter=2000).fit(vectors.transform(texts[0]), data.train[1])
@@ -77,6 +79,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
   figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
   for axes, (of, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     for row in result["rows"]:
+      if measure == "accuracy" and of not in row["tasks"]:
+        continue  # a model before its head
       x = row["bytes_on_disk"] / 1e6
       y = row["tasks"][of][measure] if measure == "accuracy" else row[measure][of]
       axes.plot(x, y, "o", color="black" if row["name"] == "original" else "tab:blue")
@@ -107,9 +111,12 @@ def main() -> int:
   for task in result["tasks"]:
     print(f"{task:<18}{'bits':>6}{'MB':>8}{'accuracy':>10}  95 % of resamples{'F1':>8}{'AUC':>8}")
     for row in [*result["rows"], {"name": "TF-IDF", "tasks": result["tf-idf"]}]:
+      if task not in row["tasks"]:
+        continue
       t, (low, high) = row["tasks"][task], row["tasks"][task]["interval"]["accuracy"]
       size = f"{row['bits_per_weight']:>6.2f}{row['bytes_on_disk'] / 1e6:>8.2f}" if "bytes_on_disk" in row else " " * 14
-      print(f"{row['name']:<18}{size}{t['accuracy']:>10.3f}  {low:.3f} to {high:.3f}{t['f1']:>11.3f}{t['auc']:>8.3f}")
+      others = f"{t['f1']:>11.3f}{t['auc'] or 0:>8.3f}"
+      print(f"{row['name']:<18}{size}{t['accuracy']:>10.3f}  {low:.3f} to {high:.3f}{others}")
   if not result["texts"]:
     return 0
   print(f"{'variant':<14}{'bits':>6}{'MB':>8}  {'text':<12}{'ppl':>8}{'KL':>8}{'right':>7}{'decode':>8}")

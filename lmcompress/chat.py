@@ -160,8 +160,8 @@ class Conversation:
             file.write(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
         except FileExistsError:
           raise ConfigError(f"/save {rest}: it is there already; take another name") from None
-        except OSError as error:
-          raise ConfigError(f"/save {rest}: {error.strerror}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # no such folder, no such user's home, a NUL
+          raise ConfigError(f"/save {rest}: {getattr(error, 'strerror', None) or error}") from None
         return f"saved in {rest}"
     raise ConfigError(f"/{word}: no such command; /help lists them")
 

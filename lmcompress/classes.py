@@ -53,13 +53,13 @@ def read_texts(path: Path, column: str, by: Sequence[str]) -> Texts:
   """
   readers: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
     ".csv": lambda path: _table(path, ","), ".tsv": lambda path: _table(path, "\t"), ".jsonl": _lines,
-    ".txt": lambda path: ({column: line} for line in path.read_text("utf-8-sig").splitlines() if line.strip()),
+    ".txt": lambda path: ({column: line} for line in _nonempty(path)),
   }  # fmt: skip
   if path.suffix not in readers or not path.is_file():
     raise SourceError(f"{path}: a file of {', '.join(readers)} is needed")
   try:
     rows = tuple(readers[path.suffix](path))
-  except (UnicodeDecodeError, csv.Error, ValueError) as error:
+  except (csv.Error, ValueError, RecursionError) as error:
     raise FormatError(f"{path}: cannot be read as {path.suffix[1:]} in UTF-8 ({str(error)[:120]})") from None
   if not rows:
     raise FormatError(f"{path}: no rows")
@@ -82,12 +82,16 @@ def _table(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-  for line in path.read_text("utf-8-sig").splitlines():
-    if line.strip():
-      row = json.loads(line)
-      if not isinstance(row, dict):
-        raise ValueError(f"a line is no object: {line[:40]}")
-      yield row
+  for line in _nonempty(path):
+    row = json.loads(line)
+    if not isinstance(row, dict):
+      raise ValueError(f"a line is no object: {line[:40]}")
+    yield row
+
+
+def _nonempty(path: Path) -> Iterator[str]:
+  with path.open(encoding="utf-8-sig") as file:
+    yield from (line.strip() for line in file if line.strip())
 
 
 def heads_of(folder: Path, params: Params, chosen: Sequence[str] | None = None) -> dict[str, Head]:
@@ -101,6 +105,9 @@ def heads_of(folder: Path, params: Params, chosen: Sequence[str] | None = None) 
   known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
   heads = {name: Head(tuple(task["classes"]), task["length"]) for name, task in known.items()}
   heads = {name: head for name, head in heads.items() if name in params.get("tasks", {})}
+  if not heads and params.get("tasks"):
+    names = ", ".join(sorted(params["tasks"]))
+    raise ConfigError(f"{folder}: it does not say the classes of its heads {names}; save it with `tasks=`, as runs do")
   if not heads:
     raise ConfigError(f"{folder}: the model has no heads; train them by a config with `tasks`, give its model folder")
   if missing := [name for name in chosen or () if name not in heads]:
@@ -132,13 +139,13 @@ def classified(
     raise ConfigError(f"batch {batch}: at least one text at once")
   found: dict[str, np.ndarray] = {}
   for name, head in heads.items():
+    tokens, mask = encode_rows(list(texts), tokenizer, head.length, special=not getattr(model, "causal", True))
     parts = []
     for start in range(0, len(texts), 8 * batch):
-      some = texts[start : start + 8 * batch]
-      tokens, mask = encode_rows(list(some), tokenizer, head.length, special=not getattr(model, "causal", True))
-      task = Task(tokens, mask, np.zeros(len(some), np.int32), head.classes)
+      some = slice(start, start + 8 * batch)
+      task = Task(tokens[some], mask[some], np.zeros(len(tokens[some]), np.int32), head.classes)
       parts.append(probabilities(model, params, name, task, batch))
-      done(len(some))
+      done(len(parts[-1]))
     found[name] = np.concatenate(parts)
   return found
 
@@ -181,6 +188,13 @@ def write(path: Path, table: Texts, found: Mapping[str, np.ndarray], heads: Mapp
 
 def draw(path: Path, table: Texts, found: Mapping[str, np.ndarray], heads: Mapping[str, Head], period: str) -> None:
   """Stacked bars of the shares of classes, a panel for each task and column."""
+  import matplotlib
+
+  with matplotlib.rc_context({"text.parse_math": False}):  # a source may be called US$
+    _panels(table, found, heads, period).savefig(path, format="svg", metadata={"Date": None})
+
+
+def _panels(table: Texts, found: Mapping[str, np.ndarray], heads: Mapping[str, Head], period: str) -> Any:
   from matplotlib.figure import Figure
 
   panels = [(name, column) for name in heads for column in table.by or ("",)]
@@ -201,4 +215,4 @@ def draw(path: Path, table: Texts, found: Mapping[str, np.ndarray], heads: Mappi
     axes.set_ylabel("share of texts")
     axes.set_title(f"{name}, by {column}" if column else name, fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-  figure.savefig(path, format="svg", metadata={"Date": None})
+  return figure

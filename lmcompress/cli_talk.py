@@ -173,7 +173,7 @@ def chat(
         typer.echo(talk.cited(conversation.sources) or "(no passage has to do with it)")
     except KeyboardInterrupt:
       typer.echo("\n(stopped; it is not kept)", err=True)
-    except lmc.ConfigError as error:
+    except lmc.LmcompressError as error:  # what was said is kept
       if not asks:
         raise
       typer.echo(str(error), err=True)

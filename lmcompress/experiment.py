@@ -101,7 +101,7 @@ def run(
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
   encoder = not getattr(model, "causal", True)
   if encoder:
-    _fits_encoder(config, model)
+    _fits_encoder(config, model, params, profile)
   b, most = config.bench, model.config.max_length
   decodes = b.rounds > 0 or (profile and config.train is None)
   for what, length in (
@@ -152,7 +152,9 @@ def run(
     records.add({"kind": "tree", "tree_hash": digest})
   if not (folder / MODEL / checkpoint.MANIFEST).is_file():
     watcher.note("saving the model")
-    heads = {t.name: {"classes": tasks[t.name][0].classes, "length": t.length} for t in config.tasks}
+    heads = _heads(config) | {
+      t.name: {"classes": tasks[t.name][0].classes, "length": t.length} for t in config.tasks
+    }
     checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe), tasks=heads)
 
   prepared = mesh is None and not config.stream
@@ -205,7 +207,13 @@ def run(
   return _through_gates(config, result)
 
 
-def _fits_encoder(config: Config, model: Any) -> None:
+def _heads(config: Config) -> dict[str, Any]:
+  """The heads that the model came with, as `checkpoint.save` takes them."""
+  folder = Path(hub.resolve_model(config.model))
+  return dict(checkpoint.read_tasks(folder)) if (folder / checkpoint.MANIFEST).is_file() else {}
+
+
+def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> None:
   """Raises ConfigError where a run asks an encoder for what only predictions of next tokens give."""
   if hasattr(model, "encode"):
     raise ConfigError(
@@ -214,11 +222,14 @@ def _fits_encoder(config: Config, model: Any) -> None:
     )
   asked = {
     "evaluate.texts: []": config.evaluate.texts, "bench.rounds: 0": config.bench.rounds,
-    "generate: null": config.generate is not None,
+    "generate: null": config.generate is not None, "no --profile": profile and config.train is None,
   }  # fmt: skip
   wants = [word for word, value in asked.items() if value]
   if not config.tasks:
     wants.append("tasks, by which it is scored")
+  headless = [table.name for table in config.tasks if table.name not in params.get("tasks", {})]
+  if headless and config.train is None:
+    wants.append(f"train, since the model has no head for {headless[0]}")
   if config.train is not None and config.train.held_out is not None:
     wants.append("train.held_out: null")
   if wants:

@@ -65,9 +65,10 @@ def passages_of(folder: Path, note: Callable[[str], None] = lambda text: None) -
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
   """`(line, words)` of pieces of at most `WORDS`; a paragraph is cut only if it is longer than that itself."""
   held: list[str] = []
-  begun = 1
+  begun, line, last = 1, 1, 0
   for match in re.finditer(r"\S(?:.|\n(?!\s*\n))*", text):
-    line, words = 1 + text.count("\n", 0, match.start()), match.group().split()
+    line += text.count("\n", last, match.start())
+    last, words = match.start(), match.group().split()
     if held and len(held) + len(words) > WORDS:
       yield begun, " ".join(held)
       held = []
@@ -88,15 +89,17 @@ class Knowledge:
 
     Args:
       model, params, tokenizer: an encoder, such as `minilm-l6`.
-      length: tokens of a passage that are read.
+      length: tokens of a passage that are read, fewer where the model takes fewer.
 
     Raises:
       ValueError: the model is no encoder, or there are no passages.
     """
     from lmcompress.evaluate.sentences import sentence_vectors
 
-    if getattr(model, "causal", True) or hasattr(model, "encode"):
-      raise ValueError(f"{type(model).__name__} gives texts no vectors; use an encoder such as minilm-l6")
+    if getattr(model, "causal", True) or hasattr(model, "encode") or tokenizer is None:
+      why = "gives texts no vectors" if tokenizer is not None else "has no tokenizer"
+      raise ValueError(f"{type(model).__name__} {why}; use an encoder such as minilm-l6")
+    length = min(length, model.config.max_length)
     self.passages = list(passages)
     self._vectors = lambda texts: sentence_vectors(model, params, tokenizer, texts, length)
     self._found = self._vectors([passage.text for passage in self.passages])

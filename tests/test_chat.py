@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import jax
-import numpy as np
 import pytest
 from small_model import byte_level, random_params
 
@@ -92,6 +91,7 @@ def test_commands(talk, tmp_path):
   ("/sing", "/sing: no such command"), ("/", "no such command"), ("/set colour red", "temperature"),
   ("/set top_p 1.5", r"top_p \(to 1\)"), ("/set max_new_tokens x", "max_new_tokens"), ("/set", "temperature"),
   ("/save", "needs the name of a file"), ("/save /nowhere/at/all.json", "No such file"),
+  ("/save a\0b", "null"), ("/save ~nosuchuser/x", "home"),
 ])  # fmt: skip
 def test_commands_that_are_refused(talk, line, message):
   with pytest.raises(ConfigError, match=message):
@@ -147,9 +147,19 @@ def test_the_nearest_passages_go_before_the_question(talk):
   talk.ask("a king had three sons")
   assert talk.prompt("x")[0][0]["content"] == f"{chat.GROUNDED}\n\n[1] a king had three sons"
   assert talk.command("/sources") == "[1] tales.txt:1 (1.00)  a king had three sons"
-  assert np.all([m["content"] != chat.GROUNDED for m in talk.messages])
+  assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+  assert not any(chat.GROUNDED in m["content"] for m in talk.messages)
+
+
+def test_a_long_file_is_read_at_once(tmp_path):
+  """By lines once, not anew for each paragraph."""
+  (tmp_path / "long.txt").write_text("word and more\n\n" * 200_000)
+  found = passages_of(tmp_path)
+  assert len(found) == 5000 and found[-1].line == 2 * 40 * 4999 + 1
 
 
 def test_a_decoder_gives_no_vectors():
   with pytest.raises(ValueError, match="Llama gives texts no vectors"):
-    Knowledge(Llama(LlamaConfig(head_dim=16)), {}, None, [Passage("a", 1, "b")])
+    Knowledge(Llama(LlamaConfig(head_dim=16)), {}, byte_level(), [Passage("a", 1, "b")])
+  with pytest.raises(ValueError, match="Bert has no tokenizer"):
+    Knowledge(Bert(BertConfig(head_dim=8)), {}, None, [Passage("a", 1, "b")])

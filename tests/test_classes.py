@@ -55,6 +55,8 @@ def test_every_form_of_a_file(tmp_path, file):
       writer.writerows(ROWS)
     table = classes.read_texts(path, "body", ["date", "source"])
     assert table.texts == want and table.rows == tuple(ROWS) and table.by == ("date", "source")
+  (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n", "utf-8")
+  assert classes.read_texts(tmp_path / "odd.jsonl", "text", []).texts == ("a\u2028b",)
   (tmp_path / "news.txt").write_text("\ufeff" + "\n\n".join(want) + "\n")
   assert classes.read_texts(tmp_path / "news.txt", "text", []).texts == want
 
@@ -64,7 +66,8 @@ def test_every_form_of_a_file(tmp_path, file):
   ("a.csv", "body\nx\n", "row 1 has no column 'text'; it has body"),
   ("a.csv", "text,b\n ,c\n", "row 1 has no text in 'text'"),
   ("a.jsonl", "[1]\n", "a line is no object"), ("a.jsonl", "{\n", "cannot be read as jsonl"),
-  ("a.jsonl", '{"text": 3}\n', "row 1 has no text"), ("a.txt", b"\xff\xfe", "cannot be read as txt"),
+  ("a.jsonl", "[" * 200000, "cannot be read as jsonl"), ("a.jsonl", '{"text": 3}\n', "row 1 has no text"),
+  ("a.txt", b"\xff\xfe", "cannot be read as txt"),
 ])  # fmt: skip
 def test_files_that_are_refused(tmp_path, name, content, message):
   path = tmp_path / name
@@ -115,8 +118,9 @@ def test_what_is_written(tmp_path, file):
     rows = list(csv.DictReader(f))
   assert [row["mood"] for row in rows] == ["bad", "good", "good"] and rows[1]["mood_probability"] == "0.8000"
   assert rows[0]["body"] == "a wolf came"
+  rows = ({**ROWS[0], "source": "$\\x$"}, *ROWS[1:])
   for by in (("source", "date"), ()):
-    classes.draw(tmp_path / "out.svg", classes.Texts(table.rows, table.texts, by), found, head, "month")
+    classes.draw(tmp_path / "out.svg", classes.Texts(rows, table.texts, by), found, head, "month")
     assert "<svg" in (tmp_path / "out.svg").read_text()
 
 
@@ -128,6 +132,8 @@ def test_models_without_heads(saved, tmp_path):
   for where in (tmp_path / "plain", tmp_path):
     with pytest.raises(ConfigError, match="the model has no heads; train them"):
       classes.heads_of(where, random_params())
+  with pytest.raises(ConfigError, match="does not say the classes of its heads mood, topic"):
+    classes.heads_of(tmp_path / "plain", params)
 
 
 def test_a_damaged_list_of_classes(saved, tmp_path):

@@ -632,6 +632,14 @@ def test_an_encoder_is_trained_and_judged_by_its_tasks(encoder, place, monkeypat
   assert result["stages"][2]["tasks"]["kind"]["n"] == 12
   folder = place / "encoders" / config.folder
   assert checkpoint.read_tasks(folder / "model") == {"kind": {"classes": ["x", "y"], "length": 16}}
+  again = check({**encoder, "name": "again", "model": str(folder / "model"), "train": None, "finish": [],
+                 "recipe": [{"name": "magnitude", "at": "layers/*", "sparsity": 0.5}]}, "again.yaml")  # fmt: skip
+  other = {**encoder["tasks"][0], "name": "other"}
+  monkeypatch.setattr("lmcompress.data.labelled.load_labelled", lambda name: Labelled(("x", "y"), rows, rows))
+  with pytest.raises(ConfigError, match="train, since the model has no head for other"):
+    experiment.run(check({**again.model_dump(mode="json"), "tasks": [other]}, "o"), place / "encoders", "o")
+  experiment.run(again, place / "encoders", "lmcompress run again.yaml")
+  assert checkpoint.read_tasks(place / "encoders" / again.folder / "model")["kind"]["classes"] == ["x", "y"]
   page = (folder / "report.html").read_text()
   assert "kind" in page and experiment.run(config, place / "encoders", "again")["tree_hash"] == result["tree_hash"]
 

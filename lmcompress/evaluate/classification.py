@@ -73,9 +73,13 @@ def scores(
 
 
 def _curve(false_rates: np.ndarray, true_rates: np.ndarray) -> list[float]:
-  """True positive rates at even false positive rates; where a curve rises, its upper end."""
-  at = np.searchsorted(false_rates, np.linspace(0, 1, ROC_POINTS), side="right") - 1
-  return [round(float(rate), 4) for rate in true_rates[at]]
+  """True positive rates at even false positive rates: straight between corners, the upper end where a curve rises."""
+  asked = np.linspace(0, 1, ROC_POINTS)
+  before = np.searchsorted(false_rates, asked, side="right") - 1
+  after = np.minimum(before + 1, len(false_rates) - 1)
+  width = np.maximum(false_rates[after] - false_rates[before], 1e-12)
+  part = np.where(after > before, (asked - false_rates[before]) / width, 0)
+  return [round(float(rate), 4) for rate in true_rates[before] + part * (true_rates[after] - true_rates[before])]
 
 
 def _from_confusion(counts: np.ndarray) -> tuple[float, float]:

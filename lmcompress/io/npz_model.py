@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from lmcompress import tree
 from lmcompress.data.tokenizer import PairTokenizer
 from lmcompress.io import names
 from lmcompress.models import Seq2Seq, Seq2SeqConfig
+from lmcompress.models.recurrent import GATES
 from lmcompress.types import FormatError, Params
 
 SUFFIX = ".npz"
@@ -57,6 +61,11 @@ def load_npz(path: Path) -> tuple[Seq2Seq, Params, PairTokenizer]:
     if array.ndim != (1 if ours.endswith("bias") else 2) or array.dtype != np.float32:
       raise FormatError(f"{path}: {theirs} is {array.dtype}{list(array.shape)}, a float32 of another rank is needed")
     leaves[ours] = jnp.asarray(array.T if ours.endswith("kernel") else array)
+  for side in ("enc", "dec"):
+    (gates, units), inputs = found[f"{side}_w_hh"].shape, found[f"{side}_w_ih"].shape[0]
+    if not units or gates != GATES["gru"] * units or inputs != gates:
+      raise FormatError(f"{path}: {side}_w_hh is {[gates, units]} and {side}_w_ih has {inputs} rows; a GRU has three "
+                        "rows for each unit in both")  # fmt: skip
   model, params = Seq2Seq(Seq2SeqConfig(start=PHONEMES.index("<s>"))), tree.unflatten(leaves)
   names.check_shapes(model, params, str(path))
   for what, entries, words in (("embed/table", "letters", LETTERS), ("head/table", "phonemes", PHONEMES)):
@@ -70,9 +79,23 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
   try:
     with zipfile.ZipFile(path) as archive:
       total = sum(info.file_size for info in archive.infolist())
-    if total <= _LIMIT:
-      with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-  except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-    raise FormatError(f"{path}: no NumPy archive that can be read ({str(error).splitlines()[0][:120]})") from None
+      if total <= _LIMIT:
+        return {info.filename.removesuffix(".npy"): _array(archive.read(info)) for info in archive.infolist()}
+  except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+    raise FormatError(f"{path}: no NumPy archive that can be read ({str(error)[:120]})") from None
   raise FormatError(f"{path}: {total} bytes unpacked are over the limit of {_LIMIT}")
+
+
+def _array(data: bytes) -> np.ndarray:
+  """The array of one member, of which the header says no more than is there.
+
+  Raises:
+    ValueError: it is no array, holds objects, or its header is of another size.
+  """
+  file = io.BytesIO(data)
+  version = np.lib.format.read_magic(file)
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  shape, fortran, dtype = read(file)
+  if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+    raise ValueError(f"an array {dtype}{list(shape)} in {len(data)} bytes")
+  return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")

@@ -144,6 +144,8 @@ def test_the_archive_and_the_saved_folder(tmp_path):
     (lambda a: a.update(fc_b=a["fc_b"].astype(np.float64)), r"fc_b is float64\[74\]"),
     (lambda a: a.update(fc_w=a["fc_b"]), r"fc_w is float32\[74\]"),
     (lambda a: a.update(dec_w_ih=a["dec_w_ih"][:, :3]), "decoder/layers/0/input/kernel"),
+    (lambda a: a.update(enc_w_hh=np.zeros((0, 0), np.float32)), r"enc_w_hh is \[0, 0\]"),
+    (lambda a: a.update(dec_w_hh=np.zeros((8, 2), np.float32)), r"dec_w_hh is \[8, 2\]"),
     (lambda a: a.update(enc_emb=a["enc_emb"][:5]), "5 letters in enc_emb; 29 are known"),
     (lambda a: a.update(fc_b=np.asarray([{}], object)), "no NumPy archive that can be read"),
   ],
@@ -165,8 +167,22 @@ def test_archives_that_are_none_or_too_large(tmp_path):
     with pytest.raises(FormatError, match="no NumPy archive that can be read"):
       lmc.load(path)
   packed = io.BytesIO()
-  with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-    archive.writestr("fc_b.npy", b"\0" * (65 << 20))
-  path.write_bytes(packed.getvalue())
+  np.savez_compressed(packed, **arrays())
+  flipped = bytearray(packed.getvalue())
+  flipped[len(flipped) // 2] ^= 0xFF
+  huge = io.BytesIO()
+  np.lib.format.write_array_header_1_0(huge, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)})
+  for content in (bytes(flipped), archive_of(b"not an array"), archive_of(huge.getvalue() + b"1234")):
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="no NumPy archive that can be read"):
+      lmc.load(path)
+  path.write_bytes(archive_of(b"\0" * (65 << 20)))
   with pytest.raises(FormatError, match="unpacked are over the limit"):
     lmc.load(path)
+
+
+def archive_of(member):
+  packed = io.BytesIO()
+  with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("fc_b.npy", member)
+  return packed.getvalue()

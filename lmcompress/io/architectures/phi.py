@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,8 @@ def write(model: Phi, params: Params) -> dict[str, Any]:
   if width != embed:
     raise FormatError(f"heads of {width} entries in all over a stream of {embed}: config.json has one width for both")
   part, rope = c.turned / c.head_dim, write_rope(c.rope)
+  if int(c.head_dim * part) != c.turned:  # readers cut the product off
+    part = math.nextafter(part, 1)
   rope["rope_parameters"]["partial_rotary_factor"] = part
   theirs = {ours: word for word, ours in reversed(_ACTIVATIONS.items())}
   return {
