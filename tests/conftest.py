@@ -27,12 +27,23 @@ _MAPPINGS = 40_000
 """Memory mappings above which compiled programs are dropped; Linux allows 65,530 and each program takes a few."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_programs():
-  """Before the mappings run out, in which case XLA crashes, forgets what earlier files compiled."""
+def _forget() -> None:
+  """Before the mappings run out, in which case XLA crashes, forgets what was compiled."""
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Between files; to look at the mappings takes too long for each test."""
+  _forget()
+
+
+@pytest.fixture
+def few_programs_each():
+  """Between tests, for a file that compiles very much."""
+  _forget()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,8 @@ from lmcompress.models import (
 from lmcompress.transforms import METHODS, at, chain
 from lmcompress.types import Evidence, WeightError
 
+pytestmark = pytest.mark.usefixtures("few_programs_each")
+
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TOKENS = np.random.default_rng(0).integers(0, 48, (4, 16)).astype(np.int32)
 ARCHITECTURES = {  # each kernel 32 by 32 or by 128, so that functions of one matrix are compiled once for all
