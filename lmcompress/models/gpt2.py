@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.models.base import Decoder, linear_axes, norm_axes
-from lmcompress.models.layers import ACTIVATIONS, LayerNorm, Linear, linears
+from lmcompress.models.layers import LayerNorm, Linear, PlainMlp, linears
 from lmcompress.types import Block, Params, Stage
 
 _HEADS = ("kv", "head")
@@ -74,7 +74,7 @@ class _Layer(nn.Module):
     h = h + mixed
     x = LayerNorm(self.config.norm_epsilon, name="mlp_norm")(h)
     self.sow("taps", "up_input", x)
-    return h + _Mlp(self.config, self.sizes, name="mlp")(x), layer_cache
+    return h + PlainMlp(self.config.activation, self.sizes.mlp if self.sizes else 0, name="mlp")(x), layer_cache
 
 
 class _Attention(nn.Module):
@@ -89,18 +89,6 @@ class _Attention(nn.Module):
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
     return Linear(x.shape[-1], use_bias=True, name="o")(mixed), layer_cache
-
-
-class _Mlp(nn.Module):
-  config: GPT2Config
-  sizes: GPT2Sizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    width = self.sizes.mlp if self.sizes else 0
-    hidden = ACTIVATIONS[self.config.activation](Linear(width, use_bias=True, name="up")(x))
-    self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], use_bias=True, name="down")(hidden)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,3 +83,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 """What stands between two linears, by name (GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+
+
+class PlainMlp(nn.Module):
+  """`down(activation(up(x)))` with biases; `activation` is one of `ACTIVATIONS`, `width` for `init` alone."""
+
+  activation: str
+  width: int = 0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = ACTIVATIONS[self.activation](Linear(self.width, use_bias=True, name="up")(x))
+    self.sow("taps", "down_input", hidden)
+    return Linear(x.shape[-1], use_bias=True, name="down")(hidden)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lmcompress import ops
 from lmcompress.models.base import Decoder, linear_axes, norm_axes
-from lmcompress.models.layers import ACTIVATIONS, LayerNorm, Linear, linears
+from lmcompress.models.layers import LayerNorm, Linear, PlainMlp, linears
 from lmcompress.models.rope import Rope
 from lmcompress.types import Block, Params, Stage
 
@@ -74,7 +74,7 @@ class _Layer(nn.Module):
     x = LayerNorm(self.config.norm_epsilon, name="norm")(h)
     self.sow("taps", "qkv_up_input", x)
     mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
-    return h + mixed + _Mlp(self.config, self.sizes, name="mlp")(x), layer_cache
+    return h + mixed + PlainMlp(self.config.activation, self.sizes.mlp if self.sizes else 0, name="mlp")(x), layer_cache
 
 
 class _Attention(nn.Module):
@@ -90,18 +90,6 @@ class _Attention(nn.Module):
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
     return dense(x.shape[-1], name="o")(mixed), layer_cache
-
-
-class _Mlp(nn.Module):
-  config: PhiConfig
-  sizes: PhiSizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    width = self.sizes.mlp if self.sizes else 0
-    hidden = ACTIVATIONS[self.config.activation](Linear(width, use_bias=True, name="up")(x))
-    self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], use_bias=True, name="down")(hidden)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,9 +49,6 @@ class Tiles(NamedTuple):
   programs: int = 0
 
 
-VECTOR_ROWS = 1
-"""Rows of x up to which multiplying without tensor cores is faster; four took twice as long as sixteen with them."""
-
 FEW_ROWS = 16
 """Rows of x up to which a product is bound by reading the codes; also the least that a tensor core takes."""
 
@@ -59,7 +56,7 @@ TILES = {
   ("vector", 4): Tiles(rows=1, outputs=128, inputs=16, warps=4, stages=2, programs=2112),
   ("vector", 8): Tiles(rows=1, outputs=512, inputs=32, warps=8, stages=2, programs=264),
   ("few", 4): Tiles(rows=FEW_ROWS, outputs=256, inputs=64, warps=4, stages=3, programs=264),
-  ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=64, warps=4, stages=3, programs=264),
+  ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=8, stages=3, programs=1056),
   ("many", 4): Tiles(rows=64, outputs=128, inputs=64, warps=4, stages=3),
   ("many", 8): Tiles(rows=128, outputs=128, inputs=64, warps=4, stages=3),
 }
@@ -208,8 +205,8 @@ def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | 
   kind = kind_of(rows)
   tiles = tiles or TILES[kind, w.codes.bits]
   if kind == "vector":
-    tiles = tiles._replace(rows=rows, inputs=_slice_of(at.length, tiles.inputs, 1))
-    over: Any = functools.partial(_over_vectors, at=at)
+    tiles = tiles._replace(inputs=_slice_of(at.length, tiles.inputs, 1))
+    over: Any = functools.partial(_over_vector, at=at)
   else:
     inputs = tiles.inputs // 2 if x.dtype == jnp.float32 else tiles.inputs
     tiles = tiles._replace(inputs=_slice_of(at.length, inputs, LEAST_DOT))
@@ -220,8 +217,8 @@ def _quantized(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | 
 
 
 def kind_of(rows: int) -> str:
-  """The kind of product, a key of `TILES`."""
-  return "vector" if rows <= VECTOR_ROWS else "few" if rows <= FEW_ROWS else "many"
+  """The kind of product, a key of `TILES`; four rows without tensor cores took twice as long as sixteen with them."""
+  return "vector" if rows == 1 else "few" if rows <= FEW_ROWS else "many"
 
 
 def _slice_of(length: int, largest: int, least: int) -> int:
@@ -344,11 +341,8 @@ def _vector_values(codes: jax.Array, at: Layout) -> list[jax.Array]:
   return [low - 2.0**23, whole - low]
 
 
-def _over_vectors(x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int) -> None:
-  """Up to `VECTOR_ROWS` rows: each element of the tile of codes has a sum for each row, float32.
-
-  Offset, zero point and minimum go by sums of x.
-  """
+def _over_vector(x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int) -> None:
+  """One row: each element of the tile of codes has a sum, float32; offset, zero point and minimum go by sums of x."""
   codes_ref, scale_ref, *zero_refs, y_ref = refs
   window = _window(y_ref, tiles, steps, share)
   shape = (tiles.outputs, tiles.inputs) if at.table else (tiles.inputs, tiles.outputs)
@@ -358,46 +352,42 @@ def _over_vectors(x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, 
   def along(values: jax.Array, inputs: bool) -> jax.Array:
     return values[None, :] if inputs == at.table else values[:, None]
 
-  def step(n: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+  def step(n: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    total, sums = carry
     found = _slice(window, n, codes_ref, scale_ref, zero_refs, at, tiles)
-    values = _vector_values(found.codes, at)
-    after = []
-    for row, (total, sums) in enumerate(carry):
-      columns = [
-        plgpu.load(
-          x_ref.at[window.row + row, pl.ds(start, tiles.inputs)],
-          mask=found.inside & (start + _range(tiles.inputs) < at.inputs),
-          other=jnp.zeros((), x_ref.dtype),
-        ).astype(jnp.float32)
-        for start in found.starts
-      ]
-      both = functools.reduce(jnp.add, columns)
-      partial = total if not grouped else jnp.zeros(shape, jnp.float32)
-      if offset:
-        partial = partial - along(offset * both, True)
-      for part, xs in enumerate(columns):
-        partial = partial + along(xs / 16 if part else xs, True) * values[part]
-      if not grouped:
-        after.append((partial, sums + both if moved else sums))
-        continue
-      total = total + partial * along(found.scale, False)
-      if moved:
-        total = total + along(both, True) * along(_shift(found.scale, found.zero, found.minimum), False)
-      after.append((total, sums))
-    return tuple(after)
-
-  carry = tuple((jnp.zeros(shape, jnp.float32), jnp.zeros((tiles.inputs,), jnp.float32)) for _ in range(tiles.rows))
-  for row, (total, sums) in enumerate(jax.lax.fori_loop(window.first, window.last, step, carry)):
-    y = jnp.sum(total, axis=1 if at.table else 0)
+    columns = [
+      plgpu.load(
+        x_ref.at[window.row, pl.ds(start, tiles.inputs)],
+        mask=found.inside & (start + _range(tiles.inputs) < at.inputs),
+        other=jnp.zeros((), x_ref.dtype),
+      ).astype(jnp.float32)
+      for start in found.starts
+    ]
+    both = functools.reduce(jnp.add, columns)
+    partial = jnp.zeros(shape, jnp.float32) if grouped else total
+    if offset:
+      partial = partial - along(offset * both, True)
+    for part, (xs, values) in enumerate(zip(columns, _vector_values(found.codes, at), strict=True)):
+      partial = partial + along(xs / 16 if part else xs, True) * values
     if not grouped:
-      scale, zero, minimum = _of_groups(scale_ref, zero_refs, jnp.int32(0), window.outputs, at)
-      y = y * scale
-      y = y + jnp.sum(sums) * _shift(scale, zero, minimum) if moved else y
-    plgpu.store(
-      y_ref.at[window.split, window.row + row, pl.ds(window.output, tiles.outputs)],
-      y.astype(y_ref.dtype),
-      mask=window.outputs_inside,
-    )
+      return partial, sums + both if moved else sums
+    total = total + partial * along(found.scale, False)
+    if moved:
+      total = total + along(both, True) * along(_shift(found.scale, found.zero, found.minimum), False)
+    return total, sums
+
+  zeros = jnp.zeros(shape, jnp.float32), jnp.zeros((tiles.inputs,), jnp.float32)
+  total, sums = jax.lax.fori_loop(window.first, window.last, step, zeros)
+  y = jnp.sum(total, axis=1 if at.table else 0)
+  if not grouped:
+    scale, zero, minimum = _of_groups(scale_ref, zero_refs, jnp.int32(0), window.outputs, at)
+    y = y * scale
+    y = y + jnp.sum(sums) * _shift(scale, zero, minimum) if moved else y
+  plgpu.store(
+    y_ref.at[window.split, window.row, pl.ds(window.output, tiles.outputs)],
+    y.astype(y_ref.dtype),
+    mask=window.outputs_inside,
+  )
 
 
 def _shift(scale: jax.Array, zero: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
