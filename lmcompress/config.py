@@ -53,10 +53,15 @@ class Generate(_Table):
 
 
 class MeshSizes(_Table):
-  """Devices that share the work; one size may be -1."""
+  """Devices that share the work; one size may be -1.
+
+  `rules` says for logical axes which axis of the mesh splits them, where it is not the usual one; null for none.
+  """
 
   data: int = 1
+  fsdp: int = 1
   tensor: int = 1
+  rules: dict[str, Literal["tensor"] | None] = pydantic.Field(default_factory=dict)
 
 
 class Gates(_Table):
@@ -254,6 +259,9 @@ class Config(_Table):
     silent = ("gates", "stream", "search", "train", "tasks", "finish")  # what says nothing changes nothing
     without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
+    if self.mesh:
+      unsaid = {"fsdp": 1, "rules": {}}
+      table["mesh"] = {key: value for key, value in table["mesh"].items() if unsaid.get(key) != value}
     if self.train:
       table["train"] = {key: value for key, value in table["train"].items() if value is not None}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]
@@ -262,6 +270,13 @@ class Config(_Table):
   def folder(self) -> str:
     """`<name>-<hash>`."""
     return f"{self.name}-{self.hash}"
+
+
+def rules_of(config: Config) -> dict[str, str | None]:
+  """Which axis of the mesh splits each logical axis: the usual ones, and over them the config's own."""
+  from lmcompress.distributed.sharding import RULES
+
+  return {**RULES, **(config.mesh.rules if config.mesh else {})}
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from lmcompress.arrays import resolve
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, dump
+from lmcompress.config import Config, dump, rules_of
 from lmcompress.data.text import load_text, windows
+from lmcompress.distributed.sharding import make_mesh, placements, require_division, shard
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.errors import GateError
 from lmcompress.evaluate import energy, profiling
@@ -95,7 +96,9 @@ def run(
   watcher.note(f"loading {config.model}")
   reset_peak()
   begun = time.perf_counter()
-  model, params, tokenizer = load(config.model, mesh, lazy=config.stream)
+  model, params, tokenizer = load(config.model, mesh, lazy=config.stream, rules=rules_of(config))
+  if mesh is not None:
+    _tell_places(config, model, params, mesh, watcher)
   stages = [Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
@@ -157,8 +160,7 @@ def run(
     }
     checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe), tasks=heads)
 
-  prepared = mesh is None and not config.stream
-  ready = _ready(stages) if prepared else [stage.params for stage in stages]
+  ready = [stage.params for stage in stages] if config.stream else _ready(config, model, stages, mesh)
   scores = _scores(Streamed(model) if config.stream else model, stages, ready, texts, records, watcher)
   judged = score_tasks(model, stages, ready, tasks, records, watcher)
   speeds, generation = {}, None
@@ -283,9 +285,21 @@ def _decides(config: Config, calibration: Any) -> dict[str, Any]:
 def _mesh(config: Config) -> Any:
   if config.mesh is None:
     return None
-  from lmcompress.distributed import make_mesh
+  return make_mesh(config.mesh.data, config.mesh.tensor, config.mesh.fsdp)
 
-  return make_mesh(config.mesh.data, config.mesh.tensor)
+
+def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher: Watcher) -> None:
+  """Says how the mesh holds the tree; refuses one that does not divide it."""
+  require_division(model, params, mesh.shape, rules_of(config))
+  rows = placements(model, params, mesh.shape, rules_of(config))
+  held, whole = (sum(getattr(row, name) for row in rows) for name in ("nbytes", "whole"))
+  watcher.note(
+    f"each of {mesh.size} devices ({', '.join(f'{a}={n}' for a, n in mesh.shape.items())}) holds "
+    f"{held / 2**20:.1f} MiB of the model's {whole / 2**20:.1f}:"
+  )
+  for row in rows:
+    split = " ".join(f"{n}/{to}" if to else str(n) for n, to in zip(row.shape, row.split, strict=True))
+    watcher.note(f"  {row.leaves:4d} x {row.path}  [{split}]  {row.nbytes / 2**20:.2f} MiB")
 
 
 def _compress(
@@ -334,7 +348,7 @@ def _compress(
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def _ready(stages: list[Stage]) -> list[Params]:
+def _ready(config: Config, model: Any, stages: list[Stage], mesh: Any) -> list[Params]:
   """Each stage's tree laid out for the kernels; a weight that stages share is laid out once.
 
   Scores, speeds and texts come from the same kernels that `generate`, `bench` and `eval` run. (Scoring a window of
@@ -346,7 +360,8 @@ def _ready(stages: list[Stage]) -> list[Params]:
   for stage in stages:
     leaves = tree.flatten(stage.params)
     new = {path: leaf for path, leaf in leaves.items() if (path, id(leaf)) not in made}
-    done = tree.flatten(ops.prepare(tree.unflatten(new)))
+    done = ops.prepare(tree.unflatten(new))
+    done = tree.flatten(done if mesh is None else shard(model, done, mesh, rules_of(config)))
     made |= {(path, id(leaf)): done[path] for path, leaf in new.items()}
     trees.append(tree.unflatten({path: made[path, id(leaf)] for path, leaf in leaves.items()}))
   return trees

@@ -16,7 +16,7 @@ import numpy as np
 
 from lmcompress import recipe as recipes
 from lmcompress import tree
-from lmcompress.config import Config, TaskTable, Train
+from lmcompress.config import Config, TaskTable, Train, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.evaluate import profiling
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
@@ -61,7 +61,8 @@ def train_text(
   trains = _selector(train.trainable, stages[-1].params)
   teacher: Any = None
   if settings.needs_teacher:
-    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher, mesh)[:2]
+    rules = rules_of(config)
+    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher, mesh, rules=rules)[:2]
     if train.teacher_top_k is not None:
       watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
       told = functools.partial(watcher.step, "teacher")

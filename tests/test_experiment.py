@@ -24,6 +24,7 @@ from lmcompress.io import checkpoint
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.whole import write_text
 from lmcompress.models import Bert, BertConfig, BertSizes, Llama, LlamaConfig, Seq2Seq, Seq2SeqSizes
+from lmcompress.stages import Silent
 from lmcompress.types import ConfigError, FormatError, LmcompressError
 
 RECIPE = [
@@ -595,11 +596,24 @@ def test_tables_of_tasks_are_checked(over, said):
     check(merge(table, over), "tasks")
 
 
+class Notes(Silent):
+  """What a run says."""
+
+  def __init__(self):
+    self.notes = []
+
+  def note(self, text):
+    self.notes.append(text)
+
+
 def test_a_config_trains_over_a_mesh(place):
   """The same config plus a `mesh` table: the same losses, and scores to rounding."""
   config = training(place, optimizer="sgd", learning_rate=0.1)
-  spread = check({**config.model_dump(mode="json"), "mesh": {"data": 2, "tensor": 4}}, "spread")
-  alone, result = (experiment.run(c, place / "spread", COMMAND) for c in (config, spread))
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2, "rules": {"vocab": None}}
+  spread, told = check({**config.model_dump(mode="json"), "mesh": sizes}, "spread"), Notes()
+  alone, result = (experiment.run(c, place / "spread", COMMAND, told) for c in (config, spread))
+  assert any(note.startswith("each of 8 devices (data=2, fsdp=2, tensor=2) holds") for note in told.notes)
+  assert any("layers/*/mlp/up/kernel  [" in note for note in told.notes)
   text = next(iter(alone["stages"][0]["kl"]))
   for a, b in zip(alone["training"]["history"], result["training"]["history"], strict=True):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

@@ -15,6 +15,7 @@ from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch, resolve
 from lmcompress.calibration.gradients import GRADIENTS, gradients
 from lmcompress.calibration.sequential import Work, batches_of, block_by_block
+from lmcompress.distributed.sharding import on_mesh_of
 from lmcompress.evaluate.size import kind
 from lmcompress.transforms.combine import STATISTICS, chain
 from lmcompress.types import CompressedArray, Evidence, Params, Transform, WeightError
@@ -117,10 +118,12 @@ def compress(
       evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given), beside=beside)
     if asked := link.needs & set(GRADIENTS):
       told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")
-      found = gradients(model, params, batches_of(calibration), asked, told)
+      with on_mesh_of(params):
+        found = gradients(model, params, batches_of(calibration), asked, told)
       evidence = dataclasses.replace(evidence, **found)
     if link.needs & set(STATISTICS):
-      params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)
+      with on_mesh_of(params):
+        params, state, work = block_by_block(model, params, link, state, evidence, calibration, progress, kept)
     elif link.scope == "weight":
       params, work = _weight_by_weight(params, link, state, evidence, progress, kept)
     else:

@@ -16,7 +16,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray, LearnedInputArray, fetch, resolve
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.distributed.sharding import data_mesh, over_data
+from lmcompress.distributed.sharding import data_mesh, gathered, over_data
 from lmcompress.evaluate.memory import trim
 from lmcompress.ops.second_order import output_energy
 from lmcompress.types import (
@@ -247,13 +247,13 @@ def _block_alone(block: Block, alike: Block, params: Params) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("model", "block"))
 def _run(model: Any, block: Block, params: Params, carry: Any) -> Any:
-  return model.run(block, params, carry)[0]
+  return model.run(block, gathered(model, params, block.path), carry)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "block", "taps"))
 def _tapped(model: Any, block: Block, params: Params, carry: Any, taps: tuple[str, ...]) -> dict[str, jax.Array]:
   """Inputs of stages; what comes after them in the block is not computed."""
-  return model.run(block, params, carry, taps)[1]
+  return model.run(block, gathered(model, params, block.path), carry, taps)[1]
 
 
 def _advance(model: Any, block: Block, alike: Block, params: Params, stream: list[Any]) -> list[Any]:

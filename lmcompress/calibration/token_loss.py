@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmcompress.distributed.sharding import gathered
 from lmcompress.types import Params, WeightError
 
 
@@ -38,10 +39,13 @@ def forward(
 
   With `remat` the way back keeps one carry a block and computes the rest again.
   """
-  carry, tapped = model.start(params, batch), {}
+  carry, tapped = model.start(gathered(model, params), batch), {}
   for block in model.blocks(params):
     wanted = (taps or {}).get(block.path, ())
-    run = lambda p, c, block=block, wanted=wanted: model.run(block, p, c, wanted)  # noqa: E731
+
+    def run(params: Params, carry: Any, block: Any = block, wanted: tuple[str, ...] = wanted) -> Any:
+      return model.run(block, gathered(model, params, block.path), carry, wanted)
+
     carry, found = (jax.checkpoint(run) if remat else run)(params, carry)
     if wanted:
       tapped[block.path] = found
@@ -77,7 +81,7 @@ def mean_loss(
 def predictions(model: Any, params: Params, carry: Any) -> Callable[[Any, int], jax.Array]:
   """A teacher's logits of a run of tokens; gradients do not reach it."""
   carry = jax.lax.stop_gradient(carry)
-  return lambda first, count: jax.lax.stop_gradient(model.finish(params, carry, span=(first, count)))
+  return lambda first, count: jax.lax.stop_gradient(model.finish(gathered(model, params), carry, span=(first, count)))
 
 
 def head_loss(
@@ -104,7 +108,7 @@ def head_loss(
   def some(params: Params, carry: Any, start: jax.Array) -> jax.Array:
     """Positions from `start` on; the last run overlaps the one before it, and counts what that left."""
     first = jnp.minimum(start, tokens.shape[1] - chunk)
-    said = model.finish(params, carry, span=(first, chunk))
+    said = model.finish(gathered(model, params), carry, span=(first, chunk))
     wanted = None if guide is None else guide(first, chunk)
     each = loss(said, jax.lax.dynamic_slice_in_dim(targets, first, chunk, 1), wanted)
     own = jax.lax.dynamic_slice_in_dim(counted, first, chunk, 1) & (first + jnp.arange(chunk) >= start)

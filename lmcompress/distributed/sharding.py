@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmcompress import tree
 from lmcompress.types import CompressedArray, ConfigError, Params
 
-RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": None}
+AXES = ("data", "fsdp", "tensor")
+"""What a mesh splits: the batch; the batch and weights, which are gathered where they are used; products of weights."""
+
+BATCH = ("data", "fsdp")
+"""The axes that rows of a batch are split over."""
+
+RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp"}
 """Which mesh axis each logical axis is split over; what is not named here is not split."""
 
 
-def make_mesh(data: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-  """A mesh with axes `data` and `tensor`; one size may be -1, taken from the number of devices.
+def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+  """The size of each axis, one of which may be -1 and is then what is left of the devices.
+
+  Raises:
+    ConfigError: the sizes do not multiply to at most the devices there are.
+  """
+  said = ", ".join(f"{name}={n}" for name, n in sizes.items())
+  if any(n < 1 and n != -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
+    raise ConfigError(f"mesh {said}: sizes are positive, and one at most is -1")
+  given = math.prod(n for n in sizes.values() if n != -1)
+  found = {name: devices // given if n == -1 else n for name, n in sizes.items()}
+  if not 1 <= math.prod(found.values()) <= devices:
+    raise ConfigError(
+      f"mesh {said} asks for {math.prod(found.values()) or given} devices, {devices} are there; "
+      "on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them"
+    )
+  return found
+
+
+def make_mesh(data: int = 1, tensor: int = 1, fsdp: int = 1, devices: Any = None) -> Mesh:
+  """A mesh with axes `data`, `fsdp` and `tensor`; one size may be -1, taken from the number of devices.
 
   Raises:
     ConfigError: the sizes do not multiply to at most the devices there are.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [data, tensor]
-  if any(n < 1 and n != -1 for n in sizes) or sizes.count(-1) > 1:
-    raise ConfigError(f"mesh data={data}, tensor={tensor}: sizes are positive, and one at most is -1")
-  if -1 in sizes:
-    sizes[sizes.index(-1)] = len(devices) // math.prod(n for n in sizes if n != -1)
-  if not 1 <= math.prod(sizes) <= len(devices):
-    raise ConfigError(
-      f"mesh data={data}, tensor={tensor} asks for {math.prod(sizes)} devices, {len(devices)} are there; "
-      "on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of them"
-    )
-  return jax.make_mesh(
-    tuple(sizes), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(sizes)]
-  )
+  sizes = mesh_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
+  shape = tuple(sizes[name] for name in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
 
 def spec_of(path: str, axes: Mapping[str, tuple[Any, ...]], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
-  """The dense spec of a parameter: its logical axes (a flattened one goes by its first name) through the rules."""
-  names = tree.axes_of(axes, path)
-  return PartitionSpec(*(rules.get(name[0] if isinstance(name, tuple) else name) for name in names))
+  """The dense spec of a parameter: its logical axes (a flattened one goes by its first name) through the rules.
+
+  An axis of the mesh splits one axis of an array, the first that asks for it. A vector is not split over `fsdp`: to
+  gather it costs more than it saves.
+  """
+  names = [name[0] if isinstance(name, tuple) else name for name in tree.axes_of(axes, path)]
+  found: list[str | None] = []
+  for name in names:
+    to = rules.get(name)
+    found.append(None if to in found or (to == "fsdp" and len(names) == 1) else to)
+  return PartitionSpec(*found)
 
 
-def shardings(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:
+def shardings(model: Any, params: Params, mesh: Mesh | AbstractMesh, rules: Mapping[str, str | None] = RULES) -> Params:
   """A tree like the parameters (compressed leaves opened) with a `NamedSharding` for each array.
 
   An axis of an array that the mesh does not divide stays whole on every device.
@@ -59,11 +85,11 @@ def shardings(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | 
   return tree.map_leaves(of_leaf, params)
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   parts = (*spec, *([None] * (len(shape) - len(spec))))
   return PartitionSpec(
     *(
-      name if name is not None and extent % mesh.shape[name] == 0 else None
+      name if mesh.shape.get(name, 1) > 1 and extent % mesh.shape[name] == 0 else None
       for name, extent in zip(parts, shape, strict=True)
     )
   )
@@ -74,29 +100,142 @@ def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None
   return jax.device_put(params, shardings(model, params, mesh, rules))
 
 
-def describe(model: Any, params: Params, mesh: Mesh) -> list[tuple[str, str, int]]:
-  """Per leaf: path, how its largest array is split, and bytes per device."""
-  rows = []
-  for path, placed in tree.flatten(shardings(model, params, mesh)).items():
-    leaves = jax.tree.leaves(tree.get(params, path))
-    places = jax.tree.leaves(placed, is_leaf=lambda s: isinstance(s, NamedSharding))
-    largest = max(zip(leaves, places, strict=True), key=lambda pair: pair[0].nbytes)
-    nbytes = sum(math.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in zip(leaves, places, strict=True))
-    rows.append((path, str(tuple(largest[1].spec)), nbytes))
-  return rows
+class Placement(NamedTuple):
+  """Where the arrays of alike leaves lie.
+
+  Attributes:
+    path: with `*` for the numbers of layers.
+    leaves: how many there are.
+    shape: of one, as the model sees it.
+    split: the mesh axis of each of its axes, before what a compressed form keeps whole.
+    nbytes: of all of them on one device.
+    whole: their bytes without a mesh.
+  """
+
+  path: str
+  leaves: int
+  shape: tuple[int, ...]
+  split: tuple[str | None, ...]
+  nbytes: int
+  whole: int
+
+
+def placements(
+  model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES
+) -> list[Placement]:
+  """How a mesh of such sizes would hold a tree (of arrays or of their shapes), alike leaves in one row.
+
+  Nothing is placed, and the devices need not be there.
+  """
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  found: dict[Any, Placement] = {}
+  placed = tree.flatten(shardings(model, params, mesh, rules))
+  for path, leaf in tree.flatten(params).items():
+    arrays = jax.tree.leaves(leaf)
+    places = jax.tree.leaves(placed[path], is_leaf=lambda s: isinstance(s, NamedSharding))
+    each = lambda x, shape: math.prod(shape) * np.dtype(x.dtype).itemsize  # noqa: E731
+    nbytes = sum(each(x, p.shard_shape(x.shape)) for x, p in zip(arrays, places, strict=True))
+    row = Placement(
+      _numberless(path), 1, tuple(leaf.shape), tuple(_fitting(spec_of(path, model.axes, rules), leaf.shape, mesh)),
+      nbytes, sum(each(x, x.shape) for x in arrays),
+    )  # fmt: skip
+    was = found.get(row[:1] + row[2:4])
+    if was is not None:
+      row = row._replace(leaves=was.leaves + 1, nbytes=was.nbytes + nbytes, whole=was.whole + row.whole)
+    found[row[:1] + row[2:4]] = row
+  return list(found.values())
+
+
+def require_division(
+  model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES
+) -> None:
+  """Refuses a mesh that does not divide what its rules split.
+
+  Raises:
+    ConfigError: names the weight, its axis, both numbers, and what would do.
+  """
+  for path, leaf in tree.weights(params).items():
+    names = tree.axes_of(model.axes, path)
+    for name, to, extent in zip(names, spec_of(path, model.axes, rules), leaf.shape, strict=True):
+      n = 1 if to is None else sizes.get(to, 1)
+      if extent % n:
+        word = name[0] if isinstance(name, tuple) else name
+        do = [str(k) for k in range(2, min(extent, 64) + 1) if extent % k == 0]
+        keep = "" if to == "fsdp" else f", or keep it whole by mesh.rules.{word}=null"
+        raise ConfigError(
+          f"mesh {to}={n} does not divide the axis {word!r} of {_numberless(path)}, whose extent is {extent}; "
+          f"{to} may be {', '.join(do) or 1}{keep}"
+        )
+
+
+def _numberless(path: str) -> str:
+  return "/".join("*" if part.isdigit() else part for part in path.split("/"))
+
+
+def ways(mesh: Mesh | None) -> int:
+  """Into how many parts a mesh splits the rows of a batch."""
+  return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH)
 
 
 def data_mesh(params: Params) -> Mesh | None:
-  """The mesh that the parameters lie on, if it splits data."""
+  """The mesh that the parameters lie on, if it splits rows."""
   sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
   mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-  return mesh if isinstance(mesh, Mesh) and mesh.shape.get("data", 1) > 1 else None
+  return mesh if isinstance(mesh, Mesh) and ways(mesh) > 1 else None
 
 
 def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
-  """A batch, its arrays of so many rows (along `axis`) split over the axis `data` of a mesh that divides them."""
-  if mesh is None or rows % mesh.shape["data"]:
+  """A batch, its arrays of so many rows (along `axis`) split over the axes `BATCH` of a mesh that divides them."""
+  if ways(mesh) == 1 or rows % ways(mesh):
     return batch
-  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+  assert mesh is not None
+  names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
+  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
   fits = lambda x: x.ndim > axis and x.shape[axis] == rows  # noqa: E731
   return jax.tree.map(lambda x: jax.device_put(x, split) if fits(x) else x, batch)
+
+
+@contextlib.contextmanager
+def on_mesh_of(params: Params) -> Iterator[None]:
+  """Work on the mesh that a tree lies on: models gather there what is split over `fsdp`, block by block."""
+  mesh = data_mesh(params)
+  if mesh is None:
+    yield
+  else:
+    with jax.set_mesh(mesh):
+      yield
+
+
+def gathered(model: Any, params: Params, block: str | None = None) -> Params:
+  """The tree, the leaves of a block (or all that are in none) gathered over `fsdp` in the form that they are stored in.
+
+  Said inside of what is computed again on the way back, so that no more than one block is whole at a time; gradients
+  go back split (Rajbhandari et al. 2020, ZeRO stage 3, arXiv:1910.02054). Where the mesh in use (`on_mesh_of`) has no
+  such axis, and for a model that names no axes, nothing happens.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1 or not hasattr(model, "axes"):
+    return params
+  inside = (f"{block}/",) if block else tuple(f"{b.path}/" for b in model.blocks(params))
+
+  def of_leaf(path: str, leaf: Any) -> Any:
+    if path.startswith(inside) != (block is not None):
+      return leaf
+    spec = spec_of(path, model.axes)
+    specs = leaf.sharding_like(spec) if isinstance(leaf, CompressedArray) else spec
+    return jax.tree.map(_gather, specs, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+  def _gather(spec: PartitionSpec, x: Any) -> Any:
+    split = _fitting(spec, x.shape, mesh)
+    if "fsdp" not in split:
+      return x
+    rest = PartitionSpec.UNCONSTRAINED  # as another axis may be by rules of its own
+    whole, split = (PartitionSpec(*(to if n == "fsdp" else rest for n in split)) for to in (None, "fsdp"))
+    put = jax.lax.with_sharding_constraint
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return put(x, whole)
+    gather = jax.custom_vjp(lambda x: put(x, whole))
+    gather.defvjp(lambda x: (put(x, whole), None), lambda _, g: (put(put(g, whole), split),))
+    return gather(x)
+
+  return tree.map_leaves(of_leaf, params)

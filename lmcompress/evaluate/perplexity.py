@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress.calibration.token_loss import require_causal
-from lmcompress.distributed.sharding import data_mesh, over_data
+from lmcompress.distributed.sharding import data_mesh, over_data, ways
 from lmcompress.types import Params
 
 
@@ -102,9 +102,9 @@ def _scores(logp: jax.Array, tokens: Any, masks: Any, reference: jax.Array | Non
 
 
 def _batches(params: Params, rows: Sequence[int], tokens: np.ndarray, masks: np.ndarray, batch: int) -> Iterator[tuple]:
-  """`(rows, tokens, masks)` a batch at a time, split over the mesh's `data` axis if there is one."""
+  """`(rows, tokens, masks)` a batch at a time, split over the mesh that the parameters lie on."""
   mesh = data_mesh(params)
-  size = batch if mesh is None else max(batch, mesh.shape["data"])
+  size = batch if mesh is None else max(batch, ways(mesh))
   for i in range(0, len(rows), size):
     some = list(rows[i : i + size])
     t, m = tokens[some], masks[some]

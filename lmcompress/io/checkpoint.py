@@ -366,13 +366,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   return body
 
 
-def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, Params, Tokenizer | None]:
+def load_checkpoint(
+  folder: str | os.PathLike, mesh: Any = None, rules: Mapping[str, str | None] | None = None
+) -> tuple[Any, Params, Tokenizer | None]:
   """Model, tree and tokenizer of a saved folder; arrays are placed from a memory map, nothing goes dense.
 
   Every file and every array is checked against the manifest's digests first.
 
   Args:
     mesh: places each leaf sharded, reading only what each device needs.
+    rules: as of `load`.
 
   Raises:
     FormatError: names the file, and the array, that is damaged.
@@ -380,7 +383,7 @@ def load_checkpoint(folder: str | os.PathLike, mesh: Any = None) -> tuple[Any, P
   folder = Path(folder)
   body = read_manifest(folder)
   try:
-    return _load(folder, body, mesh)
+    return _load(folder, body, mesh, rules)
   except FormatError:
     raise
   except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -409,7 +412,7 @@ def read_tasks(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
   return found
 
 
-def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params, Tokenizer | None]:
+def _load(folder: Path, body: Mapping[str, Any], mesh: Any, rules: Any) -> tuple[Any, Params, Tokenizer | None]:
   if WEIGHTS not in body["files"]:
     raise FormatError(f"{folder / MANIFEST}: names no {WEIGHTS}")
   extra = {p.name for p in folder.iterdir() if p.is_file()} - {MANIFEST, *body["files"]}
@@ -455,9 +458,9 @@ def _load(folder: Path, body: Mapping[str, Any], mesh: Any) -> tuple[Any, Params
   if mesh is None:
     params = jax.device_put(params)
   else:
-    from lmcompress.distributed import shard
+    from lmcompress.distributed import RULES, shard
 
-    params = shard(model, params, mesh)
+    params = shard(model, params, mesh, RULES if rules is None else rules)
   tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
   return model, params, tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from lmcompress.types import FormatError, Params, SourceError
 
 
 def load(
-  name: str | os.PathLike, mesh: Any = None, bits: int | None = None, lazy: bool = False
+  name: str | os.PathLike,
+  mesh: Any = None,
+  bits: int | None = None,
+  lazy: bool = False,
+  rules: Mapping[str, str | None] | None = None,
 ) -> tuple[Any, Params, Any]:
   """Loads a model.
 
@@ -20,9 +25,10 @@ def load(
       a T5 as `encoder.onnx` and `decoder.onnx`, of the `.npz` of g2p-en, of a folder that `save` wrote, of a file that
       `encryption.encrypt` wrote (its key is in the environment), or of a YAML file of the sizes of a model to be
       trained.
-    mesh: places the parameters sharded over a mesh with axes `data` and `tensor`.
+    mesh: places the parameters sharded over a mesh of `distributed.make_mesh`.
     lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
       with a `Store` goes through such a tree block by block.
+    rules: by which mesh axis each logical axis is split; `distributed.RULES` where not given.
     bits: which width of weights that hold several (`any_precision`); all of them where not given.
 
   Returns:
@@ -33,7 +39,7 @@ def load(
     FormatError: the file is damaged or of a form not known here; the message names it.
     WeightError: `bits` is given and no weight, or not every nested one, has such a width.
   """
-  model, params, tokenizer = _read(name, mesh, lazy)
+  model, params, tokenizer = _read(name, mesh, lazy, rules)
   if bits is not None:
     from lmcompress.transforms.any_precision import at_precision
 
@@ -41,19 +47,19 @@ def load(
   return model, params, tokenizer
 
 
-def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, Any]:
+def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[Any, Params, Any]:
   path = Path(hub.resolve_model(str(name)))
   if lazy and (mesh is not None or path.is_file() or (path / checkpoint.MANIFEST).is_file()):
     raise SourceError(f"{name}: only Hugging Face folders can be read weight by weight, and not onto a mesh")
   if path.is_file() and path.suffix in (".yaml", ".yml"):
     from lmcompress.io.untrained import load_untrained
 
-    return _placed(*load_untrained(path), mesh)
+    return _placed(*load_untrained(path), mesh, rules)
   if path.is_file() and path.suffix == npz_model.SUFFIX:
-    return _placed(*npz_model.load_npz(path), mesh)
+    return _placed(*npz_model.load_npz(path), mesh, rules)
   if path.is_file() and encryption.is_encrypted(path):
     with encryption.opened(path, encryption.read_key()) as folder:
-      return _read(folder, mesh, lazy)
+      return _read(folder, mesh, lazy, rules)
   if path.is_file():
     with path.open("rb") as f:
       magic = f.read(4)
@@ -61,16 +67,16 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool) -> tuple[Any, Params, 
       raise FormatError(f"{path}: starts with {magic!r}, not with b'GGUF'; files are GGUF, other forms are folders")
     from lmcompress.io.gguf_model import load_gguf
 
-    return _placed(*load_gguf(path), mesh)
+    return _placed(*load_gguf(path), mesh, rules)
   if (path / checkpoint.MANIFEST).is_file():
-    return checkpoint.load_checkpoint(path, mesh)
+    return checkpoint.load_checkpoint(path, mesh, rules)
   from lmcompress.io.onnx_model import is_onnx, load_onnx
 
   if is_onnx(path):
-    return _placed(*load_onnx(path), mesh)
+    return _placed(*load_onnx(path), mesh, rules)
   from lmcompress.io.huggingface import load_folder
 
-  return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh)
+  return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh, rules)
 
 
 def origin(name: str | os.PathLike) -> str:
@@ -93,9 +99,9 @@ def origin(name: str | os.PathLike) -> str:
   return "float32, dequantized where ONNX has integers" if is_onnx(path) else "float32"
 
 
-def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any) -> tuple[Any, Params, Any]:
+def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any, rules: Any) -> tuple[Any, Params, Any]:
   if mesh is not None:
-    from lmcompress.distributed import shard
+    from lmcompress.distributed import RULES, shard
 
-    params = shard(model, params, mesh)
+    params = shard(model, params, mesh, RULES if rules is None else rules)
   return model, params, tokenizer

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmcompress import ops
 from lmcompress.arrays import resolve
+from lmcompress.distributed.sharding import gathered, on_mesh_of
 from lmcompress.types import Block, Params, Stage, Tokens
 
 DECODER = "decoder_attention_mask"
@@ -130,10 +131,12 @@ class BlockModel(abc.ABC):
     if left := sorted(set(given) - self.takes):
       takes = ", ".join(sorted(self.takes))
       raise ValueError(f"{type(self).__name__} takes no {' and no '.join(left)}; it takes {takes}")
-    carry = self.start(params, {"tokens": tokens, **given})
-    for block in self.blocks(params):
-      carry, _ = self.run(block, params, carry)
-    return self.finish(params, carry)
+    with on_mesh_of(params):
+      ends = gathered(self, params)
+      carry = self.start(ends, {"tokens": tokens, **given})
+      for block in self.blocks(params):
+        carry, _ = self.run(block, gathered(self, params, block.path), carry)
+      return self.finish(ends, carry)
 
   @abc.abstractmethod
   def start(self, params: Params, inputs: Any) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.distributed.sharding import on_mesh_of
 from lmcompress.io.whole import write_text
 from lmcompress.training.resume import Saved
 from lmcompress.training.step import Training, TrainState, placed_like
@@ -78,7 +79,8 @@ def run_steps(
           raise FormatError(f"{log}: tells of {len(history)} of {found[0]} steps; remove {folder}")
       write_text(log, "".join(json.dumps(row) + "\n" for row in history))
     for step in range(int(state.step), training.steps):
-      state, metrics = update(state)
+      with on_mesh_of(state.trained):
+        state, metrics = update(state)
       broken = metrics.pop("broken")
       if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
         where = _names(state.trained)[int(broken)] if broken >= 0 else "no gradient"
@@ -89,7 +91,8 @@ def run_steps(
         )
       last = step + 1 == training.steps
       if score is not None and ((step + 1) % keeping.evaluate_every == 0 or last):
-        metrics |= score(state)
+        with on_mesh_of(state.trained):
+          metrics |= score(state)
       history.append(metrics)
       if log is not None:
         with log.open("a", encoding="utf-8") as lines:
