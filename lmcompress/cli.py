@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmcompress.cli_plan import plan
 from lmcompress.cli_talk import ModelName, chat, classify, generate
 from lmcompress.errors import ConfigError, LmcompressError, SourceError
 
@@ -345,7 +346,7 @@ def evaluate(
   console.print(table)
 
 
-for _verb in (generate, chat, classify):
+for _verb in (generate, chat, classify, plan):
   app.command()(_verb)
 
 

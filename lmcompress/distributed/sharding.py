@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from lmcompress import tree
 from lmcompress.types import CompressedArray, ConfigError, Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
 """What a mesh splits: the batch; the batch and weights, which are gathered where they are used; products of weights."""
 
 BATCH = ("data", "fsdp")
@@ -62,7 +62,7 @@ def spec_of(path: str, axes: Mapping[str, tuple[Any, ...]], rules: Mapping[str, 
   An axis of the mesh splits one axis of an array, the first that asks for it. A vector is not split over `fsdp`: to
   gather it costs more than it saves.
   """
-  names = [name[0] if isinstance(name, tuple) else name for name in tree.axes_of(axes, path)]
+  names = _names(path, axes)
   found: list[str | None] = []
   for name in names:
     to = rules.get(name)
@@ -70,17 +70,61 @@ def spec_of(path: str, axes: Mapping[str, tuple[Any, ...]], rules: Mapping[str, 
   return PartitionSpec(*found)
 
 
-def shardings(model: Any, params: Params, mesh: Mesh | AbstractMesh, rules: Mapping[str, str | None] = RULES) -> Params:
-  """A tree like the parameters (compressed leaves opened) with a `NamedSharding` for each array.
+def _names(path: str, axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
+  """The logical axes of a parameter, a flattened one by its first name."""
+  return [name[0] if isinstance(name, tuple) else name for name in tree.axes_of(axes, path)]
 
-  An axis of an array that the mesh does not divide stays whole on every device.
+
+def _entries(model: Any, params: Params) -> dict[tuple[str, str], int]:
+  """How many entries the first of each flattened axis has, such as key heads, by block and name, where it is known."""
+  known, found = model.extents(params) if hasattr(model, "extents") else {}, {}
+  for path, leaf in tree.weights(params).items():
+    for name, extent in zip(tree.axes_of(model.axes, path), leaf.shape, strict=False):
+      if isinstance(name, tuple) and set(name[1:]) <= set(known):
+        found[_block_of(path), name[0]] = extent // math.prod(known[other] for other in name[1:])
+  return found
+
+
+def _block_of(path: str) -> str:
+  """The path up to its last number."""
+  parts = path.split("/")
+  numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+  return "/".join(parts[: numbers[-1] + 1]) if numbers else ""
+
+
+def dense_specs(
+  model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None] = RULES
+) -> dict[str, PartitionSpec]:
+  """By path, how a mesh of such sizes splits each leaf as the model sees it.
+
+  An axis that the mesh does not divide stays whole, and so does one of heads where it does not divide their number.
   """
+  counts = _entries(model, params)
+
+  def of_leaf(path: str, leaf: Any) -> PartitionSpec:
+    names, spec = _names(path, model.axes), spec_of(path, model.axes, rules)
+    parts = zip(names, spec, leaf.shape, strict=False)
+    numbers = [
+      (to, int(counts.get((_block_of(path), name), extent)), sizes.get(to or "", 1)) for name, to, extent in parts
+    ]
+    return PartitionSpec(*(to if n > 1 and count % n == 0 else None for to, count, n in numbers))
+
+  return {path: of_leaf(path, leaf) for path, leaf in tree.flatten(params).items()}
+
+
+def shardings(
+  model: Any, params: Params, mesh: Mesh | AbstractMesh, rules: Mapping[str, str | None] = RULES
+) -> Params:
+  """A tree like the parameters (compressed leaves opened) with a `NamedSharding` for each array, as of `dense_specs`.
+
+  An axis of an array of a compressed leaf that the mesh does not divide stays whole, too.
+  """
+  specs = dense_specs(model, params, mesh.shape, rules)
 
   def of_leaf(path: str, leaf: Any) -> Any:
-    spec = spec_of(path, model.axes, rules)
-    specs = leaf.sharding_like(spec) if isinstance(leaf, CompressedArray) else spec
+    spec = leaf.sharding_like(specs[path]) if isinstance(leaf, CompressedArray) else specs[path]
     fit = lambda s, x: NamedSharding(mesh, _fitting(s, x.shape, mesh))  # noqa: E731
-    return jax.tree.map(fit, specs, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.map(fit, spec, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
   return tree.map_leaves(of_leaf, params)
 
@@ -98,6 +142,11 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
 def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:
   """The tree placed on the mesh."""
   return jax.device_put(params, shardings(model, params, mesh, rules))
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+  """A mesh of devices that need not be there."""
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 class Placement(NamedTuple):
@@ -127,16 +176,16 @@ def placements(
 
   Nothing is placed, and the devices need not be there.
   """
-  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  mesh = abstract_mesh(sizes)
   found: dict[Any, Placement] = {}
-  placed = tree.flatten(shardings(model, params, mesh, rules))
+  placed, specs = tree.flatten(shardings(model, params, mesh, rules)), dense_specs(model, params, sizes, rules)
   for path, leaf in tree.flatten(params).items():
     arrays = jax.tree.leaves(leaf)
     places = jax.tree.leaves(placed[path], is_leaf=lambda s: isinstance(s, NamedSharding))
     each = lambda x, shape: math.prod(shape) * np.dtype(x.dtype).itemsize  # noqa: E731
     nbytes = sum(each(x, p.shard_shape(x.shape)) for x, p in zip(arrays, places, strict=True))
     row = Placement(
-      _numberless(path), 1, tuple(leaf.shape), tuple(_fitting(spec_of(path, model.axes, rules), leaf.shape, mesh)),
+      _numberless(path), 1, tuple(leaf.shape), tuple(_fitting(specs[path], leaf.shape, mesh)),
       nbytes, sum(each(x, x.shape) for x in arrays),
     )  # fmt: skip
     was = found.get(row[:1] + row[2:4])
@@ -154,16 +203,15 @@ def require_division(
   Raises:
     ConfigError: names the weight, its axis, both numbers, and what would do.
   """
+  counts = _entries(model, params)
   for path, leaf in tree.weights(params).items():
-    names = tree.axes_of(model.axes, path)
-    for name, to, extent in zip(names, spec_of(path, model.axes, rules), leaf.shape, strict=True):
-      n = 1 if to is None else sizes.get(to, 1)
+    for name, to, extent in zip(_names(path, model.axes), spec_of(path, model.axes, rules), leaf.shape, strict=False):
+      n, extent = sizes.get(to or "", 1), int(counts.get((_block_of(path), name), extent))
       if extent % n:
-        word = name[0] if isinstance(name, tuple) else name
         do = [str(k) for k in range(2, min(extent, 64) + 1) if extent % k == 0]
-        keep = "" if to == "fsdp" else f", or keep it whole by mesh.rules.{word}=null"
+        keep = "" if to == "fsdp" else f", or keep it whole by mesh.rules.{name}=null"
         raise ConfigError(
-          f"mesh {to}={n} does not divide the axis {word!r} of {_numberless(path)}, whose extent is {extent}; "
+          f"mesh {to}={n} does not divide the axis {name!r} of {_numberless(path)}, which has {extent} entries; "
           f"{to} may be {', '.join(do) or 1}{keep}"
         )
 
@@ -189,8 +237,8 @@ def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
   if ways(mesh) == 1 or rows % ways(mesh):
     return batch
   assert mesh is not None
-  names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
-  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, names if len(names) > 1 else names[0]))
+  names = [name for name in BATCH if mesh.shape.get(name, 1) > 1]
+  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(names) if len(names) > 1 else names[0]))
   fits = lambda x: x.ndim > axis and x.shape[axis] == rows  # noqa: E731
   return jax.tree.map(lambda x: jax.device_put(x, split) if fits(x) else x, batch)
 

@@ -84,9 +84,9 @@ def test_placements_are_what_a_device_holds(shape):
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
-  ({"tensor": 3}, r"mesh tensor=3 does not divide the axis 'vocab' of embed/table, whose extent is 64; tensor may be "
+  ({"tensor": 3}, r"mesh tensor=3 does not divide the axis 'vocab' of embed/table, which has 64 entries; tensor may be "
                   r"2, 4, 8, 16, 32, 64, or keep it whole by mesh.rules.vocab=null"),
-  ({"fsdp": 5}, "mesh fsdp=5 does not divide the axis 'embed' of embed/table, whose extent is 32; fsdp may be 2, 4"),
+  ({"fsdp": 5}, "mesh fsdp=5 does not divide the axis 'embed' of embed/table, which has 32 entries; fsdp may be 2, 4"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
   with pytest.raises(ConfigError, match=message):
@@ -191,7 +191,7 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_every_job_gives_what_one_device_gives(shape, alone, tmp_path):
   """Losses to 1e-5; codes but for one in two hundred, where a sum fell on the other side of a half; what follows.
 
@@ -205,7 +205,7 @@ def test_every_job_gives_what_one_device_gives(shape, alone, tmp_path):
   assert tokens == alone[3]
   lmc.save(tmp_path / "m", MODEL, small)
   want = [np.asarray(x) for x in jax.tree.leaves(small)]
-  for other in (None, *SHAPES):
+  for other in (None, (8, 1, 1), (1, 8, 1), (1, 2, 4), (3, 1, 2)):
     back = lmc.load(tmp_path / "m", None if other is None else mesh_of(other))[1]
     for a, b in zip(jax.tree.leaves(back), want, strict=True):
       np.testing.assert_array_equal(np.asarray(a), b)

@@ -1,0 +1,503 @@
+"""What a model needs on a machine that need not be there: bytes, messages, arithmetic and time, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from lmcompress import tree
+from lmcompress.calibration.token_loss import require_causal
+from lmcompress.distributed.accelerators import Accelerator
+from lmcompress.distributed.sharding import (
+  AXES,
+  BATCH,
+  RULES,
+  abstract_mesh,
+  dense_specs,
+  placements,
+  require_division,
+  shardings,
+)
+from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds
+from lmcompress.models import Gemma, GemmaConfig, GemmaSizes, Llama, LlamaConfig, LlamaSizes
+from lmcompress.models.rope import Rope
+from lmcompress.training import Training, compiled_step
+from lmcompress.types import ConfigError, Evidence, Params, WeightError
+
+_LLAMA3 = LlamaConfig(head_dim=128, rope=Rope(theta=500_000.0), max_length=8192)
+PRESETS: dict[str, Any] = {
+  "llama3-8b": Llama(_LLAMA3, LlamaSizes(128256, 4096, 14336, 32, 32, 8, tied=False)),
+  "llama3-70b": Llama(_LLAMA3, LlamaSizes(128256, 8192, 28672, 80, 64, 8, tied=False)),
+  "llama3-405b": Llama(
+    dataclasses.replace(_LLAMA3, max_length=131072), LlamaSizes(128256, 16384, 53248, 126, 128, 8, tied=False)
+  ),
+  "gemma2-9b": Gemma(
+    GemmaConfig(head_dim=256, query_scale=256**-0.5, window=4096, full_layers=tuple(range(1, 42, 2)), score_cap=50.0,
+                max_length=8192),
+    GemmaSizes(vocab=256000, embed=3584, mlp=14336, layers=42, heads=16, kv_heads=8),
+  ),
+}  # fmt: skip
+"""Models by name, of published sizes; no weights."""
+
+
+def shapes_of(model: Any) -> Params:
+  """The tree that a model's `init` would make, as shapes."""
+  return jax.eval_shape(model.init, jax.random.key(0))
+
+
+class Message(NamedTuple):
+  """Collectives of one kind in a step.
+
+  Attributes:
+    what: what is sent.
+    kind: `all-gather`, `all-reduce` or `reduce-scatter`.
+    axis: of the mesh, over which.
+    count: in a step.
+    nbytes: that each device sends in all of them, in a ring.
+  """
+
+  what: str
+  kind: str
+  axis: str
+  count: int
+  nbytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a step needs.
+
+  Attributes:
+    placements: of the weights, as of `distributed.placements`.
+    nbytes: on one device, by what it is for.
+    messages: of a step.
+    operations: of a step, over all devices; a product and a sum are two.
+    read: bytes that a device reads from its memory in a step at least.
+    tokens: of a step, over all devices.
+  """
+
+  placements: list[Any]
+  nbytes: dict[str, float]
+  messages: list[Message]
+  operations: float
+  read: float
+  tokens: int
+
+  @property
+  def total(self) -> float:
+    """Bytes on one device."""
+    return sum(self.nbytes.values())
+
+
+class Estimate(NamedTuple):
+  """Seconds of a step on a kind of device, and what follows.
+
+  Attributes:
+    arithmetic, memory, sending: seconds of each by itself.
+    least: if all three overlap; most: if none does.
+    joules: of all devices at their highest draw during `least`; None where that is not published.
+  """
+
+  arithmetic: float
+  memory: float
+  sending: float
+  least: float
+  most: float
+  joules: float | None
+
+
+def ring(kind: str, nbytes: float, n: int) -> float:
+  """Bytes that each of `n` devices sends in a ring, for an array of so many bytes when it is whole."""
+  return nbytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def train_plan(
+  model: Any, params: Params, training: Training, length: int, sizes: Mapping[str, int],
+  rules: Mapping[str, str | None] = RULES,
+) -> Plan:  # fmt: skip
+  """What a training step takes on a mesh of such sizes.
+
+  Weights, moments and gradients are counted. Activations are those of a step that is compiled for one device's part of
+  the model's ends and one block, and nothing is run; the input of each block is kept beside them.
+
+  Raises:
+    ConfigError: the mesh does not divide the model or the batch.
+    WeightError: the model predicts no next token.
+  """
+  require_causal(model, "a plan of training")
+  sizes = {name: sizes.get(name, 1) for name in AXES}
+  require_division(model, params, sizes, rules)
+  rows = _rows(training.batch, training.accumulate, sizes)
+  split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
+  held = _bytes(split)
+  blocks = _blocks(model, params)
+  width = 2 if training.compute == "bfloat16" else 4
+  moments = 2 if training.optimizer == "adamw" else 1
+  first = _with_layers(model, whole, 1)
+  of_layer = _bytes(first) - _bytes(_with_layers(model, whole, 0))
+  step = dataclasses.replace(training, batch=rows)
+  one = _temporaries(model, first, step, length)
+  hidden = float(rows // training.accumulate * length * params["embed"]["table"].shape[-1] * width)
+  activations = max(one - _bytes(first), 0.0)  # the program's gradients are counted as they lie
+  parts = {
+    "weights, float32": float(held), "moments": float(moments * held), "gradients": float(held),
+    "average": float(held if training.average is not None else 0),
+    "gathered weights": float(2 * of_layer * (sizes["fsdp"] > 1)),
+    "activations of a block and the head": activations,
+    "block inputs": hidden * (len(blocks) - 1) if training.remat else activations * (len(blocks) - 1),
+    "copies in bfloat16": held / 2 if width == 2 else 0.0,
+  }  # fmt: skip
+  tokens = training.batch * length
+  forward = _operations(params, tokens, length)
+  messages = _messages(model, params, sizes, rules, tokens // _ways(sizes), width, training.remat, trains=True)
+  return Plan(
+    placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages,
+    (4.0 if training.remat else 3.0) * forward, float((4 + moments * 2) * held), tokens,
+  )  # fmt: skip
+
+
+def serve_plan(
+  model: Any, params: Params, batch: int, length: int, sizes: Mapping[str, int],
+  rules: Mapping[str, str | None] = RULES, kv_bytes: float = 2.0,
+) -> Plan:  # fmt: skip
+  """What a decoding step of `batch` sequences of `length` tokens takes, the weights as the tree has them.
+
+  Args:
+    kv_bytes: of an entry of the cache.
+
+  Raises:
+    ConfigError: as of `train_plan`.
+  """
+  require_causal(model, "a plan of decoding")
+  sizes = {name: sizes.get(name, 1) for name in AXES}
+  require_division(model, params, sizes, rules)
+  rows = _rows(batch, 1, sizes)
+  held = _bytes(_local(model, params, sizes, rules))
+  whole = _local(model, params, {**sizes, "fsdp": 1}, rules)
+  cache = sum(2 * kv * head * length * rows * kv_bytes for kv, head in model.cache_shapes(whole).values())
+  layer = max((_bytes(whole) - _bytes(_with_layers(model, whole, 0))) / max(1, len(_blocks(model, params))), 0)
+  parts = {
+    "weights": float(held), "keys and values": float(cache),
+    "gathered weights": float(2 * layer if sizes["fsdp"] > 1 else 0),
+    "activations": 4.0 * rows * max(x.shape[-1] for x in tree.weights(whole).values()),
+  }  # fmt: skip
+  operations = _operations(params, batch, 1, seen=length)
+  messages = _messages(model, params, sizes, rules, rows, 2, False, trains=False)
+  return Plan(
+    placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages, operations,
+    float(_bytes(whole) + cache), batch,
+  )  # fmt: skip
+
+
+def estimate(plan: Plan, device: Accelerator, sizes: Mapping[str, int]) -> Estimate:
+  """The time that a roofline bounds a step to (Williams et al. 2009), and that of its messages.
+
+  Latencies, kernels that reach less than the peak, and pipelines that wait are not in it.
+  """
+  devices = math.prod(sizes.values())
+  arithmetic, memory = plan.operations / devices / device.operations, plan.read / device.bandwidth
+  sending = sum(m.nbytes / _speed(device, m.axis, sizes) for m in plan.messages)
+  least = max(arithmetic, memory, sending)
+  joules = None if device.watts is None else device.watts * devices * least
+  return Estimate(arithmetic, memory, sending, least, arithmetic + memory + sending, joules)
+
+
+def largest_batch(total: Callable[[int], float], room: float, step: int) -> int:
+  """The largest multiple of `step` whose bytes fit; 0 where none does."""
+  if total(step) > room:
+    return 0
+  low, high = 1, 2
+  while total(high * step) <= room and high < 1 << 20:
+    low, high = high, high * 2
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if total(middle * step) <= room else (low, middle)
+  return low * step
+
+
+def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16) -> Params:
+  """The shapes of a tree after a recipe that needs no statistics, what it leaves dense in `dtype`.
+
+  Raises:
+    ConfigError: the recipe reads values, which are not there.
+  """
+  links = () if recipe is None else (recipe.links or (recipe,))
+  try:
+    for link in links:
+      params = jax.eval_shape(lambda p, link=link: link.apply(p, link.init(p), Evidence())[0], params)
+  except (jax.errors.ConcretizationTypeError, TypeError, WeightError) as error:
+    what = str(error).splitlines()[0]
+    raise ConfigError(
+      f"the recipe reads weights, and a plan has their shapes alone ({what}); name a method that stores them alike, "
+      "such as round_to_nearest with the same bits and group_size"
+    ) from None
+  narrow = lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if x.dtype == jnp.float32 else x  # noqa: E731
+  return tree.map_leaves(lambda _, x: narrow(x) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def _ways(sizes: Mapping[str, int]) -> int:
+  return math.prod(sizes.get(name, 1) for name in BATCH)
+
+
+def _rows(batch: int, accumulate: int, sizes: Mapping[str, int]) -> int:
+  """Rows of one device."""
+  ways = _ways(sizes)
+  if batch % (accumulate * ways):
+    raise ConfigError(
+      f"a batch of {batch} in {accumulate} pieces over data x fsdp = {ways} devices leaves rows over; take a multiple "
+      f"of {accumulate * ways}"
+    )
+  return batch // ways
+
+
+def _bytes(params: Params) -> int:
+  return sum(leaf_bytes(leaf) for leaf in tree.flatten(params).values())
+
+
+def _blocks(model: Any, params: Params) -> tuple[Any, ...]:
+  return model.blocks(params)
+
+
+def _with_layers(model: Any, params: Params, count: int) -> Params:
+  """The tree with its first blocks alone."""
+  gone = tuple(f"{b.path}/" for b in _blocks(model, params)[count:])
+  return tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if not p.startswith(gone)} if gone else
+                        tree.flatten(params))  # fmt: skip
+
+
+def _local(model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None]) -> Params:
+  """The shapes that one device holds, as a tree of the same form."""
+  placed = shardings(model, params, abstract_mesh(sizes), rules)
+  part = lambda x, p: jax.ShapeDtypeStruct(p.shard_shape(x.shape), x.dtype)  # noqa: E731
+  return jax.tree.map(part, params, placed, is_leaf=lambda x: isinstance(x, NamedSharding))
+
+
+def _temporaries(model: Any, params: Params, training: Training, length: int) -> float:
+  """Bytes that a compiled step holds beside its arguments."""
+  step = compiled_step(model, params, training, length, lambda path: True)
+  return float(step.memory_analysis().temp_size_in_bytes)
+
+
+def _operations(params: Params, tokens: int, length: int, seen: int | None = None) -> float:
+  """Of a forward pass: products with every weight, and of queries with what they see, half of a row in the mean."""
+  head = "head/table" if "head" in params else "embed/table"
+  weights = tree.weights(params)
+  adds = sum(multiply_adds(leaf) for path, leaf in weights.items() if path == head or not path.endswith("/table"))
+  attended = sum(leaf.shape[-1] for path, leaf in weights.items() if path.endswith("attn/q/kernel"))
+  return 2.0 * tokens * (adds + 2 * attended * ((length + 1) / 2 if seen is None else seen))
+
+
+def _messages(
+  model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None], tokens: int, width: int,
+  remat: bool, trains: bool,
+) -> list[Message]:  # fmt: skip
+  """What theory asks: Megatron's sums over `tensor` (arXiv:1909.08053), ZeRO's gathers (arXiv:1910.02054)."""
+  specs, leaves = dense_specs(model, params, sizes, rules), tree.flatten(params)
+  t, f = sizes["tensor"], sizes["fsdp"]
+  found: list[Message] = []
+
+  def add(what: str, kind: str, axis: str, each: list[float]) -> None:
+    if sizes[axis] > 1 and each:
+      found.append(Message(what, kind, axis, len(each), sum(ring(kind, n, sizes[axis]) for n in each)))
+
+  forward, backward = [], []
+  for block in _blocks(model, params):
+    for stage in block.stages:
+      paths = [p for linear in stage.linears if (p := f"{block.path}/{linear}/kernel") in leaves]
+      forward += [float(tokens * leaves[p].shape[-1] * width) for p in paths if specs[p][-2] == "tensor"]
+      if paths and specs[paths[0]][-1] == "tensor":
+        backward.append(float(tokens * leaves[paths[0]].shape[-2] * width))
+  table = float(tokens * leaves["embed/table"].shape[-1] * width)
+  if specs["embed/table"][-2] == "tensor":
+    add("the embedding's rows", "all-reduce", "tensor", [table])
+  passes = 1 if not trains else 2 if remat else 1
+  add("outputs of row-parallel products", "all-reduce", "tensor", forward * passes)
+  if trains:
+    add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward)
+  size = (lambda leaf: leaf.size * width) if trains else leaf_bytes
+  mine = {p: size(leaf) / (t if "tensor" in specs[p] else 1) for p, leaf in leaves.items()}
+  split = {p: float(n) for p, n in mine.items() if "fsdp" in specs[p]}
+  add("weights", "all-gather", "fsdp", [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))])
+  if trains:
+    add("gradients", "reduce-scatter", "fsdp", list(split.values()))
+    add("gradients", "all-reduce", "fsdp", [float(n) for p, n in mine.items() if p not in split])
+    add("gradients", "all-reduce", "data", [float(n / (f if p in split else 1)) for p, n in mine.items()])
+  return found
+
+
+def _passes(path: str, leaves: Mapping[str, Any], remat: bool, trains: bool) -> int:
+  """How often a weight is used in a step, from anew each time: logits are made twice, and blocks where they are."""
+  if not trains:
+    return 1
+  if path.endswith("/table"):
+    head = 2 if path == "head/table" or "head/table" not in leaves else 0
+    return head + (path != "head/table")
+  return 2 if remat else 1
+
+
+def _speed(device: Accelerator, axis: str, sizes: Mapping[str, int]) -> float:
+  """Bytes a second over an axis: the group's links where neighbours along it are within a group, else the network."""
+  names = list(AXES)
+  inner = math.prod(sizes.get(name, 1) for name in names[names.index(axis) :])
+  return device.link if inner <= device.group else device.network
+
+
+def mean_bits(params: Params) -> float:
+  """Bits per weight as stored."""
+  weights = tree.weights(params).values()
+  return sum(8 * leaf_bytes(leaf) for leaf in weights) / sum(np.prod(leaf.shape, dtype=float) for leaf in weights)
+
+
+# ---------------------------------------------------------------------------------------- asked by a command line
+
+
+def parse_topology(text: str) -> dict[str, int]:
+  """`data=8,tensor=2` as sizes of a mesh.
+
+  Raises:
+    ConfigError: it is none.
+  """
+  sizes: dict[str, int] = {}
+  for part in filter(None, (p.strip() for p in text.split(","))):
+    name, _, number = part.partition("=")
+    if name not in AXES or name in sizes or not number.isdecimal() or not 1 <= int(number) <= 1 << 20:
+      raise ConfigError(
+        f"--topology {text}: {part!r} is no axis and size; write {', '.join(f'{a}=N' for a in AXES)}, each once at most"
+      )
+    sizes[name] = int(number)
+  return sizes
+
+
+FORMS: dict[str, dict[str, Any] | None] = {
+  "bfloat16": None,
+  "int8, a scale a row": {"bits": 8, "group_size": -1},
+  "int4, groups of 128": {"bits": 4, "group_size": 128},
+  "int3, groups of 128": {"bits": 3, "group_size": 128},
+  "int2, groups of 64": {"bits": 2, "group_size": 64},
+}
+"""How the layers may be stored for decoding, the least lossy first, as keys of `round_to_nearest`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A model, a machine and a kind of work.
+
+  Attributes:
+    params: shapes; for decoding, as the weights are stored.
+    dense: shapes in float32.
+  """
+
+  model: Any
+  params: Params
+  dense: Params
+  sizes: dict[str, int]
+  rules: Mapping[str, str | None]
+  training: Training | None
+  batch: int
+  length: int
+
+  @classmethod
+  def of(
+    cls, name: str, topology: str | None, serve: bool, batch: int | None, length: int | None, compute: str
+  ) -> Asked:
+    """What a command line says; a config says the rest itself.
+
+    Raises:
+      LmcompressError: there is no such model or config, or what is asked does not fit it.
+    """
+    if compute not in ("bfloat16", "float32"):
+      raise ConfigError(f"--compute {compute}: bfloat16 or float32")
+    if min(batch or 1, length or 1) < 1:
+      raise ConfigError(f"--batch {batch}, --length {length}: from 1")
+    rules, sizes, training, recipe = dict(RULES), {}, None, None
+    if name in PRESETS:
+      model = PRESETS[name]
+      dense = shapes_of(model)
+    else:
+      model, dense, config = _named(name)
+      if config is not None:
+        from lmcompress import recipe as recipes
+        from lmcompress.config import rules_of
+
+        rules = rules_of(config)
+        recipe = recipes.build(config.recipe) if config.recipe else None
+        if config.mesh is not None:
+          sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+        if config.train is not None and not serve:
+          training = config.train.settings()
+          length, compute = length or config.train.length, training.compute
+          training = dataclasses.replace(training, batch=batch or training.batch)
+    sizes = sizes if topology is None else parse_topology(topology)
+    if -1 in sizes.values():
+      raise ConfigError("a mesh with a size of -1 takes what devices there are; say all sizes by --topology")
+    tokens: int = length or min(model.config.max_length, 4096)
+    if tokens > model.config.max_length:
+      raise ConfigError(f"--length {tokens}: longer than the model's context of {model.config.max_length}")
+    if not serve and training is None:
+      training = Training(steps=2, batch=batch or _ways(sizes), compute=compute)  # type: ignore[arg-type]
+    params = stored(dense, recipe) if serve else dense
+    rows = batch or (_ways(sizes) if training is None else training.batch)
+    return cls(model, params, dense, sizes, rules, None if serve else training, rows, tokens)
+
+  @property
+  def devices(self) -> int:
+    return math.prod(self.sizes.values())
+
+  @property
+  def said(self) -> str:
+    """In words."""
+    mesh = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items()) or "no mesh"
+    kind = "decoding" if self.training is None else f"training in {self.training.compute}"
+    return f"{mesh}; {kind}, {self.batch} rows of {self.length} tokens"
+
+  def plan(self, batch: int, params: Params | None = None) -> Plan:
+    """For so many rows, and weights stored in another way."""
+    if self.training is None:
+      weights = self.params if params is None else params
+      return serve_plan(self.model, weights, batch, self.length, self.sizes, self.rules)
+    training = dataclasses.replace(self.training, batch=batch)
+    return train_plan(self.model, self.dense, training, self.length, self.sizes, self.rules)
+
+  def on(self, made: Plan, device: Accelerator) -> dict[str, Any]:
+    """Whether it `fits` a device, the `estimate`, the `largest_batch`, and the first `form` of `FORMS` that fits."""
+    step = _ways(self.sizes) * (1 if self.training is None else self.training.accumulate)
+    least, more = self.plan(step).total, self.plan(2 * step).total
+    most = largest_batch(lambda n: least + (more - least) * (n // step - 1), device.memory, step)
+    form = None
+    for word, keys in FORMS.items() if self.training is None else ():
+      if self.plan(self.batch, self._in_form(keys)).total <= device.memory:
+        form = word
+        break
+    return {
+      "fits": made.total <= device.memory, "estimate": estimate(made, device, self.sizes or {"data": 1}),
+      "largest_batch": most, "form": form,
+    }  # fmt: skip
+
+  def _in_form(self, keys: dict[str, Any] | None) -> Params:
+    from lmcompress.transforms import at, round_to_nearest
+
+    return stored(self.dense, None if keys is None else at("layers/*", round_to_nearest(**keys)))
+
+
+def _named(name: str) -> tuple[Any, Params, Any]:
+  """Model, shapes in float32, and the config of a config's file."""
+  from pathlib import Path
+
+  from lmcompress.config import load_config
+  from lmcompress.io.load import load
+
+  path = Path(name)
+  config = load_config(path) if path.suffix == ".yaml" and path.is_file() and "recipe" in path.read_text() else None
+  model, params, _ = load(name if config is None else config.model)
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+  return model, jax.tree.map(shape, params), config

@@ -1,0 +1,199 @@
+"""Plans against what runs here: bytes on devices, messages of compiled programs, caches; and models too large."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import lmcompress as lmc
+from lmcompress.cli import app
+from lmcompress.distributed import make_mesh, shard
+from lmcompress.distributed.accelerators import ACCELERATORS
+from lmcompress.distributed.sharding import over_data
+from lmcompress.errors import ConfigError
+from lmcompress.generation.cache import init_cache
+from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.planner import (
+  PRESETS,
+  Asked,
+  Plan,
+  estimate,
+  largest_batch,
+  parse_topology,
+  ring,
+  serve_plan,
+  shapes_of,
+  stored,
+  train_plan,
+)
+from lmcompress.training import Training, start, train_step
+
+SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=8, kv_heads=8, tied=False)
+MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
+PARAMS = MODEL.init(jax.random.key(0))
+SHAPES = shapes_of(MODEL)
+BATCH, LENGTH = 16, 16
+
+
+def on(shape, **over):
+  """A compiled step over a mesh, and its state."""
+  mesh = make_mesh(**shape)
+  training = Training(steps=1, batch=BATCH, **over)
+  with jax.set_mesh(mesh):
+    state = start(shard(MODEL, PARAMS, mesh), training, lambda path: True)
+    rows = over_data(mesh, {"tokens": jnp.zeros((1, BATCH, LENGTH), jnp.int32)}, BATCH, axis=1)
+    moving = state._replace(kept=None)
+    args = (MODEL, moving, state.kept, rows, training, None, None, None, jax.random.key(0))
+    return state, train_step.lower(*args).compile()
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_weights_and_moments_are_what_a_device_holds(shape):
+  mesh = make_mesh(**shape)
+  state = start(shard(MODEL, PARAMS, mesh), Training(steps=1, batch=BATCH), lambda path: True)
+  first = lambda x: x.addressable_shards[0].data.nbytes  # noqa: E731
+  plan = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, shape)
+  assert plan.nbytes["weights, float32"] == sum(map(first, jax.tree.leaves(state.trained)))
+  moments = [x for x in jax.tree.leaves(state.moments) if x.ndim]  # not the count of steps
+  assert plan.nbytes["moments"] == sum(map(first, moments))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gathers_are_those_of_the_compiled_step(remat):
+  """As many, and of as many bytes as the whole arrays have."""
+  _, step = on({"fsdp": 8}, remat=remat)
+  found = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", step.as_text())
+  plan = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH, remat=remat), LENGTH, {"fsdp": 8})
+  gather, = (m for m in plan.messages if m.kind == "all-gather")
+  assert gather.count == len(found)
+  whole = sum(4 * int(np.prod([int(n) for n in dims.split(",")])) for dims in found)
+  assert gather.nbytes == pytest.approx(ring("all-gather", whole, 8))
+
+
+def test_sums_are_those_of_the_compiled_forward_pass():
+  plan = serve_plan(MODEL, SHAPES, 8, LENGTH, {"tensor": 8})
+  mesh = make_mesh(tensor=8)
+  text = jax.jit(MODEL.apply).lower(shard(MODEL, PARAMS, mesh), jnp.zeros((8, 1), jnp.int32)).compile().as_text()
+  sums = collections.Counter(re.findall(r" (all-\w+|reduce-scatter)(?:-start)?\(", text))
+  assert sum(m.count for m in plan.messages) == sums["all-reduce"] and set(sums) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("shape", [{"data": 2}, {"tensor": 4}, {"data": 2, "tensor": 2}])
+def test_a_cache_is_as_large_as_planned(shape):
+  """Of one device's rows and heads, in two bytes an entry."""
+  plan = serve_plan(MODEL, SHAPES, 8, 64, shape)
+  cache = init_cache(MODEL, PARAMS, 8, 64, jnp.bfloat16)
+  held = sum(x.nbytes for layer in cache.layers.values() for x in layer.buffers)
+  assert plan.nbytes["keys and values"] == held / (shape.get("data", 1) * shape.get("tensor", 1))
+
+
+def test_compressed_weights_are_planned_as_they_are_stored():
+  recipe = lmc.at("layers/*", lmc.round_to_nearest(bits=4, group_size=16))
+  small, _ = lmc.compress(MODEL, PARAMS, recipe)
+  shapes = stored(SHAPES, recipe, jnp.float32)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), small)
+
+
+def test_a_recipe_that_reads_weights_is_refused():
+  with pytest.raises(ConfigError, match=r"reads weights.*round_to_nearest"):
+    stored(SHAPES, lmc.at("layers/*", lmc.gptq(bits=4, group_size=16)))
+
+
+@pytest.mark.parametrize(("kind", "want"), [("all-gather", 75.0), ("reduce-scatter", 75.0), ("all-reduce", 150.0)])
+def test_a_ring_sends(kind, want):
+  assert ring(kind, 100.0, 4) == want
+
+
+def test_an_estimate_by_hand():
+  """100 devices of 989 Tflop/s with 3.35 TB/s and 450 GB/s."""
+  from lmcompress.planner import Message
+
+  sent = [Message("x", "all-reduce", "tensor", 1, 90e9), Message("y", "all-reduce", "data", 1, 10e9)]
+  plan = Plan([], {"weights": 1.0}, sent, 8 * 16 * 989e12, 6.7e12, 1)
+  found = estimate(plan, ACCELERATORS["h100"], {"data": 16, "tensor": 8})
+  assert found.arithmetic == pytest.approx(1.0) and found.memory == pytest.approx(2.0)
+  assert found.sending == pytest.approx(90 / 450 + 10 / 50)
+  assert found.least == pytest.approx(2.0) and found.most == pytest.approx(3.4)
+  assert found.joules == pytest.approx(700 * 128 * 2.0)
+  assert estimate(plan, ACCELERATORS["tpu-v5p"], {"data": 16}).joules is None
+
+
+@pytest.mark.parametrize(("room", "want"), [(99, 0), (100, 4), (199, 4), (200, 8), (1000, 40), (1099, 40)])
+def test_the_largest_batch(room, want):
+  assert largest_batch(lambda n: 25.0 * n, room, 4) == want
+
+
+def test_operations_of_a_step():
+  """Six for each weight and token, and those of attention; eight where blocks are computed again."""
+  weights = sum(x.size for path, x in lmc.tree.weights(SHAPES).items() if path != "embed/table")
+  attended = 2 * 2 * (2 * 64) * (LENGTH + 1) / 2  # scores and values, of two layers whose queries are 64 wide
+  plain = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH, remat=False), LENGTH, {})
+  assert plain.operations == pytest.approx(3 * BATCH * LENGTH * (2 * weights + attended))
+  again = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, {})
+  assert again.operations == pytest.approx(plain.operations * 4 / 3)
+
+
+def test_a_model_that_fits_nowhere_here():
+  """405 billion weights over 128 devices: from shapes alone."""
+  model = PRESETS["llama3-405b"]
+  shapes = shapes_of(model)
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 405_853_388_800
+  plan = serve_plan(model, stored(shapes, None), 128, 8192, {"data": 16, "tensor": 8})
+  assert plan.nbytes["weights"] == pytest.approx(405_853_388_800 * 2 / 8, rel=1e-3)
+  assert plan.nbytes["keys and values"] == 126 * 2 * 128 * 8192 * 8 * 2
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496),
+                                             ("gemma2-9b", 9_241_705_984)])  # fmt: skip
+def test_presets_have_the_published_sizes(name, count):
+  assert sum(x.size for x in jax.tree.leaves(shapes_of(PRESETS[name]))) == count
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+  (["--topology", "data"], "no axis and size"),
+  (["--topology", "data=2,data=2"], "no axis and size"),
+  (["--topology", "model=2"], "'model=2' is no axis"),
+  (["--topology", "tensor=3"], "tensor=3 does not divide the axis 'vocab'|tensor=3 does not divide"),
+  (["--accelerator", "abacus"], "those are h100"),
+  (["--compute", "int8"], "bfloat16 or float32"),
+  (["--length", "999999"], "longer than the model's context"),
+  (["--topology", "data=4", "--batch", "6"], "take a multiple of 4"),
+])
+def test_what_does_not_fit_is_said_in_a_line(arguments, message):
+  result = CliRunner().invoke(app, ["plan", "llama3-8b", "--serve", *arguments])
+  assert result.exit_code and re.search(message, str(result.exception))
+
+
+def test_the_command_tells_and_writes(tmp_path):
+  out = tmp_path / "plan.json"
+  arguments = ["plan", "llama3-8b", "--serve", "--topology", "tensor=2", "--length", "4096", "--price", "2", "--out"]
+  result = CliRunner().invoke(app, [*arguments, str(out)])
+  assert result.exit_code == 0, result.output
+  body = json.loads(out.read_text())
+  assert body["devices_of"]["h100"]["fits"] and not body["devices_of"]["h100"]["form"].startswith("int")
+  assert "layers/*/mlp/up/kernel" in result.output and "largest batch" in result.output
+  assert body["total"] == pytest.approx(sum(body["nbytes"].values()))
+
+
+def test_a_config_says_the_rest(tmp_path):
+  lmc.save(tmp_path / "m", MODEL, PARAMS)
+  table = {
+    "name": "x", "model": str(tmp_path / "m"), "recipe": [], "mesh": {"data": 2, "tensor": 2},
+    "train": {"text": "grimm", "length": 16, "batch": 4, "compute": "bfloat16"},
+  }  # fmt: skip
+  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
+  asked = Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32")
+  assert asked.sizes == {"data": 2, "fsdp": 1, "tensor": 2} and asked.batch == 4 and asked.length == 16
+  assert asked.training is not None and asked.training.compute == "bfloat16" and asked.devices == 4
+  assert parse_topology("data=2, tensor=2") == {"data": 2, "tensor": 2}
