@@ -85,6 +85,10 @@ def _entries(model: Any, params: Params) -> dict[tuple[str, str], int]:
   return found
 
 
+def _shape(leaf: Any) -> tuple[int, ...]:
+  return leaf.shape
+
+
 def _block_of(path: str) -> str:
   """The path up to its last number."""
   parts = path.split("/")
@@ -103,10 +107,8 @@ def dense_specs(
 
   def of_leaf(path: str, leaf: Any) -> PartitionSpec:
     names, spec = _names(path, model.axes), spec_of(path, model.axes, rules)
-    parts = zip(names, spec, leaf.shape, strict=False)
-    numbers = [
-      (to, int(counts.get((_block_of(path), name), extent)), sizes.get(to or "", 1)) for name, to, extent in parts
-    ]
+    parts = zip(names, spec, _shape(leaf), strict=False)
+    numbers = [(to, counts.get((_block_of(path), name), extent), sizes.get(to or "", 1)) for name, to, extent in parts]
     return PartitionSpec(*(to if n > 1 and count % n == 0 else None for to, count, n in numbers))
 
   return {path: of_leaf(path, leaf) for path, leaf in tree.flatten(params).items()}
@@ -205,8 +207,8 @@ def require_division(
   """
   counts = _entries(model, params)
   for path, leaf in tree.weights(params).items():
-    for name, to, extent in zip(_names(path, model.axes), spec_of(path, model.axes, rules), leaf.shape, strict=False):
-      n, extent = sizes.get(to or "", 1), int(counts.get((_block_of(path), name), extent))
+    for name, to, extent in zip(_names(path, model.axes), spec_of(path, model.axes, rules), _shape(leaf), strict=False):
+      n, extent = sizes.get(to or "", 1), counts.get((_block_of(path), name), extent)
       if extent % n:
         do = [str(k) for k in range(2, min(extent, 64) + 1) if extent % k == 0]
         keep = "" if to == "fsdp" else f", or keep it whole by mesh.rules.{name}=null"
