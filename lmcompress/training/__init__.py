@@ -1,6 +1,7 @@
 """Training: losses and distillation, the step, the loop, and states to resume from."""
 
 from lmcompress.calibration.token_loss import mean_loss
+from lmcompress.training.asynchronous import Asynchronous, Local, fit_async, fit_local
 from lmcompress.training.generated import Generated
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
@@ -12,9 +13,11 @@ from lmcompress.training.tasks import Task, Weighting, fit_tasks, probabilities
 
 __all__ = [
   "DIVERGENCES",
+  "Asynchronous",
   "Distill",
   "Generated",
   "Labels",
+  "Local",
   "Match",
   "Privacy",
   "StoredTeacher",
@@ -27,6 +30,8 @@ __all__ = [
   "divergence",
   "epsilon",
   "fit",
+  "fit_async",
+  "fit_local",
   "fit_tasks",
   "mean_loss",
   "probabilities",
