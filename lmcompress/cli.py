@@ -31,6 +31,14 @@ app = typer.Typer(
 ConfigFile = Annotated[str, typer.Argument(help="A config file, or its name as `lmcompress ls` shows it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, e.g. evaluate.windows=4 seed=1.")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of the run folders.")]
+Coordinator = Annotated[
+  str | None, typer.Option("--coordinator", help="HOST:PORT of process 0 of several, or auto on a cluster.")
+]
+Process = Annotated[int | None, typer.Option("--process", help="The number of this process, from 0.")]
+Processes = Annotated[int | None, typer.Option("--processes", help="How many processes there are.")]
+Local = Annotated[
+  int | None, typer.Option("--local-processes", help="Starts so many processes on this machine, and ends all with one.")
+]
 Profile = Annotated[
   bool, typer.Option("--profile", help="Traces a few steps for TensorBoard, and shows what took longest in the report.")
 ]
@@ -116,6 +124,10 @@ def run(
   overrides: Overrides = None,
   results: Results = RESULTS,
   profile: Profile = False,
+  coordinator: Coordinator = None,
+  process: Process = None,
+  processes: Processes = None,
+  local: Local = None,
 ) -> None:
   """Runs a config: compresses, measures every stage, saves the model, writes the report.
 
@@ -126,20 +138,33 @@ def run(
     lmcompress run configs/smollm2/quickstart.yaml evaluate.windows=4 recipe.1.bits=3 seed=1
 
     lmcompress run configs/smollm2/recover.yaml --profile
+
+    lmcompress run configs/small/scratch.yaml mesh.data=-1 --local-processes 2
+
+    lmcompress run configs/small/scratch.yaml mesh.data=-1 --coordinator 10.0.0.1:9876 --process 0 --processes 2
   """
   from lmcompress.config import load_config
 
   path = _find_config(config)
   command = shlex.join(["lmcompress", "run", path.as_posix(), *(overrides or [])])
-  _run(load_config(path, overrides or []), results, command, profile=profile)
+  loaded = load_config(path, overrides or [])
+  if local is not None:
+    _launch(local, ["run", path.as_posix(), *(overrides or []), "--results", str(results)], results / loaded.folder)
+    return
+  _join(coordinator, process, processes)
+  _run(loaded, results, command, profile=profile)
 
 
 @app.command()
 def resume(
   folder: Annotated[Path, typer.Argument(help="A run folder, e.g. results/quickstart-1a2b3c4d.")],
   profile: Profile = False,
+  coordinator: Coordinator = None,
+  process: Process = None,
+  processes: Processes = None,
+  local: Local = None,
 ) -> None:
-  """Continues a run that was cut off, keeping every score it had written.
+  """Continues a run that was cut off, keeping every score it had written; on as many processes as there are now.
 
   Example:
 
@@ -147,11 +172,41 @@ def resume(
   """
   from lmcompress.run_folder import read_run
 
-  _run(read_run(folder), folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder, profile)
+  loaded = read_run(folder)
+  if local is not None:
+    _launch(local, ["resume", folder.as_posix()], folder)
+    return
+  _join(coordinator, process, processes)
+  _run(loaded, folder.parent, shlex.join(["lmcompress", "resume", folder.as_posix()]), folder, profile)
+
+
+def _join(coordinator: str | None, process: int | None, processes: int | None) -> None:
+  """Becomes one of many processes, if that is asked."""
+  from lmcompress.errors import ConfigError
+
+  if coordinator is None:
+    if process is not None or processes is not None:
+      raise ConfigError("--process and --processes go with --coordinator HOST:PORT")
+    return
+  from lmcompress.distributed import processes as many
+
+  many.start(coordinator, process, processes)
+
+
+def _launch(count: int, arguments: list[str], folder: Path) -> None:
+  from lmcompress.errors import ConfigError
+  from lmcompress.launch import launch
+
+  if not 1 <= count <= 64:
+    raise ConfigError(f"--local-processes {count}: from 1 to 64")
+  code = launch(count, arguments, folder, lambda text: _console().print(text, markup=False, highlight=False))
+  if code:
+    raise typer.Exit(code)
 
 
 def _run(config: Any, results: Path, command: str, folder: Path | None = None, profile: bool = False) -> None:
   from lmcompress import experiment, report, run_folder
+  from lmcompress.distributed import processes
 
   console = _console()
   folder = run_folder.prepare(config, results, folder)
@@ -164,9 +219,11 @@ def _run(config: Any, results: Path, command: str, folder: Path | None = None, p
     )
     raise typer.Exit(130) from None
   except LmcompressError:
-    if not (folder / run_folder.METRICS).exists():
+    if processes.first() and not (folder / run_folder.METRICS).exists() and not (folder / run_folder.TRAINING).exists():
       shutil.rmtree(folder, ignore_errors=True)
     raise
+  if not processes.first():
+    return
   _wide(console).print(report.table(result))
   if result.get("generation"):
     g = result["generation"]
@@ -648,10 +705,23 @@ def _one_line_errors() -> Iterator[None]:
     _fail(str(error), 2 if error.errno in (28, 27) else 1)
   except KeyboardInterrupt:
     _fail("interrupted", 130)
+  except Exception as error:
+    if not _one_of_many():
+      raise
+    what = " ".join(str(error).split())[:300]
+    _fail(f"this process failed, or lost another one ({type(error).__name__}: {what}); what was saved is kept", 1)
+
+
+def _one_of_many() -> bool:
+  jax = sys.modules.get("jax")
+  return jax is not None and jax.distributed.is_initialized()
 
 
 def _fail(message: str, code: int) -> None:
   sys.stderr.write(f"lmcompress: {' '.join(message.split())}\n")
+  if _one_of_many():  # the end of an interpreter waits for the other processes
+    sys.stderr.flush()
+    os._exit(code)
   raise SystemExit(code)
 
 

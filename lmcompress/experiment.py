@@ -19,6 +19,7 @@ from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump, rules_of
 from lmcompress.data.text import load_text, windows
+from lmcompress.distributed import processes
 from lmcompress.distributed.sharding import make_mesh, placements, require_division, shard
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.errors import GateError
@@ -86,6 +87,10 @@ def run(
     raise ConfigError("train: a streamed model stays in its files; leave stream out")
   if config.tasks and config.stream:
     raise ConfigError("tasks: a streamed model has no heads; leave stream or tasks out")
+  many = processes.count() > 1
+  if many:
+    _fits_processes(config, profile)
+    watcher = watcher if processes.first() else Silent()
   folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
@@ -132,11 +137,12 @@ def run(
       raise ConfigError(f"text {name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}")
 
   rows: list[dict[str, Any]] = []
-  store = Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
+  store = None if many else Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
   if config.recipe:
     rows = _compress(config, recipes.build(config.recipe), model, calibration, stages, watcher, store)
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / CONFIG, dump(config))
+  if processes.first():
+    write_text(folder / CONFIG, dump(config))
   training = None
   if config.train is not None:
     decides = _decides(config, calibration)
@@ -144,9 +150,15 @@ def run(
       training = train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
     else:
       training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
-  last = Store(folder / FINISHED, _decides(config, calibration))
+  last = None if many else Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
+  if many:
+    watcher.note("gathering the trees; the first process measures and writes")
+    stages, mesh = _at_home(stages), None
+    if not processes.first():
+      processes.meet("result")
+      return read_result(folder)
   records = Records(folder / METRICS)
   digest = checkpoint.tree_hash(stages[-1].params)
   if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
@@ -204,9 +216,47 @@ def run(
   report.write_tensorboard(result, folder / TENSORBOARD)
   report.write_html(result, folder / "report.html")
   write_text(folder / RESULT, json.dumps(result, indent=1, allow_nan=True) + "\n")
-  store.clear()
-  last.clear()
+  for kept in (store, last):
+    if kept is not None:
+      kept.clear()
+  processes.meet("result")
   return _through_gates(config, result)
+
+
+def _fits_processes(config: Config, profile: bool) -> None:
+  """Raises ConfigError where processes differ, or the config asks what only one process has."""
+  if config.mesh is None:
+    raise ConfigError(
+      f"{processes.count()} processes share a mesh, and {config.name} has none; add mesh.data=-1, or start one process"
+    )
+  asked = {
+    "tasks": config.tasks, "stream": config.stream, "--profile": profile,
+    "train.teacher_top_k": config.train and config.train.teacher_top_k,
+    "train.privacy": config.train and config.train.privacy,
+    "train.generated": config.train and config.train.generated,
+  }  # fmt: skip
+  if refused := [word for word, value in asked.items() if value]:
+    raise ConfigError(f"several processes do not run {', '.join(refused)} yet; start one process, or leave it out")
+  processes.agree(config=dump(config), versions=json.dumps(versions(), sort_keys=True))
+
+
+def _at_home(stages: list[Stage]) -> list[Stage]:
+  """The stages with trees that lie in this process alone; weights that stages share are gathered once."""
+  made: dict[tuple[str, int], Any] = {}
+  for stage in stages:
+    new = {path: leaf for path, leaf in tree.flatten(stage.params).items() if (path, id(leaf)) not in made}
+    gathered = processes.whole(new)
+    device_ = jax.local_devices()[0]
+    made |= {(path, id(leaf)): jax.device_put(gathered[path], device_) for path, leaf in new.items()}
+  return [
+    Stage(
+      stage.name,
+      tree.unflatten({path: made[path, id(leaf)] for path, leaf in tree.flatten(stage.params).items()}),
+      stage.seconds,
+      stage.peak_memory_bytes,
+    )
+    for stage in stages
+  ]
 
 
 def _heads(config: Config) -> dict[str, Any]:
@@ -309,7 +359,7 @@ def _compress(
   calibration: Any,
   stages: list[Stage],
   watcher: Watcher,
-  store: Store,
+  store: Store | None,
 ) -> list[dict[str, Any]]:
   """Appends a stage for each link; returns the report's rows."""
   first, params = len(stages), stages[-1].params

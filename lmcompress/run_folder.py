@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcompress.config import Config, check, dump
+from lmcompress.distributed import processes
 from lmcompress.io import hub
 from lmcompress.io.whole import write_text
 from lmcompress.io.yaml_text import parse
@@ -83,7 +84,8 @@ def prepare(config: Config, results: Path, folder: Path | None = None) -> Path:
     hub.resolve_model(config.model)  # raises with the names that there are
   folder = folder or results / config.folder
   folder.mkdir(parents=True, exist_ok=True)
-  write_text(folder / CONFIG, dump(config))
+  if processes.first():
+    write_text(folder / CONFIG, dump(config))
   return folder
 
 

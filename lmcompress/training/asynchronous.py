@@ -209,8 +209,8 @@ def _gradients(model: Any, trained: Params, kept: Params, rows: jax.Array, train
 
   loss, gradients = jax.value_and_grad(lost)(trained)
   if training.clip is not None:
-    norm = optax.global_norm(gradients)
-    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, training.clip / jnp.maximum(norm, 1e-30)), gradients)
+    shrink = jnp.minimum(1.0, training.clip / jnp.maximum(optax.global_norm(gradients), 1e-30))
+    gradients = jax.tree.map(lambda g: g * shrink, gradients)
   return loss, gradients
 
 

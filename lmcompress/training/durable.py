@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmcompress.distributed import processes
 from lmcompress.distributed.sharding import on_mesh_of
 from lmcompress.io.whole import write_text
 from lmcompress.training.resume import Saved
@@ -77,7 +78,8 @@ def run_steps(
         history = _records(log)[: found[0]]
         if len(history) < found[0]:
           raise FormatError(f"{log}: tells of {len(history)} of {found[0]} steps; remove {folder}")
-      write_text(log, "".join(json.dumps(row) + "\n" for row in history))
+      if processes.first():
+        write_text(log, "".join(json.dumps(row) + "\n" for row in history))
     for step in range(int(state.step), training.steps):
       with on_mesh_of(state.trained):
         state, metrics = update(state)
@@ -94,7 +96,7 @@ def run_steps(
         with on_mesh_of(state.trained):
           metrics |= score(state)
       history.append(metrics)
-      if log is not None:
+      if log is not None and processes.first():
         with log.open("a", encoding="utf-8") as lines:
           lines.write(json.dumps(metrics) + "\n")
       due = (step + 1) % keeping.save_every == 0 or last

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmcompress.distributed import processes
 from lmcompress.types import FormatError, SourceError
 
 
 class Saved:
-  """States of one training run in a folder, the last two kept (Orbax, asynchronous).
+  """States of one training run in a folder, the last two kept (Orbax, asynchronous); the first process writes.
 
   Orbax notices neither flipped bits nor a tree of another run; a digest of each array and of what decides the run lies
   beside them.
@@ -32,9 +33,15 @@ class Saved:
     folder.mkdir(parents=True, exist_ok=True)
     self.folder = folder.resolve()
     self._decides = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=2, cleanup_tmp_directories=True, todelete_subdir="old", enable_async_checkpointing=True
-    )
+    here = jax.process_index()
+    given: dict[str, Any] = {"cleanup_tmp_directories": True, "todelete_subdir": "old"}
+    if not processes.first():
+      given = {"read_only": True}
+    if processes.count() > 1:  # each manages by itself: it meets the others nowhere
+      alone = {"primary_host": here, "active_processes": {here}, "barrier_sync_key_prefix": f"process-{here}"}
+      given["create"] = False
+      given["multiprocessing_options"] = ocp.options.MultiprocessingOptions(**alone)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True, **given)
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("arrays", "record"))
     self._args = ocp.args
 
@@ -44,7 +51,10 @@ class Saved:
     Raises:
       SourceError: it, or the one before it, could not be written.
     """
-    arrays = {f"{i:05d}": np.array(x) for i, x in enumerate(jax.tree.leaves(state))}  # donated buffers are used again
+    leaves = jax.tree.leaves(processes.whole(state))
+    if not processes.first():
+      return
+    arrays = {f"{i:05d}": np.array(x) for i, x in enumerate(leaves)}  # donated buffers are used again
     record = {"decides": self._decides, "digests": {name: _digest(x) for name, x in arrays.items()}}
     given = self._args.Composite(arrays=self._args.StandardSave(arrays), record=self._args.JsonSave(record))
     self._writing(step, lambda: self._manager.save(step, args=given))

@@ -127,7 +127,7 @@ def test_a_shard_is_read_back_and_a_foreign_one_refused(tmp_path):
 def test_parts_have_about_as_many_bytes_each():
   values = {f"x{i}": np.zeros(n) for i, n in enumerate((50, 40, 30, 20, 10))}
   parts = parts_of(values, 2)
-  assert sorted(sum(parts, [])) == sorted(values)
+  assert sorted(p for part in parts for p in part) == sorted(values)
   assert {sum(values[p].size for p in part) for part in parts} == {70, 80}
   assert len(parts_of(values, 9)) == 5
 

@@ -1,0 +1,65 @@
+"""Several processes of one run on this machine: started together, ended together."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+GRACE_S = 15
+"""Seconds that the others have to end by themselves when one has."""
+
+
+def launch(count: int, arguments: Sequence[str], folder: Path, say: Callable[[str], None]) -> int:
+  """Runs `lmcompress` with the same arguments in so many processes; gives the exit code of the first that fails.
+
+  Process 0 writes to this terminal, each other to `process-<n>.log` in the run folder. When one ends with an error or is
+  killed, the others are ended within `GRACE_S` seconds, and what it was is said.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  folder.mkdir(parents=True, exist_ok=True)
+  running, logs = [], []
+  try:
+    for n in range(count):
+      command = [sys.executable, "-m", "lmcompress.cli", *arguments]
+      command += ["--coordinator", address, "--process", str(n), "--processes", str(count)]
+      log = None if n == 0 else (folder / f"process-{n}.log").open("w", encoding="utf-8")
+      logs.append(log)
+      running.append(subprocess.Popen(command, stdout=log, stderr=log))
+    while True:
+      codes = [one.poll() for one in running]
+      failed = [(n, code) for n, code in enumerate(codes) if code]
+      if failed:
+        n, code = failed[0]
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        where = "above" if n == 0 else f"in {folder / f'process-{n}.log'}"
+        say(f"process {n} of {count} {how} (its messages are {where}); the others are ended. "
+            f"What was saved is kept: lmcompress resume {folder}")  # fmt: skip
+        return 128 - code if code < 0 else code
+      if all(code == 0 for code in codes):
+        return 0
+      time.sleep(0.1)
+  finally:
+    _end(running)
+    for log in logs:
+      if log is not None:
+        log.close()
+
+
+def _end(running: Sequence[subprocess.Popen]) -> None:
+  """Asks what still runs to end, and after a while makes it."""
+  until = time.monotonic() + GRACE_S
+  for one in running:
+    if one.poll() is None:
+      one.terminate()
+  for one in running:
+    try:
+      one.wait(max(0.1, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+      one.kill()
+      one.wait()
