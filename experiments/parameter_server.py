@@ -52,7 +52,7 @@ def study(source: str, steps: int, batch: int, length: int, processes: bool) -> 
   rows = windows(tokenizer, load_text("books+grimm:even+pydoc:even"), None, length)
   held = windows(tokenizer, load_text("grimm:odd"), 64, length)
   training = Training(steps=steps, batch=batch, learning_rate=1e-3, warmup=10)
-  everywhere = lambda t: chain(*(at(where, t) for where in ("layers/*", "embed", "head")))  # noqa: E731
+  everywhere = lambda t: chain(*(at(where, t) for where in ("layers/*", "embed")))  # noqa: E731
   plain = Asynchronous(workers=4, staleness=2)
   kinds: dict[str, Any] = {
     "workers": (plain, Delay(0.0)),

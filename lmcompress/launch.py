@@ -13,11 +13,16 @@ GRACE_S = 15
 """Seconds that the others have to end by themselves when one has."""
 
 
-def launch(count: int, arguments: Sequence[str], folder: Path, say: Callable[[str], None]) -> int:
-  """Runs `lmcompress` with the same arguments in so many processes; gives the exit code of the first that fails.
+PROGRAM = (sys.executable, "-m", "lmcompress.cli")
 
-  Process 0 writes to this terminal, each other to `process-<n>.log` in the run folder. When one ends with an error or is
-  killed, the others are ended within `GRACE_S` seconds, and what it was is said.
+
+def launch(
+  count: int, arguments: Sequence[str], folder: Path, say: Callable[[str], None], program: Sequence[str] = PROGRAM
+) -> int:
+  """Runs `lmcompress` with the same arguments in so many processes; gives the first code but 0.
+
+  Process 0 writes to this terminal, each other to `process-<n>.log` in the run folder. When one ends with an error or
+  is killed, the others are ended within `GRACE_S` seconds, and what it was is said.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -26,7 +31,7 @@ def launch(count: int, arguments: Sequence[str], folder: Path, say: Callable[[st
   running, logs = [], []
   try:
     for n in range(count):
-      command = [sys.executable, "-m", "lmcompress.cli", *arguments]
+      command = [*program, *arguments]
       command += ["--coordinator", address, "--process", str(n), "--processes", str(count)]
       log = None if n == 0 else (folder / f"process-{n}.log").open("w", encoding="utf-8")
       logs.append(log)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+import threading
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmcompress.types import ConfigError, LmcompressError
+from lmcompress.types import ConfigError
 
 HEARTBEAT_S = 10
 """Seconds of silence after which a process is taken for dead and all end."""
@@ -23,9 +26,11 @@ def start(coordinator: str, process: int | None = None, processes: int | None = 
     processes: how many there are.
     patience: seconds to wait for the others.
 
+  Where the others do not come within `patience`, this process says so in a line and ends with code 1: what waits for
+  them cannot be called back.
+
   Raises:
-    ConfigError: what is said does not fit together.
-    LmcompressError: the others do not come within `patience`.
+    ConfigError: what is said does not fit together, or no cluster says it.
   """
   given: dict[str, Any] = {}
   if coordinator != "auto":
@@ -38,17 +43,28 @@ def start(coordinator: str, process: int | None = None, processes: int | None = 
         "from 0"
       )
     given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+
+  def give_up() -> None:
+    sys.stderr.write(
+      f"lmcompress: the processes did not find one another at {coordinator} within {patience} seconds; start all of "
+      "them with the same --coordinator, and check that its port can be reached\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+  timer = threading.Timer(patience, give_up)
+  timer.daemon = True
+  timer.start()
   try:
     jax.distributed.initialize(
-      **given, initialization_timeout=patience, heartbeat_timeout_seconds=HEARTBEAT_S,
+      **given, initialization_timeout=patience + 30, heartbeat_timeout_seconds=HEARTBEAT_S,
       shutdown_timeout_seconds=HEARTBEAT_S,
     )  # fmt: skip
   except (RuntimeError, ValueError) as error:
     what = " ".join(str(error).split())[:200]
-    raise LmcompressError(
-      f"the processes did not find one another at {coordinator} within {patience} seconds ({what}); start all of them "
-      "with the same --coordinator, and check that its port can be reached"
-    ) from None
+    raise ConfigError(f"--coordinator {coordinator}: {what}") from None
+  finally:
+    timer.cancel()
 
 
 def count() -> int:

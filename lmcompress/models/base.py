@@ -293,6 +293,6 @@ class Decoder(BlockModel):
 @functools.partial(jax.jit, static_argnames=("model",))
 def _finish(model: Decoder, params: Params, h: jax.Array) -> jax.Array:
   normal, _ = run_module(model.norm(), params["final_norm"], h)
-  head = params.get("head", params["embed"])
+  head = params["head"] if "head" in params else params["embed"]
   logits = model.logits(head["table"], normal)
   return logits + head["bias"] if "bias" in head else logits

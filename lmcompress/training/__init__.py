@@ -6,6 +6,7 @@ from lmcompress.training.generated import Generated
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
 from lmcompress.training.match import Match
+from lmcompress.training.pipeline import fit_pipelined, merge_stages, split_stages
 from lmcompress.training.privacy import epsilon
 from lmcompress.training.step import Privacy, Training, TrainState, compiled_step, result, start, train_step
 from lmcompress.training.stored import StoredTeacher, store_predictions
@@ -32,10 +33,13 @@ __all__ = [
   "fit",
   "fit_async",
   "fit_local",
+  "fit_pipelined",
   "fit_tasks",
   "mean_loss",
+  "merge_stages",
   "probabilities",
   "result",
+  "split_stages",
   "start",
   "store_predictions",
   "train_step",

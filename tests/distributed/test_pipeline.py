@@ -1,0 +1,104 @@
+"""Pipelines: stages are the tree, the order is 1F1B, and training is that of one device."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+
+import lmcompress as lmc
+from lmcompress import fit, tree
+from lmcompress.models import GPT2, GPT2Config, GPT2Sizes, Llama, LlamaConfig, LlamaSizes
+from lmcompress.training import Distill, Training, fit_pipelined, merge_stages, split_stages
+from lmcompress.training.pipeline import _even, one_forward_one_backward
+
+MODELS = {
+  "tied": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=32, embed=16, mlp=32, layers=4, heads=2, kv_heads=2)),
+  "apart": Llama(
+    LlamaConfig(head_dim=8), LlamaSizes(vocab=32, embed=16, mlp=32, layers=3, heads=2, kv_heads=2, tied=False)
+  ),
+  "gpt2": GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=32, embed=16, mlp=32, layers=3, heads=2)),
+}
+ROWS = np.random.default_rng(0).integers(0, 32, (24, 12)).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_stages_are_the_tree(name, count):
+  """Apart and together again, bit for bit; every block once, in order."""
+  model = MODELS[name]
+  params, _ = lmc.compress(
+    model, model.init(jax.random.key(0)), lmc.at("layers/0", lmc.round_to_nearest(bits=4, group_size=16))
+  )
+  parts = split_stages(model, params, count)
+  again = merge_stages(parts)
+  assert jax.tree.structure(again) == jax.tree.structure(params)
+  assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True))
+  assert [b.path for part in parts for b in model.blocks(part)] == [b.path for b in model.blocks(params)]
+  assert all(model.blocks(part) for part in parts)
+
+
+@pytest.mark.parametrize(("sizes", "count", "want"), [
+  ([1, 1, 1, 1], 2, [0, 0, 1, 1]), ([1, 1, 1, 9], 2, [0, 0, 0, 1]), ([9, 1, 1, 1], 2, [0, 1, 1, 1]),
+  ([1, 1, 1], 3, [0, 1, 2]), ([7, 7], 1, [0, 0]),
+])  # fmt: skip
+def test_stages_have_about_as_many_bytes(sizes, count, want):
+  assert _even(sizes, count) == want
+
+
+@pytest.mark.parametrize(("stages", "count"), [(1, 1), (2, 4), (4, 2), (4, 8)])
+def test_the_order_is_one_forward_one_backward(stages, count):
+  order = one_forward_one_backward(stages, count)
+  assert len(order) == len(set(order)) == 2 * stages * count
+  at = {work: i for i, work in enumerate(order)}
+  held: collections.Counter = collections.Counter()
+  for stage, batch, way in order:
+    held[stage] += 1 if way == "forward" else -1
+    assert 0 <= held[stage] <= stages - stage
+    if way == "forward" and stage:
+      assert at[stage - 1, batch, "forward"] < at[stage, batch, "forward"]
+    if way == "backward" and stage + 1 < stages:
+      assert at[stage + 1, batch, "backward"] < at[stage, batch, "backward"]
+
+
+@pytest.mark.parametrize(("name", "stages"), [("tied", 4), ("apart", 2), ("gpt2", 3)])
+def test_a_pipeline_is_training(name, stages):
+  """Losses, norms and weights of `fit`; moments of a table that is in two stages stay alike."""
+  model = MODELS[name]
+  params = model.init(jax.random.key(0))
+  training = Training(steps=4, batch=8, accumulate=4, learning_rate=0.3, optimizer="sgd", chunk=4)
+  want, told = fit(model, params, ROWS, training)
+  done, found = fit_pipelined(model, params, ROWS, training, stages=stages)
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
+  np.testing.assert_allclose([r["grad_norm"] for r in found], [r["grad_norm"] for r in told], rtol=1e-4)
+  for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  assert max(r["held"] for r in found) == min(stages, 4)
+
+
+def test_adapters_over_codes_train_in_stages():
+  """What stays lies with its stage; a stage in which nothing trains only passes on."""
+  model = MODELS["tied"]
+  base, _ = lmc.compress(model, model.init(jax.random.key(0)), lmc.round_to_nearest(bits=4, group_size=16))
+  params, _ = lmc.compress(model, base, lmc.at("layers/3", lmc.lora(2)), key=jax.random.key(1))
+  trains = lambda path: tree.matches("**/delta", path)  # noqa: E731
+  training = Training(steps=3, batch=4, accumulate=2, learning_rate=1e-2, chunk=4)
+  want, told = fit(model, params, ROWS, training, trainable=trains)
+  done, found = fit_pipelined(model, params, ROWS, training, stages=2, trainable=trains)
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+  ({"stages": 5}, "5 stages of 4 blocks"),
+  ({"stages": 2, "devices": jax.devices()[:1]}, "2 stages on 1 devices"),
+  ({"stages": 2, "training": Training(steps=1, batch=4, loss=Distill())}, "leave out loss"),
+])
+def test_what_a_pipeline_does_not_take(given, message):
+  model = MODELS["tied"]
+  training = given.pop("training", Training(steps=1, batch=4))
+  with pytest.raises(ValueError, match=message):
+    fit_pipelined(model, model.init(jax.random.key(0)), ROWS, training, **given)
