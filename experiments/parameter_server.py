@@ -53,15 +53,18 @@ def study(source: str, steps: int, batch: int, length: int, processes: bool) -> 
   held = windows(tokenizer, load_text("grimm:odd"), 64, length)
   training = Training(steps=steps, batch=batch, learning_rate=1e-3, warmup=10)
   everywhere = lambda t: chain(*(at(where, t) for where in ("layers/*", "embed")))  # noqa: E731
-  plain = Asynchronous(workers=4, staleness=2)
+  plain = Asynchronous(workers=2, staleness=1)
   kinds: dict[str, Any] = {
-    "workers": (plain, Delay(0.0)),
-    "workers, delays, two kills": (plain, Delay(0.02, (("worker-1", 9), ("worker-3", 17)))),
-    "workers, 8 bits": (dataclasses.replace(plain, compression=everywhere(round_to_nearest(8, -1))), Delay(0.0)),
-    "workers, largest 1 %": (
+    "2 workers": (plain, Delay(0.0)),
+    "4 workers, bound 0": (dataclasses.replace(plain, workers=4, staleness=0), Delay(0.0)),
+    "4 workers, bound 2": (dataclasses.replace(plain, workers=4, staleness=2), Delay(0.0)),
+    "4 workers, bound 2, damped": (dataclasses.replace(plain, workers=4, staleness=2, damp=True), Delay(0.0)),
+    "2 workers, delays, two kills": (plain, Delay(0.02, (("worker-0", 9), ("worker-1", 17)))),
+    "2 workers, 8 bits": (dataclasses.replace(plain, compression=everywhere(round_to_nearest(8, -1))), Delay(0.0)),
+    "2 workers, largest 1 %": (
       dataclasses.replace(plain, compression=everywhere(chain(magnitude(sparsity=0.99), freeze("bitmap")))), Delay(0.0)
     ),
-    "workers, 1 bit": (dataclasses.replace(plain, compression=everywhere(kmeans(clusters=2))), Delay(0.0)),
+    "2 workers, 1 bit": (dataclasses.replace(plain, compression=everywhere(kmeans(clusters=2))), Delay(0.0)),
   }  # fmt: skip
   found: dict[str, Any] = {}
 
@@ -84,10 +87,9 @@ def study(source: str, steps: int, batch: int, length: int, processes: bool) -> 
     record(name, tree, history, begun, _sums(history))
   if processes:
     begun = time.perf_counter()
-    how = dataclasses.replace(plain, workers=2)
     kill = Delay(0.0, (("worker-1", 5),))
-    tree, history = fit_async(model, params, rows, training, how, host=Processes(), delay=kill)
-    record("workers in processes, a kill", tree, history, begun, _sums(history))
+    tree, history = fit_async(model, params, rows, training, plain, host=Processes(), delay=kill)
+    record("2 workers in processes, a kill", tree, history, begun, _sums(history))
   for name, how in (
     ("copies, their mean every 10", Local(4, 10)), ("copies, Nesterov every 10", Local(4, 10, 0.7, 0.9)),
   ):  # fmt: skip
@@ -118,7 +120,7 @@ def main() -> int:
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="configs/small/meshes.yml", help="a known name or a path")
-  parser.add_argument("--steps", type=int, default=400, help="updates, over all workers")
+  parser.add_argument("--steps", type=int, default=600, help="updates, over all workers")
   parser.add_argument("--batch", type=int, default=8, help="rows of an update")
   parser.add_argument("--length", type=int, default=64, help="tokens of a row")
   parser.add_argument("--threads-only", action="store_true", help="leaves out what needs Ray")

@@ -46,7 +46,7 @@ class Asynchronous:
   workers: int = 4
   shards: int = 2
   staleness: int = 2
-  damp: bool = True
+  damp: bool = False
   compression: Transform | None = None
   patience: float = 30.0
   save_every: int = 50
