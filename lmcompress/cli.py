@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lmcompress.cli_plan import plan
+from lmcompress.cli_sweep import sweep
 from lmcompress.cli_talk import ModelName, chat, classify, generate
 from lmcompress.errors import ConfigError, LmcompressError, SourceError
 
@@ -403,7 +404,7 @@ def evaluate(
   console.print(table)
 
 
-for _verb in (generate, chat, classify, plan):
+for _verb in (generate, chat, classify, plan, sweep):
   app.command()(_verb)
 
 

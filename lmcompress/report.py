@@ -433,15 +433,16 @@ def _plot_quality(stages: Sequence[Row]) -> str:
   return _svg(figure, "quality")
 
 
-def scatter(x: Any, y: Any, front: list[int], limit: float, xlabel: str, ylabel: str) -> str:
-  """An SVG of points, those of a front joined, and a limit on x."""
+def scatter(x: Any, y: Any, front: list[int], limit: float | None, xlabel: str, ylabel: str) -> str:
+  """An SVG of points, those of a front joined, and a limit on x if there is one."""
   with _style():
     figure, axes = _figure(4.2)
     drawn = [i for i in range(len(x)) if _drawn(float(x[i]), float(y[i]))]
     axes.scatter([x[i] for i in drawn], [y[i] for i in drawn], s=16, color=_COLORS[1], label="measured")
     line = [i for i in front if i in drawn]
     axes.plot([x[i] for i in line], [y[i] for i in line], color=_COLORS[0], marker="o", markersize=4, label="front")
-    axes.axvline(limit, color="0.5", linewidth=1, linestyle="--", label="budget")
+    if limit is not None:
+      axes.axvline(limit, color="0.5", linewidth=1, linestyle="--", label="budget")
     _log_if_wide(axes, "y", [float(y[i]) for i in drawn], 10, [s * 10**n for n in range(8) for s in (1, 2, 5)])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(axes)

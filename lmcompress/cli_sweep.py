@@ -1,0 +1,54 @@
+"""The verb `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def sweep(
+  config: Annotated[str, typer.Argument(help="A config file, or its name as `lmcompress ls` shows it.")],
+  overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides of all runs.")] = None,
+  grid: Annotated[
+    list[str] | None, typer.Option("--grid", "-g", help="A dotted key and its values; repeat for a product.")
+  ] = None,
+  processes: Annotated[int, typer.Option("--processes", "-p", help="Runs at once.")] = 1,
+  results: Annotated[Path, typer.Option("--results", help="Folder of the run folders.")] = Path("results"),
+) -> None:
+  """Runs a config for every combination of values, or for each of its variants, and puts the runs in one table.
+
+  Each is a run folder of its own; what is complete is not run again, so the same command continues a sweep.
+
+  Examples:
+
+    lmcompress sweep configs/smollm2/quickstart.yaml --grid "recipe.1.bits=[3,4,5]" --grid "seed=[0,1]"
+
+    lmcompress sweep configs/small/distill.yaml --processes 2
+  """
+  from rich.table import Table
+
+  from lmcompress.cli import _console, _find_config, _Progress, _wide
+  from lmcompress.config import load_config
+  from lmcompress.sweep import said
+  from lmcompress.sweep import sweep as run
+
+  loaded = load_config(_find_config(config), overrides or [])
+  console: Any = _console()
+  with _Progress(console) as progress:
+    folder, rows = run(loaded, grid or [], results, processes, progress)
+  table = Table("run", "bits/weight", "MB", "perplexity", "KL", "s", "folder")
+  for row in rows:
+    if row["error"]:
+      table.add_row(said(row["choice"]), "", "", row["error"], "", "", row["folder"])
+      continue
+    scores = [", ".join(f"{value:.4f}" for value in row[key].values()) for key in ("perplexity", "kl")]
+    table.add_row(
+      said(row["choice"]), f"{row['bits_per_weight']:.2f}", f"{row['bytes_on_disk'] / 1e6:.1f}", *scores,
+      f"{row['seconds']:.0f}", row["folder"],
+    )  # fmt: skip
+  _wide(console).print(table)
+  console.print(f"table: {folder / 'sweep.json'}", markup=False, highlight=False, soft_wrap=True)
+  if any(row["error"] for row in rows):
+    raise typer.Exit(1)
