@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmcompress import tree
+from lmcompress.arrays.stored import fetch
 from lmcompress.types import CompressedArray, ConfigError, Params
 
 AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
@@ -142,8 +143,22 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
 
 
 def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:
-  """The tree placed on the mesh."""
-  return jax.device_put(params, shardings(model, params, mesh, rules))
+  """The tree placed on the mesh, leaf by leaf: of a tree that lies in files, a process holds its part and one leaf."""
+  specs = dense_specs(model, params, mesh.shape, rules)
+
+  def put(spec: PartitionSpec, x: Any) -> jax.Array:
+    place = NamedSharding(mesh, _fitting(spec, x.shape, mesh))
+    if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+      return jax.device_put(x, place)
+    mine = np.asarray(x)  # its part is copied, so that the rest can go
+    return jax.make_array_from_callback(mine.shape, place, lambda index: np.array(mine[index]))
+
+  def of_leaf(path: str, leaf: Any) -> Any:
+    leaf = fetch(leaf)
+    spec = leaf.sharding_like(specs[path]) if isinstance(leaf, CompressedArray) else specs[path]
+    return jax.block_until_ready(jax.tree.map(put, spec, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec)))
+
+  return tree.map_leaves(of_leaf, params)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

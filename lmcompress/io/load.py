@@ -76,6 +76,8 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[A
     return _placed(*load_onnx(path), mesh, rules)
   from lmcompress.io.huggingface import load_folder
 
+  if mesh is not None:  # its weights are read one by one as they are placed
+    return _placed(*load_folder(path, lazy=True), mesh, rules)
   return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh, rules)
 
 

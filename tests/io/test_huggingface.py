@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import weakref
 
 import gguf
 import ml_dtypes
@@ -17,6 +18,7 @@ from tokenizers.models import BPE
 
 import lmcompress as lmc
 from lmcompress import tree
+from lmcompress.distributed import make_mesh
 from lmcompress.io import huggingface
 from lmcompress.types import FormatError
 
@@ -437,3 +439,26 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_a_model_that_is_nowhere(tmp_path):
   with pytest.raises(lmc.SourceError, match="no such path"):
     lmc.load(tmp_path / "nowhere")
+
+
+def test_a_mesh_reads_tensor_by_tensor(tmp_path, monkeypatch):
+  """The same bits in parts; no tensor is read before the one before it is placed and gone."""
+  folder, alive, most = put(tmp_path / "m"), [], [0]
+  lazily = huggingface.names.lazily
+
+  def counted(name, read, shape):
+    def once():
+      found = read()
+      alive.append(weakref.ref(found))
+      most[0] = max(most[0], sum(ref() is not None for ref in alive))
+      return found
+
+    return lazily(name, once, shape)
+
+  monkeypatch.setattr(huggingface.names, "lazily", counted)
+  spread = lmc.load(folder, make_mesh(data=2, fsdp=2, tensor=2))[1]
+  assert len(alive) == 2 + 7 * LAYERS and most[0] <= 2
+  local = lmc.load(folder)[1]
+  for path, x in tree.flatten(local).items():
+    np.testing.assert_array_equal(tree.get(spread, path), x)
+  assert tree.get(spread, "layers/0/mlp/up/kernel").addressable_shards[0].data.shape == (EMBED // 2, MLP // 2)
