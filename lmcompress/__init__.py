@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-  # virtual devices share the threads of a CPU: programs in flight together may keep one another waiting for ever
-  os.environ.setdefault("NPROC", "32")
-  import jax
-
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 __all__ = [
   "ConfigError",
