@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +54,30 @@ def test_a_coordinator_that_does_not_answer():
   assert done.returncode == 1 and time.perf_counter() - begun < 30
   said = "lmcompress: the processes did not find one another at 127.0.0.1:9 within 2 seconds"
   assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_told_on_each():
+  """Another config in one, other versions in the other: each says which, and none waits for ever."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  program = (
+    "import sys; from lmcompress.distributed import processes; from lmcompress.errors import ConfigError\n"
+    "n = int(sys.argv[1]); processes.start(sys.argv[2], n, 2)\n"
+    "processes.agree(config='same', versions='same')\n"
+    "for what in ('config', 'versions'):\n"
+    "  try: processes.agree(**{'config': 'same', 'versions': 'same', what: str(n)})\n"
+    "  except ConfigError as error: print(error)\n"
+  )
+  running = [
+    subprocess.Popen([sys.executable, "-c", program, str(n), address], stdout=subprocess.PIPE, text=True)
+    for n in range(2)
+  ]
+  for n, one in enumerate(running):
+    lines = [line for line in one.communicate(timeout=60)[0].splitlines() if line.startswith("process")]
+    for what, line in zip(("config", "versions"), lines, strict=True):
+      assert line == f"process 1 has another {what} than process 0; all need the same (here, process {n}: {n})"
 
 
 # ---------------------------------------------------------------------------------------- started together
