@@ -36,7 +36,9 @@ class Delay:
     return random.random() * self.longest
 
 
-def study(source: str, steps: int, batch: int, length: int, processes: bool) -> dict[str, Any]:
+def study(
+  source: str, steps: int, batch: int, length: int, processes: bool, only: list[str]
+) -> dict[str, Any]:
   """Each way of training, by name."""
   import jax
   import numpy as np
@@ -62,7 +64,8 @@ def study(source: str, steps: int, batch: int, length: int, processes: bool) -> 
     "2 workers, delays, two kills": (plain, Delay(0.02, (("worker-0", 9), ("worker-1", 17)))),
     "2 workers, 8 bits": (dataclasses.replace(plain, compression=everywhere(round_to_nearest(8, -1))), Delay(0.0)),
     "2 workers, largest 1 %": (
-      dataclasses.replace(plain, compression=everywhere(chain(magnitude(sparsity=0.99), freeze("bitmap")))), Delay(0.0)
+      dataclasses.replace(plain, compression=everywhere(chain(magnitude(sparsity=0.99, scope="row"), freeze("bitmap")))),
+      Delay(0.0),
     ),
     "2 workers, 1 bit": (dataclasses.replace(plain, compression=everywhere(kmeans(clusters=2))), Delay(0.0)),
   }  # fmt: skip
@@ -82,17 +85,22 @@ def study(source: str, steps: int, batch: int, length: int, processes: bool) -> 
   tree, history = fit(model, params, rows, training)
   record("synchronous", tree, history, begun, {"sent": steps * dense})
   for name, (how, delay) in kinds.items():
+    if only and name not in only:
+      continue
     begun = time.perf_counter()
     tree, history = fit_async(model, params, rows, training, how, delay=delay)
     record(name, tree, history, begun, _sums(history))
-  if processes:
+  name = "2 workers in processes, a kill"
+  if processes and (not only or name in only):
     begun = time.perf_counter()
     kill = Delay(0.0, (("worker-1", 5),))
     tree, history = fit_async(model, params, rows, training, plain, host=Processes(), delay=kill)
-    record("2 workers in processes, a kill", tree, history, begun, _sums(history))
+    record(name, tree, history, begun, _sums(history))
   for name, how in (
     ("copies, their mean every 10", Local(4, 10)), ("copies, Nesterov every 10", Local(4, 10, 0.7, 0.9)),
   ):  # fmt: skip
+    if only and name not in only:
+      continue
     begun = time.perf_counter()
     short = dataclasses.replace(training, steps=steps // 4 * 4 // how.workers, warmup=5)
     tree, history = fit_local(model, params, rows, short, how)
@@ -123,11 +131,13 @@ def main() -> int:
   parser.add_argument("--steps", type=int, default=600, help="updates, over all workers")
   parser.add_argument("--batch", type=int, default=8, help="rows of an update")
   parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+  parser.add_argument("--only", nargs="+", default=[], help="names of runs beside the synchronous one, from the table")
   parser.add_argument("--threads-only", action="store_true", help="leaves out what needs Ray")
   parser.add_argument("--out", type=Path, default=RESULT, help="result")
   arguments = parser.parse_args()
   try:
-    result = study(arguments.model, arguments.steps, arguments.batch, arguments.length, not arguments.threads_only)
+    sizes = (arguments.steps, arguments.batch, arguments.length)
+    result = study(arguments.model, *sizes, not arguments.threads_only, arguments.only)
   except LmcompressError as error:
     print(f"parameter_server: {error}", file=sys.stderr)
     return 2

@@ -124,6 +124,11 @@ class Clock:
           lines.write(json.dumps(self.history[-1]) + "\n")
       return self._done
 
+  def latest(self) -> tuple[int, dict[str, float]]:
+    """How many updates are made, and what the last one recorded."""
+    with self._lock:
+      return self._done, dict(self.history[-1]) if self.history else {}
+
   def told(self) -> list[dict[str, float]]:
     """What each update recorded, in their order."""
     with self._lock:

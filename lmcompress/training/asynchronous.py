@@ -126,10 +126,10 @@ def fit_async(
           host.call(clock, "leave", name)
           if deaths > 3 * how.workers + training.steps // 10:
             raise LmcompressError(f"{deaths} workers died, the last of: {type(ended).__name__}: {str(ended)[:200]}")
-      history = host.call(clock, "told")
-      if on_step is not None and len(history) > shown:
-        on_step(len(history), history[-1])
-      shown = len(history)
+      made, last = host.call(clock, "latest")
+      if on_step is not None and made > shown:
+        on_step(made, last)
+      shown = made
       if shown >= training.steps and not running:
         break
       while shown < training.steps and len(running) < how.workers:
@@ -137,7 +137,8 @@ def fit_async(
         host.call(clock, "join", name)
         running[name] = host.start(_work, job, name, clock, served)
         born += 1
-      time.sleep(0.005)
+      time.sleep(0.01)
+    history = host.call(clock, "told")
     for shard in served:
       host.call(shard, "save")
     found = {p: jnp.asarray(x) for shard in served for p, x in host.call(shard, "pull")[1].items()}
@@ -169,7 +170,7 @@ def _work(host: Host, job: _Job, worker: str, clock: Any, shards: list[Any]) -> 
     try:
       turn = host.call(clock, "turn", worker)
       if turn is None:
-        time.sleep(0.002)
+        time.sleep(0.005)
         continue
       if turn.number is None:
         return
