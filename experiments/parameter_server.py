@@ -55,6 +55,7 @@ def study(
   held = windows(tokenizer, load_text("grimm:odd"), 64, length)
   training = Training(steps=steps, batch=batch, learning_rate=1e-3, warmup=10)
   everywhere = lambda t: chain(*(at(where, t) for where in ("layers/*", "embed")))  # noqa: E731
+  largest = chain(magnitude(sparsity=0.99, scope="row"), freeze("bitmap"))
   plain = Asynchronous(workers=2, staleness=1)
   kinds: dict[str, Any] = {
     "2 workers": (plain, Delay(0.0)),
@@ -64,8 +65,7 @@ def study(
     "2 workers, delays, two kills": (plain, Delay(0.02, (("worker-0", 9), ("worker-1", 17)))),
     "2 workers, 8 bits": (dataclasses.replace(plain, compression=everywhere(round_to_nearest(8, -1))), Delay(0.0)),
     "2 workers, largest 1 %": (
-      dataclasses.replace(plain, compression=everywhere(chain(magnitude(sparsity=0.99, scope="row"), freeze("bitmap")))),
-      Delay(0.0),
+      dataclasses.replace(plain, compression=everywhere(largest)), Delay(0.0)
     ),
     "2 workers, 1 bit": (dataclasses.replace(plain, compression=everywhere(kmeans(clusters=2))), Delay(0.0)),
   }  # fmt: skip

@@ -175,8 +175,8 @@ def test_compressed_weights_are_gathered_as_they_are_stored():
 
 
 def jobs(params):
-  """Twenty losses, codes by GPTQ, a perplexity and a greedy continuation."""
-  training = Training(steps=20, batch=12, learning_rate=0.3, optimizer="sgd", chunk=16)
+  """Ten losses, codes by GPTQ, a perplexity and a greedy continuation."""
+  training = Training(steps=10, batch=12, learning_rate=0.3, optimizer="sgd", chunk=16)
   trained, history = fit(MODEL, params, ROWS, training)
   small, _ = lmc.compress(MODEL, trained, lmc.at("layers/*", lmc.gptq(bits=4, group_size=16)), ROWS[:12])
   codes = [np.asarray(x.codes.unpack()) for x in tree.weights(small).values() if hasattr(x, "codes")]
@@ -191,7 +191,7 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 2)])
 def test_every_job_gives_what_one_device_gives(shape, alone, tmp_path):
   """Losses to 1e-5; codes but for one in two hundred, where a sum fell on the other side of a half; what follows.
 
