@@ -71,12 +71,14 @@ def study(
   }  # fmt: skip
   found: dict[str, Any] = {}
 
-  def record(name: str, tree: Any, history: list[Any], begun: float, more: dict[str, Any]) -> None:
+  def record(
+    name: str, tree: Any, history: list[Any], begun: float, more: dict[str, Any], beside: str = "synchronous"
+  ) -> None:
     row = {
       "loss": float(np.mean([r["loss"] for r in history[-SPAN:]])), "perplexity": float(perplexity(model, tree, held)),
       "seconds": time.perf_counter() - begun, **more,
     }  # fmt: skip
-    row["against_synchronous"] = row["loss"] / found["synchronous"]["loss"] if found else 1.0
+    row["against_synchronous"] = row["loss"] / found[beside]["loss"] if beside in found else 1.0
     found[name] = row
     print(f"{name}: {json.dumps(row)}", file=sys.stderr, flush=True)
 
@@ -96,16 +98,22 @@ def study(
     kill = Delay(0.0, (("worker-1", 5),))
     tree, history = fit_async(model, params, rows, training, plain, host=Processes(), delay=kill)
     record(name, tree, history, begun, _sums(history))
-  for name, how in (
-    ("copies, their mean every 10", Local(4, 10)), ("copies, Nesterov every 10", Local(4, 10, 0.7, 0.9)),
-  ):  # fmt: skip
+  copies = {
+    "4 copies, their mean every 5": Local(4, 5), "4 copies, their mean every 10": Local(4, 10),
+    "4 copies, Nesterov every 10": Local(4, 10, 0.7, 0.9),
+  }  # fmt: skip
+  beside, short = "synchronous, 4 at once", dataclasses.replace(training, steps=steps // 4, warmup=5)
+  if not only or set(copies) & set(only):  # as many updates, each of four copies' rows
+    begun = time.perf_counter()
+    tree, history = fit(model, params, rows, dataclasses.replace(short, batch=4 * batch))
+    record(beside, tree, history, begun, {"sent": 4 * short.steps * dense}, beside)
+  for name, how in copies.items():
     if only and name not in only:
       continue
     begun = time.perf_counter()
-    short = dataclasses.replace(training, steps=steps // 4 * 4 // how.workers, warmup=5)
     tree, history = fit_local(model, params, rows, short, how)
     sent = how.workers * sum(r["sent"] for r in history)
-    record(name, tree, history, begun, {"sent": sent, "share": sent / (steps * dense)})
+    record(name, tree, history, begun, {"sent": sent, "share": sent / (4 * short.steps * dense)}, beside)
   return {
     "format": 1, "model": source, "steps": steps, "batch": batch, "length": length, "versions": versions(),
     "device": device(), "runs": found,
