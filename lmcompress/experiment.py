@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -161,10 +162,15 @@ def run(
       return read_result(folder)
   records = Records(folder / METRICS)
   digest = checkpoint.tree_hash(stages[-1].params)
-  if records.found("tree") and records.found("tree")[-1]["tree_hash"] != digest:
-    raise FormatError(f"{folder / METRICS}: it was written for another tree; remove {folder} and run again")
+  written = records.found("tree")
+  if written and written[-1]["tree_hash"] != digest:
+    if written[-1].get("processes", 1) == processes.count():
+      raise FormatError(f"{folder / METRICS}: it was written for another tree; remove {folder} and run again")
+    watcher.note("as many processes as now sum in another order than those before: scores are taken anew")
+    records.clear()
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
   if not records.found("tree"):
-    records.add({"kind": "tree", "tree_hash": digest})
+    records.add({"kind": "tree", "tree_hash": digest, "processes": processes.count()})
   if not (folder / MODEL / checkpoint.MANIFEST).is_file():
     watcher.note("saving the model")
     heads = _heads(config) | {

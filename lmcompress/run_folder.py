@@ -37,6 +37,11 @@ class Records:
         raise FormatError(f"{path}: not JSON lines; remove the file and resume") from None
       write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
+  def clear(self) -> None:
+    """Forgets all that was measured."""
+    self.rows = []
+    write_text(self.path, "")
+
   def found(self, kind: str) -> list[dict[str, Any]]:
     return [row for row in self.rows if row.get("kind") == kind]
 

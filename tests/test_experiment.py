@@ -330,6 +330,19 @@ def test_records_of_another_tree_are_refused(config, tmp_path):
     experiment.run(config, tmp_path, COMMAND)
 
 
+def test_records_of_more_processes_are_taken_anew(config, result, tmp_path):
+  """Other sums, another tree: what was measured then is forgotten, and the rest is as without it."""
+  old = b'{"kind": "tree", "tree_hash": "00", "processes": 4}\n'
+  score = b'{"kind": "score", "text": "t", "window": 0, "scores": {}}\n'
+  path = records(config, tmp_path, old + score)
+  found = experiment.run(config, tmp_path, COMMAND)
+  assert found["tree_hash"] == result["tree_hash"]
+  assert [stage["perplexity"] for stage in found["stages"]] == [stage["perplexity"] for stage in result["stages"]]
+  rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+  assert rows[0] == {"kind": "tree", "tree_hash": result["tree_hash"], "processes": 1}
+  assert all(row.get("text") != "t" for row in rows)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", '{"name": "x"}', '{"stages": []}', "\x00"])
 def test_a_damaged_result_is_named(tmp_path, text):
   (tmp_path / "result.json").write_text(text)
