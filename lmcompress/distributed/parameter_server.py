@@ -64,6 +64,7 @@ class Clock:
     self._given: dict[str, int] = {}
     self._returned: list[int] = []
     self._next = self._done = 0
+    self._ended = False
     self.history: list[dict[str, float]] = []
     self._log = log
     if log is not None and log.is_file():
@@ -75,6 +76,12 @@ class Clock:
     with self._lock:
       self._clocks[worker] = min(self._clocks.values(), default=0)
       self._seen[worker] = self._now()
+
+  def end(self) -> None:
+    """No more updates are wanted: who asks is told so, and who comes with one is refused."""
+    with self._lock:
+      self._ended = True
+      self._clocks.clear()
 
   def leave(self, worker: str) -> None:
     """A worker is gone; the batch that it had is given to another."""
@@ -88,9 +95,9 @@ class Clock:
       DroppedError: the worker was given up.
     """
     with self._lock:
+      if self._ended or self._done >= self.updates:
+        return Turn(None, self._clocks.get(worker, 0))
       self._alive(worker)
-      if self._done >= self.updates:
-        return Turn(None, self._clocks[worker])
       gap = self._clocks[worker] - min(self._clocks.values())
       if gap > self.staleness or (not self._returned and self._next >= self.updates):
         return None
@@ -290,6 +297,9 @@ class Host(Protocol):
 class Threads:
   """Everything in this process, a thread for each worker."""
 
+  def __init__(self) -> None:
+    self._threads: list[threading.Thread] = []
+
   def serve(self, make: Callable[..., Any], *args: Any) -> Any:
     return make(*args)
 
@@ -306,14 +316,17 @@ class Threads:
       except BaseException as error:  # a worker's end is told to who waits for it
         result[0] = error
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    self._threads.append(thread)
+    thread.start()
     return result
 
   def ended(self, running: Any) -> BaseException | bool:
     return running[0]
 
   def close(self) -> None:
-    return
+    for thread in self._threads:
+      thread.join(timeout=10)
 
 
 class Processes:

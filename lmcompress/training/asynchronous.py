@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -143,6 +144,8 @@ def fit_async(
       host.call(shard, "save")
     found = {p: jnp.asarray(x) for shard in served for p, x in host.call(shard, "pull")[1].items()}
   finally:
+    with contextlib.suppress(Exception):  # what went wrong before is what counts
+      host.call(clock, "end")
     host.close()
   whole = tree.combine(_into(state.trained, found), kept)
   return jax.tree.map(lambda x, old: x.astype(old.dtype), whole, params), history

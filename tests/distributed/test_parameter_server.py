@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,3 +258,27 @@ def test_an_outer_step_has_momentum():
   moved = [sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(PARAMS), strict=True))
            for x in (plain, fast)]  # fmt: skip
   assert moved[1] > 2 * moved[0]
+
+
+def test_nobody_works_on_after_the_end():
+  """A worker that is under way when a run ends is refused, and what it had is not recorded."""
+  clock = Clock(10, 2)
+  clock.join("a")
+  assert clock.turn("a").number == 0
+  clock.end()
+  for call in (lambda: clock.admit("a"), lambda: clock.advance("a", {"loss": 0.0})):
+    with pytest.raises(DroppedError):
+      call()
+  clock.join("a")
+  assert clock.turn("a").number is None and clock.told() == []
+
+
+def test_an_interrupt_leaves_no_worker_behind():
+  begun = threading.active_count()
+
+  def stop(step, metrics):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    fit_async(MODEL, PARAMS, ROWS, TRAINING, Asynchronous(workers=3), on_step=stop, delay=lambda worker, clock: 0.05)
+  assert threading.active_count() <= begun
