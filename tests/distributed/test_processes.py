@@ -139,7 +139,7 @@ def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-  """Training, GPTQ and scores over two processes of one device each: losses of one process, and its perplexity to 1 %."""
+  """Training, GPTQ and scores over two processes of one device each: one's losses, and its perplexity to 1 %."""
   model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=264, embed=16, mlp=32, layers=1, heads=2, kv_heads=2))
   lmc.save(tmp_path / "m", model, model.init(jax.random.key(0)), byte_level())
   (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
