@@ -220,7 +220,8 @@ def _run(config: Any, results: Path, command: str, folder: Path | None = None, p
     )
     raise typer.Exit(130) from None
   except LmcompressError:
-    if processes.first() and not (folder / run_folder.METRICS).exists() and not (folder / run_folder.TRAINING).exists():
+    begun = [run_folder.METRICS, run_folder.TRAINING]
+    if processes.count() == 1 and not any((folder / name).exists() for name in begun):
       shutil.rmtree(folder, ignore_errors=True)
     raise
   if not processes.first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -475,9 +476,10 @@ class Asked:
     most = largest_batch(lambda n: least + (more - least) * (n // step - 1), device.memory, step)
     form = None
     for word, keys in FORMS.items() if self.training is None else ():
-      if self.plan(self.batch, self._in_form(keys)).total <= device.memory:
-        form = word
-        break
+      with contextlib.suppress(ConfigError):  # groups that the widths do not take
+        if self.plan(self.batch, self._in_form(keys)).total <= device.memory:
+          form = word
+          break
     return {
       "fits": made.total <= device.memory, "estimate": estimate(made, device, self.sizes or {"data": 1}),
       "largest_batch": most, "form": form,

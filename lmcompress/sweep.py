@@ -21,7 +21,7 @@ from lmcompress.search import pareto
 from lmcompress.stages import Watcher
 from lmcompress.types import ConfigError, LmcompressError
 
-RESULT, PLOT, LOG = "sweep.json", "pareto.svg", "sweep.log"
+RESULT, PLOT = "sweep.json", "pareto.svg"
 _MOST = 1000
 PROGRAM = (sys.executable, "-m", "lmcompress.cli")
 
@@ -98,7 +98,7 @@ def sweep(
   One that fails does not end the others.
 
   Returns:
-    The sweep's folder, which holds `sweep.json`, `pareto.svg` and `sweep.log`, and a row for each trial.
+    The sweep's folder, which holds `sweep.json`, `pareto.svg` and a log for each run, and a row for each trial.
 
   Raises:
     ConfigError: as of `trials_of`.
@@ -121,7 +121,7 @@ def sweep(
         except LmcompressError as error:
           trial.error, done = str(error), done + 1
           continue
-        log = (trial.folder / LOG).open("w", encoding="utf-8")
+        log = (folder / f"{trial.folder.name}.log").open("w", encoding="utf-8")
         command = [*program, "resume", str(trial.folder)]
         running.append((trial, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
       for entry in list(running):
@@ -132,7 +132,7 @@ def sweep(
         running.remove(entry)
         done += 1
         if process.returncode:
-          lines = (trial.folder / LOG).read_text("utf-8", "replace").strip().splitlines()
+          lines = (folder / f"{trial.folder.name}.log").read_text("utf-8", "replace").strip().splitlines()
           trial.error = lines[-1] if lines else f"ended with code {process.returncode}"
           watcher.note(f"{said(trial.choice)}: {trial.error}")
       watcher.step("runs", done, len(trials))

@@ -58,6 +58,8 @@ import json, pathlib, sys
 folder = pathlib.Path(sys.argv[-1])
 text = (folder / "config.yaml").read_text()
 if "seed: 1" in text:
+  (folder / "config.yaml").unlink()
+  folder.rmdir()  # as a run does that could not begin
   sys.exit("lmcompress: no memory")
 stage = {"bits_per_weight": 4.0, "bytes_on_disk": 10, "perplexity": {"t": 2.0}, "kl": {"t": 0.1}, "tasks": {},
          "seconds": 1.0}

@@ -190,7 +190,7 @@ class Shard:
     self._path = None if folder is None else Path(folder) / f"{name}.npz"
     self._every, self.version = save_every, 0
     self._lock = threading.Lock()
-    self._last: dict[str, int] = {}
+    self._applied: set[int] = set()
 
     def update(arrays: Any, state: Any, gradients: Any, scale: Any) -> Any:
       updates, state = optimizer.update(gradients, state, arrays)
@@ -209,22 +209,22 @@ class Shard:
     with self._lock:
       return self.version, {path: np.asarray(x) for path, x in self._arrays.items()}
 
-  def push(self, worker: str, clock: int, gradients: Mapping[str, Any], scale: float) -> int:
-    """Applies gradients, dense or in a compressed form; one that came before is not applied again.
+  def push(self, batch: int, gradients: Mapping[str, Any], scale: float) -> int:
+    """Applies gradients, dense or in a compressed form; those of a batch that came before are not applied again.
 
     Args:
-      clock: the worker's, which tells its gradients apart.
+      batch: its number.
       scale: of the update.
     """
     with self._lock:
-      if self._last.get(worker, -1) >= clock:
+      if batch in self._applied:
         return self.version
       dense = {
         path: jnp.asarray(g.materialize() if isinstance(g, CompressedArray) else g, jnp.float32)
         for path, g in gradients.items()
       }
       self._arrays, self._state = self._update(self._arrays, self._state, dense, jnp.float32(scale))
-      self._last[worker] = clock
+      self._applied.add(batch)
       self.version += 1
       if self._path is not None and self.version % self._every == 0:
         self._save(self._path)

@@ -69,12 +69,12 @@ def start(coordinator: str, process: int | None = None, processes: int | None = 
 
 def count() -> int:
   """How many processes there are."""
-  return jax.process_count()
+  return jax.process_count() if jax.distributed.is_initialized() else 1  # asked of a backend, it would start
 
 
 def first() -> bool:
   """Whether this is the process that writes."""
-  return jax.process_index() == 0
+  return count() == 1 or jax.process_index() == 0
 
 
 def whole(tree: Any) -> Any:

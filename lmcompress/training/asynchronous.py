@@ -131,7 +131,7 @@ def fit_async(
       if on_step is not None and made > shown:
         on_step(made, last)
       shown = made
-      if shown >= training.steps and not running:
+      if shown >= training.steps:
         break
       while shown < training.steps and len(running) < how.workers:
         name = f"worker-{born}"
@@ -191,7 +191,7 @@ def _work(host: Host, job: _Job, worker: str, clock: Any, shards: list[Any]) -> 
       for part, shard, (version, _) in zip(job.parts, shards, pulled, strict=True):
         lag = max(0, host.call(shard, "made") - version)
         scale = 1.0 / (1 + lag) if job.how.damp else 1.0
-        host.call(shard, "push", worker, turn.clock, {p: sent[p] for p in part}, scale)
+        host.call(shard, "push", turn.number, {p: sent[p] for p in part}, scale)
         lags.append(lag)
       record = {
         "batch": turn.number, "loss": float(loss), "gap": gap, "lag": max(lags),

@@ -98,8 +98,8 @@ def test_a_shard_makes_optax_updates_once_each():
   shard, want, moments = Shard(values, optimizer), dict(values), optimizer.init(values)
   for n in range(3):
     gradients = {path: np.full_like(x, n + 1) for path, x in values.items()}
-    assert shard.push("w", n, gradients, 1.0) == n + 1
-    assert shard.push("w", n, gradients, 1.0) == n + 1  # a duplicate
+    assert shard.push(n, gradients, 1.0) == n + 1
+    assert shard.push(n, gradients, 1.0) == n + 1  # a duplicate
     updates, moments = optimizer.update(gradients, moments, want)
     want = optax.apply_updates(want, updates)
   version, found = shard.pull()
@@ -113,10 +113,10 @@ def test_a_shard_is_read_back_and_a_foreign_one_refused(tmp_path):
   gradients = {path: np.ones_like(x) for path, x in values.items()}
   shard = Shard(values, optax.adam(0.1), tmp_path, "s", 2)
   for n in range(3):
-    shard.push("w", n, gradients, 1.0)
+    shard.push(n, gradients, 1.0)
   again = Shard(values, optax.adam(0.1), tmp_path, "s", 2)
   assert again.made() == 2  # the third was not saved
-  again.push("v", 0, gradients, 1.0)
+  again.push(2, gradients, 1.0)
   for path, x in shard.pull()[1].items():
     np.testing.assert_array_equal(again.pull()[1][path], x)
   with pytest.raises(FormatError, match="other arrays"):
@@ -282,3 +282,26 @@ def test_an_interrupt_leaves_no_worker_behind():
   with pytest.raises(KeyboardInterrupt):
     fit_async(MODEL, PARAMS, ROWS, TRAINING, Asynchronous(workers=3), on_step=stop, delay=lambda worker, clock: 0.05)
   assert threading.active_count() <= begun
+
+
+def test_a_worker_that_comes_back_is_counted_and_applied():
+  """Its clock is that of the slowest again; its batches are new, and a shard applies each."""
+  time = [0.0]
+  clock, shard = Clock(8, 3, patience=1.0, now=lambda: time[0]), Shard(arrays(), optax.sgd(0.1))
+  gradients = {path: np.ones_like(x) for path, x in arrays().items()}
+
+  def update(worker):
+    turn = clock.turn(worker)
+    shard.push(turn.number, gradients, 1.0)
+    return clock.advance(worker, {"loss": 0.0})
+
+  clock.join("a")
+  clock.join("b")
+  for worker in ("a", "a", "a", "b"):
+    update(worker)
+  time[0] = 5.0
+  clock.join("b")
+  with pytest.raises(DroppedError):
+    clock.turn("b") and clock.turn("a")
+  clock.join("a")
+  assert update("a") == 5 == shard.made()
