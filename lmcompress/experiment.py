@@ -231,6 +231,9 @@ def run(
 
 def _fits_processes(config: Config, profile: bool) -> None:
   """Raises ConfigError where processes differ, or the config asks what only one process has."""
+  processes.agree(
+    config=dump(config), versions=json.dumps(versions(), sort_keys=True), profile="on" if profile else "off"
+  )
   if config.mesh is None:
     raise ConfigError(
       f"{processes.count()} processes share a mesh, and {config.name} has none; add mesh.data=-1, or start one process"
@@ -243,7 +246,6 @@ def _fits_processes(config: Config, profile: bool) -> None:
   }  # fmt: skip
   if refused := [word for word, value in asked.items() if value]:
     raise ConfigError(f"several processes do not run {', '.join(refused)} yet; start one process, or leave it out")
-  processes.agree(config=dump(config), versions=json.dumps(versions(), sort_keys=True))
 
 
 def _at_home(stages: list[Stage]) -> list[Stage]:

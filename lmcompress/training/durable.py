@@ -99,15 +99,16 @@ def run_steps(
       if log is not None and processes.first():
         with log.open("a", encoding="utf-8") as lines:
           lines.write(json.dumps(metrics) + "\n")
+      interrupted, alone = False, processes.count() == 1
       due = (step + 1) % keeping.save_every == 0 or last
       try:
         if on_step is not None:
           on_step(step + 1, metrics)
       except BaseException:
-        due = True  # an interrupt: what is done is kept
+        due = interrupted = True  # an interrupt: what is done is kept, unless others would have to save, too
         raise
       finally:
-        if saved is not None and due:
+        if saved is not None and due and (alone or not interrupted):
           saved.save(step + 1, _portable(state, changes))
     if saved is not None:
       saved.wait()

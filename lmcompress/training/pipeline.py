@@ -18,7 +18,7 @@ from lmcompress.evaluate.roofline import leaf_bytes
 from lmcompress.training.durable import Metrics
 from lmcompress.training.loop import batches, checked_rows
 from lmcompress.training.step import Training, TrainState, advance, result, start, whole_tree
-from lmcompress.types import Params
+from lmcompress.types import Params, WeightError
 
 
 def split_stages(model: Any, params: Params, count: int) -> list[Params]:
@@ -131,6 +131,7 @@ def fit_pipelined(
 
   Raises:
     ValueError: fewer devices or blocks than stages, or a setting that pipelines do not have.
+    WeightError: the loss or a gradient is not finite.
   """
   require_causal(model, "a pipeline")
   devices = list(jax.devices() if devices is None else devices)
@@ -142,17 +143,17 @@ def fit_pipelined(
     raise ValueError(f"a pipeline learns labels: leave out {', '.join(asked)}")
   rows = checked_rows("rows", rows, params)
   source = batches(np.arange(len(rows))[:, None], training.batch, seed)
-  parts = split_stages(model, params, stages)
+  parts = [jax.device_put(part, devices[i]) for i, part in enumerate(split_stages(model, params, stages))]
   plain = dataclasses.replace(training, clip=None, accumulate=1, batch=training.batch // training.accumulate)
   states = [
-    start(jax.device_put(part, device), plain, trainable) if _trains(part, trainable) else None
-    for part, device in zip(parts, devices, strict=False)
+    start(part, plain, trainable) if _trains(part, trainable) else None for part in parts
   ]
   still = [tree.partition(part, lambda path: False) for part in parts]  # of stages in which nothing trains
   kept = [still[i][1] if state is None else state.kept for i, state in enumerate(states)]
   holes = [still[i][0] for i in range(stages)]
   states = [None if s is None else s._replace(kept=None) for s in states]
-  tied = stages > 1 and "head" not in params and states[0] is not None and trainable("embed/table")
+  first = states[0].trained if states[0] is not None else {}
+  tied = stages > 1 and "head" not in params and isinstance(first.get("embed", {}).get("table"), jax.Array)
   history: list[Metrics] = []
   order = one_forward_one_backward(stages, training.accumulate)
   for step in range(training.steps):
@@ -168,6 +169,11 @@ def fit_pipelined(
     own = [g if i + 1 < stages or not tied else {k: v for k, v in g.items() if k != "embed"}
            for i, g in enumerate(gradients)]  # fmt: skip
     norm = float(np.sqrt(sum(float(_squares(g)) for g in own if g is not None))) / tokens
+    if not np.isfinite(total) or not np.isfinite(norm):
+      raise WeightError(
+        f"step {step}: the loss is {total / tokens:.6g} and the gradients' norm {norm:.6g}; lower the learning rate "
+        f"({training.learning_rate:g}) or clip ({training.clip})"
+      )
     shrink = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-30))
     metrics: Metrics = {}
     for i, state in enumerate(states):

@@ -78,11 +78,13 @@ def test_a_pipeline_is_training(name, stages):
   assert max(r["held"] for r in found) == min(stages, 4)
 
 
-def test_adapters_over_codes_train_in_stages():
+@pytest.mark.parametrize("layer", ["layers/3", "layers/0"])
+def test_adapters_over_codes_train_in_stages(layer):
   """What stays lies with its stage; a stage in which nothing trains only passes on."""
   model = MODELS["tied"]
-  base, _ = lmc.compress(model, model.init(jax.random.key(0)), lmc.round_to_nearest(bits=4, group_size=16))
-  params, _ = lmc.compress(model, base, lmc.at("layers/3", lmc.lora(2)), key=jax.random.key(1))
+  by_groups = lmc.round_to_nearest(bits=4, group_size=16)
+  base, _ = lmc.compress(model, model.init(jax.random.key(0)), [lmc.at(w, by_groups) for w in ("layers/*", "embed")])
+  params, _ = lmc.compress(model, base, lmc.at(layer, lmc.lora(2)), key=jax.random.key(1))
   trains = lambda path: tree.matches("**/delta", path)  # noqa: E731
   training = Training(steps=3, batch=4, accumulate=2, learning_rate=1e-2, chunk=4)
   want, told = fit(model, params, ROWS, training, trainable=trains)
@@ -102,3 +104,11 @@ def test_what_a_pipeline_does_not_take(given, message):
   training = given.pop("training", Training(steps=1, batch=4))
   with pytest.raises(ValueError, match=message):
     fit_pipelined(model, model.init(jax.random.key(0)), ROWS, training, **given)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+  model = MODELS["tied"]
+  params = model.init(jax.random.key(0))
+  params["layers"]["0"]["mlp"]["up"]["kernel"] = np.full((16, 32), np.nan, np.float32)
+  with pytest.raises(lmc.WeightError, match="step 0: the loss is nan"):
+    fit_pipelined(model, params, ROWS, Training(steps=1, batch=4, accumulate=2, chunk=4), stages=2)

@@ -129,6 +129,7 @@ def test_options_that_do_not_fit(options, message, tmp_path):
 ])
 def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch):
   monkeypatch.setattr(processes, "count", lambda: 2)
+  monkeypatch.setattr(processes, "agree", lambda **said: None)
   config = check({"name": "x", "model": "m", "recipe": [], "mesh": {"data": 2}, **over}, "x")
   with pytest.raises(ConfigError, match=message):
     experiment.run(config, tmp_path, "x")
