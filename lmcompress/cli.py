@@ -149,6 +149,7 @@ def run(
   path = _find_config(config)
   command = shlex.join(["lmcompress", "run", path.as_posix(), *(overrides or [])])
   loaded = load_config(path, overrides or [])
+  _alone(local, profile, coordinator)
   if local is not None:
     _launch(local, ["run", path.as_posix(), *(overrides or []), "--results", str(results)], results / loaded.folder)
     return
@@ -174,6 +175,7 @@ def resume(
   from lmcompress.run_folder import read_run
 
   loaded = read_run(folder)
+  _alone(local, profile, coordinator)
   if local is not None:
     _launch(local, ["resume", folder.as_posix()], folder)
     return
@@ -192,6 +194,14 @@ def _join(coordinator: str | None, process: int | None, processes: int | None) -
   from lmcompress.distributed import processes as many
 
   many.start(coordinator, process, processes)
+
+
+def _alone(local: int | None, profile: bool, coordinator: str | None) -> None:
+  """Refuses what `--local-processes` would leave out."""
+  from lmcompress.errors import ConfigError
+
+  if local is not None and (profile or coordinator is not None):
+    raise ConfigError("--local-processes: several processes are not profiled, and find one another; leave that out")
 
 
 def _launch(count: int, arguments: list[str], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -50,6 +51,10 @@ def plan(
 
   if accelerator is not None and accelerator not in ACCELERATORS:
     raise ConfigError(f"--accelerator {accelerator}: none that is known here; those are {', '.join(ACCELERATORS)}")
+  from lmcompress.cli import _find_config
+
+  with contextlib.suppress(ConfigError):  # a config by its name
+    model = str(_find_config(model)) if model not in planner.PRESETS and not Path(model).exists() else model
   asked = planner.Asked.of(model, topology, serve, batch, length, compute)
   console = Console()
   console.width = console.width if console.is_terminal else max(console.width, 140)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.distributed import processes
-from lmcompress.distributed.sharding import make_mesh, placements, require_division, shard
+from lmcompress.distributed.sharding import AXES, make_mesh, mesh_sizes, placements, require_division, shard
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.errors import GateError
 from lmcompress.evaluate import energy, profiling
@@ -237,6 +238,12 @@ def _fits_processes(config: Config, profile: bool) -> None:
   if config.mesh is None:
     raise ConfigError(
       f"{processes.count()} processes share a mesh, and {config.name} has none; add mesh.data=-1, or start one process"
+    )
+  sizes = mesh_sizes({axis: getattr(config.mesh, axis) for axis in AXES}, jax.device_count())
+  if math.prod(sizes.values()) != jax.device_count():
+    raise ConfigError(
+      f"the mesh has {math.prod(sizes.values())} devices, the {processes.count()} processes have {jax.device_count()}; "
+      "each has to have its part: say -1 for one size, or start fewer"
     )
   asked = {
     "tasks": config.tasks, "stream": config.stream, "--profile": profile,

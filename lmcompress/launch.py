@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def launch(
     address = f"127.0.0.1:{free.getsockname()[1]}"
   folder.mkdir(parents=True, exist_ok=True)
   running, logs = [], []
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends this ends the processes too
   try:
     for n in range(count):
       command = [*program, *arguments]
@@ -50,6 +52,7 @@ def launch(
         return 0
       time.sleep(0.1)
   finally:
+    signal.signal(signal.SIGTERM, before)
     _end(running)
     for log in logs:
       if log is not None:

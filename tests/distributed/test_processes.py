@@ -113,6 +113,7 @@ def test_all_that_go_well_end_well(tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
   (["--process", "1"], "go with --coordinator"),
   (["--local-processes", "0"], "from 1 to 64"),
+  (["--local-processes", "2", "--profile"], "several processes are not profiled"),
   (["--coordinator", "x"], "write HOST:PORT"),
 ])
 def test_options_that_do_not_fit(options, message, tmp_path):
@@ -123,6 +124,7 @@ def test_options_that_do_not_fit(options, message, tmp_path):
 
 
 @pytest.mark.parametrize(("over", "message"), [
+  ({"mesh": {"data": 2}}, "the mesh has 2 devices, the 2 processes have 8"),
   ({"mesh": None}, "2 processes share a mesh, and x has none"),
   ({"tasks": [{"name": "kind", "data": "bbc"}]}, "do not run tasks yet"),
   ({"train": {"text": "grimm", "privacy": {"noise": 1.0}}}, r"do not run train\.privacy yet"),
@@ -130,7 +132,7 @@ def test_options_that_do_not_fit(options, message, tmp_path):
 def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch):
   monkeypatch.setattr(processes, "count", lambda: 2)
   monkeypatch.setattr(processes, "agree", lambda **said: None)
-  config = check({"name": "x", "model": "m", "recipe": [], "mesh": {"data": 2}, **over}, "x")
+  config = check({"name": "x", "model": "m", "recipe": [], "mesh": {"data": 8}, **over}, "x")
   with pytest.raises(ConfigError, match=message):
     experiment.run(config, tmp_path, "x")
 
