@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress.arrays import NMSparseArray, QuantizedArray, nm_mask, nm_sparse
-from lmcompress.ops.kernels import gpu
+from lmcompress.ops.kernels import gpu, gpu_quantized, gpu_sparse
+from lmcompress.ops.kernels.gpu_tiles import FEW_ROWS, Tiles
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
 TIMED = ("int8 row", "int4 g128", "int4 g128 minimum", "int4 g32", "fp8_e4m3 row", "2:4 bfloat16", "2:4 int8 row")
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
 """The linears of a block of Llama-3-8B, query and output, up and down."""
-ROWS = (1, 4, 16, 2048)
+ROWS = (1, 4, 16, 64, 256, 2048)
 SWEPT = (("int4 g128", 4, 1), ("int8 row", 8, 1), ("int4 g128", 4, 16), ("int8 row", 8, 16),
          ("int4 g128", 4, 2048), ("int8 row", 8, 2048))  # fmt: skip
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -99,7 +100,7 @@ def error(door: str, x: jax.Array, leaf: Any) -> float:
   want, magnitude, unit = exact @ dense, np.abs(exact), ROUNDOFF[str(x.dtype)]
   sums = magnitude @ (np.abs(dense) + 2 * zeros)
   bound = unit * np.abs(want) + 8 * x.shape[-1] ** 0.5 * 2.0**-24 * sums + 2.0**-24
-  if isinstance(leaf, NMSparseArray) or x.shape[0] > gpu.FEW_ROWS:
+  if isinstance(leaf, NMSparseArray) or x.shape[0] > FEW_ROWS:
     bound = bound + unit * (magnitude @ np.abs(dense))
     bound = bound + (x.dtype == jnp.float16) * 2.0**-25 * magnitude.sum(-1, keepdims=True)
   if not np.all(np.isfinite(y)):
@@ -182,6 +183,24 @@ def weights_of(form: str, inputs: int, outputs: int, rows: int) -> tuple[list[An
   return weights, xs
 
 
+def ways(form: str, leaf: Any, rows: int, tuned: dict[tuple[str, int], Tiles]) -> dict[str, Product]:
+  """Products of a form to time: as it runs, and with many rows the kernel and the slabs by themselves."""
+  if form == "bfloat16":
+    return {form: dense_product}
+  bits = leaf.codes.bits if isinstance(leaf, QuantizedArray) else 0
+  kind = gpu_quantized.kind_of(rows)
+  found = tuned.get((kind, bits))
+  if rows <= FEW_ROWS:
+    return {form: functools.partial(gpu.linear, tiles=found)}
+  tiles = found or (gpu_quantized.TILES[kind, bits] if bits else gpu_sparse.SPARSE_MANY)
+  kernel = {f"{form}, kernel": functools.partial(gpu.linear, tiles=tiles)} if bits or rows <= SPARSE_ROWS else {}
+  return {**kernel, f"{form}, slabs": functools.partial(gpu.slabs, door="linear")}
+
+
+SPARSE_ROWS = 256
+"""Rows up to which the kernel of 2:4 weights is timed."""
+
+
 def dense_product(x: jax.Array, w: jax.Array) -> jax.Array:
   """What a model without compression does."""
   return x @ w
@@ -220,7 +239,7 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
     return None
 
 
-def timed(rows_of: Any, tuned: dict[tuple[str, int], gpu.Tiles], lines: list[dict[str, Any]]) -> None:
+def timed(rows_of: Any, tuned: dict[tuple[str, int], Tiles], lines: list[dict[str, Any]]) -> None:
   """The kernels beside the dense product, rounds interleaved; adds a line for each."""
   for rows, (inputs, outputs) in itertools.product(rows_of, SHAPES):
     runs: dict[str, Callable[[], None]] = {}
@@ -228,10 +247,9 @@ def timed(rows_of: Any, tuned: dict[tuple[str, int], gpu.Tiles], lines: list[dic
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
       for form in ("bfloat16", *TIMED):
         weights, xs = weights_of(form, inputs, outputs, rows)
-        sizes[form], counts[form] = nbytes(weights[0]), len(weights) * len(xs)
-        bits = weights[0].codes.bits if isinstance(weights[0], QuantizedArray) else 0
-        product = functools.partial(gpu.linear, tiles=tuned.get((gpu.kind_of(rows), bits)))
-        waiting[form] = pool.submit(compiled, dense_product if form == "bfloat16" else product, xs, weights)
+        for way, product in ways(form, weights[0], rows, tuned).items():
+          sizes[way], counts[way] = nbytes(weights[0]), len(weights) * len(xs)
+          waiting[way] = pool.submit(compiled, product, xs, weights)
       for form, future in waiting.items():
         try:
           runs[form] = future.result()
@@ -249,7 +267,7 @@ def timed(rows_of: Any, tuned: dict[tuple[str, int], gpu.Tiles], lines: list[dic
         "most": max(found), "nbytes": sizes[form], "bytes_per_s": sizes[form] / median,
         "operations_per_s": 2 * rows * inputs * outputs / median, "speedup": dense / median,
       })  # fmt: skip
-      print(f"{inputs:>6}x{outputs:<6} rows {rows:<5} {form:<18} {median * 1e6:9.1f} us "
+      print(f"{inputs:>6}x{outputs:<6} rows {rows:<5} {form:<25} {median * 1e6:9.1f} us "
             f"{sizes[form] / median / 1e12:6.2f} TB/s {lines[-1]['operations_per_s'] / 1e12:7.1f} Tflop/s "
             f"{dense / median:6.2f}x", flush=True)  # fmt: skip
 
@@ -259,19 +277,19 @@ CHOICES = {
   "few": ((16,), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (264, 528, 1056)),
   "many": ((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4), (0,)),
 }
-"""Tile sizes that are tried, in the order of the fields of `gpu.Tiles`."""
+"""Tile sizes that are tried, in the order of the fields of `Tiles`."""
 
 
-def sweep(form: str, rows: int, until: float) -> tuple[dict[str, Any], gpu.Tiles | None]:
+def sweep(form: str, rows: int, until: float) -> tuple[dict[str, Any], Tiles | None]:
   """Tile sizes of a kernel at one shape, the fastest first, in a random order for as long as there is time."""
   shape = (4096, 14336)
-  choices = [gpu.Tiles(*choice) for choice in itertools.product(*CHOICES[gpu.kind_of(rows)])]
+  choices = [Tiles(*choice) for choice in itertools.product(*CHOICES[gpu_quantized.kind_of(rows)])]
   order = np.random.default_rng(0).permutation(len(choices))
   weights, xs = weights_of(form, *shape, rows)
   weights, xs = weights[:8], xs[:1]
   found, failed = [], []
 
-  def build(tiles: gpu.Tiles) -> Any:
+  def build(tiles: Tiles) -> Any:
     try:
       return compiled(functools.partial(gpu.linear, tiles=tiles), xs, weights)
     except Exception as failure:
@@ -294,7 +312,7 @@ def sweep(form: str, rows: int, until: float) -> tuple[dict[str, Any], gpu.Tiles
   row = {"form": form, "shape": list(shape), "rows": rows,
          "found": [{"seconds": s, "tiles": name} for s, name in found]}  # fmt: skip
   best = found[0][1].strip("()").split(", ") if found else None
-  return row, best and gpu.Tiles(*map(int, best))
+  return row, best and Tiles(*map(int, best))
 
 
 # decode
@@ -368,7 +386,7 @@ def main() -> int:
   jax.config.update("jax_default_matmul_precision", "float32")
   result: dict[str, Any] = {"format": 1, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   result["ceilings"] = ceilings()
-  tuned: dict[tuple[str, int], gpu.Tiles] = {}
+  tuned: dict[tuple[str, int], Tiles] = {}
   good = True
   for section in arguments.sections:
     begun = time.perf_counter()
@@ -383,7 +401,7 @@ def main() -> int:
           row, best = sweep(form, rows, until)
           result["sweep"].append(row)
           if best is not None:
-            tuned[gpu.kind_of(rows), bits] = best
+            tuned[gpu_quantized.kind_of(rows), bits] = best
       elif section == "time":
         timed(arguments.rows, tuned, result.setdefault("time", []))
       else:

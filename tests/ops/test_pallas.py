@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lmcompress import ops
 from lmcompress.arrays import NMSparseArray, QuantizedArray, masked, nm_mask, nm_sparse
-from lmcompress.ops.kernels import gpu, tpu
+from lmcompress.ops.kernels import gpu, gpu_tiles, tpu
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 
 KERNELS = {"gpu": gpu, "tpu": tpu}
@@ -97,7 +97,7 @@ def check(kernel, door, x, leaf):
   dense, scale = (dense, scale) if door == "linear" else (dense.T, scale.T)
   unit = ROUNDOFF[str(x.dtype)]
   bound = unit * np.abs(want) + 8 * x.shape[-1] ** 0.5 * 2.0**-24 * (magnitude @ scale) + 2.0**-24
-  decoded = isinstance(leaf, NMSparseArray) or (kernel == "gpu" and x.shape[0] > gpu.FEW_ROWS)
+  decoded = isinstance(leaf, NMSparseArray) or (kernel == "gpu" and x.shape[0] > gpu_tiles.FEW_ROWS)
   if decoded and not (kernel == "tpu" and x.dtype == jnp.float16):
     bound = bound + unit * (magnitude @ dense) + (x.dtype == jnp.float16) * 2.0**-25 * magnitude.sum(-1, keepdims=True)
   error = np.abs(np.asarray(y, np.float64) - want)
@@ -141,6 +141,22 @@ def test_a_form_of_each_kind(kernel, form, door, rows, dtype):
   check(kernel, door, normal(7, rows, 192, dtype=dtype), leaf)
 
 
+@pytest.mark.parametrize("slab_bytes", [1 << 28, 60 * 192 * 2])
+@pytest.mark.parametrize("form, door", [("int4 g48 zero", "linear"), ("int8 row", "attend"), ("int8 row", "2:4")])
+def test_many_rows_multiply_slabs(monkeypatch, slab_bytes, form, door):
+  """Whole weights, and slabs of 60 outputs with a rest; the kernels are not called."""
+  monkeypatch.setattr(gpu, "SLAB_BYTES", slab_bytes)
+  monkeypatch.setattr(gpu.gpu_quantized, "product", None)
+  gpu._door.cache_clear()
+  run.clear_cache()
+  if door == "2:4":
+    leaf, door = two_of_four(form, 192, 131), "linear"
+  else:
+    leaf = quantized(form, 192, 131, -2 if door == "linear" else -1)
+  check("gpu", door, normal(7, gpu.SLAB_ROWS, 192, dtype="bfloat16"), leaf)
+  gpu._door.cache_clear()
+
+
 @each_kernel
 def test_many_steps(kernel):
   """More blocks than a step or a split holds: on a GPU partial sums of several programs, on a TPU an accumulator."""
@@ -168,7 +184,8 @@ def test_every_code_of_the_8_bit_floats(name, dtype):
   codes = np.arange(256, dtype=np.uint8)
   want = codes.view(dtype).astype(np.float32)
   grid = quantized("fp8_e4m3 row" if name == "fp8_e4m3" else "fp8_e5m2 g32", 32, 1).grid
-  for got in (tpu.float8(jnp.asarray(codes, jnp.int32), name), gpu._decode(jnp.asarray(codes), grid, jnp.float32)):
+  ours = gpu_tiles.decoded(jnp.asarray(codes), grid, jnp.float32)
+  for got in (tpu.float8(jnp.asarray(codes, jnp.int32), name), ours):
     np.testing.assert_array_equal(np.asarray(got), want)
 
 
@@ -182,7 +199,8 @@ def test_jit_vmap_and_empty(kernel):
   traces = jax.jit(lambda x, leaf: (product(x, leaf), jax.vmap(jax.vmap(product, (0, None)), (0, None))(x, leaf)))
   for y in traces(x, leaf):
     np.testing.assert_allclose(y, eager, rtol=1e-6, atol=1e-6)
-  mapped = jax.vmap(KERNELS[kernel]._linear(True))(x, jax.tree.map(lambda *xs: jnp.stack(xs), *leaves))
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
+  mapped = jax.vmap(functools.partial(KERNELS[kernel].linear, interpret=True))(x, stacked)
   np.testing.assert_allclose(mapped[0], eager[0], rtol=1e-6, atol=1e-6)
   np.testing.assert_allclose(mapped[1], product(x[1], leaves[1]), rtol=1e-6, atol=1e-6)
   for lead in ((0,), (2, 0)):
