@@ -49,8 +49,8 @@ FORMS: dict[str, dict[str, Any]] = {
   "2:4 int4 g32": {"bits": 4, "group_size": 32},
 }
 TIMED = ("int8 row", "int4 g128", "int4 g128 minimum", "int4 g32", "fp8_e4m3 row", "2:4 bfloat16", "2:4 int8 row")
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
-"""The linears of a block of Llama-3-8B, query and output, up and down."""
+SHAPES = ((4096, 14336), (4096, 4096), (14336, 4096))
+"""The linears of a block of Llama-3-8B, up, query and output, down."""
 ROWS = (1, 4, 16, 64, 256, 2048)
 SWEPT = (("int4 g128", 4, 1), ("int8 row", 8, 1), ("int4 g128", 4, 16), ("int8 row", 8, 16),
          ("int4 g128", 4, 2048), ("int8 row", 8, 2048))  # fmt: skip
@@ -239,9 +239,11 @@ def torch_int4(inputs: int, outputs: int, rows: int, count: int) -> Callable[[],
     return None
 
 
-def timed(rows_of: Any, tuned: dict[tuple[str, int], Tiles], lines: list[dict[str, Any]]) -> None:
-  """The kernels beside the dense product, rounds interleaved; adds a line for each."""
-  for rows, (inputs, outputs) in itertools.product(rows_of, SHAPES):
+def timed(
+  rows_of: Any, tuned: dict[tuple[str, int], Tiles], lines: list[dict[str, Any]], keep: Callable[[], Any]
+) -> None:
+  """The kernels beside the dense product, rounds interleaved; adds a line for each and keeps those found so far."""
+  for (inputs, outputs), rows in itertools.product(SHAPES, rows_of):
     runs: dict[str, Callable[[], None]] = {}
     sizes, counts, waiting = {}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -270,6 +272,7 @@ def timed(rows_of: Any, tuned: dict[tuple[str, int], Tiles], lines: list[dict[st
       print(f"{inputs:>6}x{outputs:<6} rows {rows:<5} {form:<25} {median * 1e6:9.1f} us "
             f"{sizes[form] / median / 1e12:6.2f} TB/s {lines[-1]['operations_per_s'] / 1e12:7.1f} Tflop/s "
             f"{dense / median:6.2f}x", flush=True)  # fmt: skip
+    keep()
 
 
 CHOICES = {
@@ -387,6 +390,7 @@ def main() -> int:
   result: dict[str, Any] = {"format": 1, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
   result["ceilings"] = ceilings()
   tuned: dict[tuple[str, int], Tiles] = {}
+  keep = lambda: arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")  # noqa: E731
   good = True
   for section in arguments.sections:
     begun = time.perf_counter()
@@ -403,14 +407,14 @@ def main() -> int:
           if best is not None:
             tuned[gpu_quantized.kind_of(rows), bits] = best
       elif section == "time":
-        timed(arguments.rows, tuned, result.setdefault("time", []))
+        timed(arguments.rows, tuned, result.setdefault("time", []), keep)
       else:
         result["decode"] = decode(("int8 row", "int4 g128", "fp8_e4m3 row", "2:4 int8 row"))
     except Exception:
       traceback.print_exc(limit=-4)
       good = False
     print(f"{section}: {time.perf_counter() - begun:.0f} s", flush=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep()
   return 0 if good else 1
 
 
