@@ -243,7 +243,7 @@ def timed(
   rows_of: Any, tuned: dict[tuple[str, int], Tiles], lines: list[dict[str, Any]], keep: Callable[[], Any]
 ) -> None:
   """The kernels beside the dense product, rounds interleaved; adds a line for each and keeps those found so far."""
-  for (inputs, outputs), rows in itertools.product(SHAPES, rows_of):
+  for inputs, outputs, rows in ((*shape, rows) for shape in SHAPES for rows in rows_of):
     runs: dict[str, Callable[[], None]] = {}
     sizes, counts, waiting = {}, {}, {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
