@@ -97,7 +97,7 @@ def check(kernel, door, x, leaf):
   dense, scale = (dense, scale) if door == "linear" else (dense.T, scale.T)
   unit = ROUNDOFF[str(x.dtype)]
   bound = unit * np.abs(want) + 8 * x.shape[-1] ** 0.5 * 2.0**-24 * (magnitude @ scale) + 2.0**-24
-  decoded = isinstance(leaf, NMSparseArray) or (kernel == "gpu" and x.shape[0] > gpu_tiles.FEW_ROWS)
+  decoded = isinstance(leaf, NMSparseArray) or (kernel == "gpu" and x.shape[0] > gpu.FEW_ROWS)
   if decoded and not (kernel == "tpu" and x.dtype == jnp.float16):
     bound = bound + unit * (magnitude @ dense) + (x.dtype == jnp.float16) * 2.0**-25 * magnitude.sum(-1, keepdims=True)
   error = np.abs(np.asarray(y, np.float64) - want)
@@ -153,7 +153,7 @@ def test_many_rows_multiply_slabs(monkeypatch, slab_bytes, form, door):
     leaf, door = two_of_four(form, 192, 131), "linear"
   else:
     leaf = quantized(form, 192, 131, -2 if door == "linear" else -1)
-  check("gpu", door, normal(7, gpu.SLAB_ROWS, 192, dtype="bfloat16"), leaf)
+  check("gpu", door, normal(7, gpu.FEW_ROWS + 1, 192, dtype="bfloat16"), leaf)
   gpu._door.cache_clear()
 
 
@@ -235,11 +235,12 @@ def test_the_backward_pass_holds_no_dense_weight(kernel):
 @pytest.mark.parametrize("form", FORMS)
 def test_lowers(kernel, form):
   """To Triton's IR and to Mosaic's, with no such device: few rows and many, both doors, real and odd sizes."""
+  many = most_rows(kernel)
   for door, rows, inputs, outputs, dtype in (
     ("linear", 1, 768, 640, "bfloat16"),
-    ("linear", 100, 96, 1, "float16"),
+    ("linear", many, 96, 1, "float16"),
     ("attend", 1, 96, 1, "bfloat16"),
-    ("attend", 100, 768, 640, "float32"),
+    ("attend", many, 768, 640, "float32"),
   ):
     leaf = jax.eval_shape(functools.partial(quantized, form, inputs, outputs, -2 if door == "linear" else -1))
     lower(kernel, door, jax.ShapeDtypeStruct((rows, inputs), jnp.dtype(dtype)), leaf)
@@ -249,8 +250,13 @@ def test_lowers(kernel, form):
 @pytest.mark.parametrize("form", ["bfloat16", "int4 g48 zero", "fp8_e4m3 row"])
 def test_two_of_four_lowers(kernel, form):
   leaf = two_of_four(form, 768, 200)
-  for rows, dtype in ((1, "bfloat16"), (100, "float32")):
+  for rows, dtype in ((1, "bfloat16"), (most_rows(kernel), "float32")):
     lower(kernel, "linear", jax.ShapeDtypeStruct((rows, 768), jnp.dtype(dtype)), leaf)
+
+
+def most_rows(kernel):
+  """Rows that a kernel takes; on a GPU more of them multiply slabs."""
+  return gpu.FEW_ROWS if kernel == "gpu" else 100
 
 
 DEVICE = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")  # newer JAX lowers for a device that it knows

@@ -1,9 +1,10 @@
 """Products of compressed weights on GPUs, by rows of x.
 
-Few rows are bound by reading the weight: kernels read the stored bytes and decode them in registers (`gpu_quantized`,
-`gpu_sparse`). With many rows the same codes would be decoded again by each tile of rows, and on an H100 that took
-longer than the product; there a slab of outputs is decoded once, in the dtype of x, and multiplied by the vendor's
-dense product. A slab is at most `SLAB_BYTES`, so that no more than a part of one weight ever stands dense.
+Up to `FEW_ROWS` rows are bound by reading the weight: kernels read the stored bytes and decode them in registers
+(`gpu_quantized`, `gpu_sparse`). With more rows a kernel decodes the same codes again for each tile of rows; on an H100
+that took up to three times as long as what is done instead: a slab of outputs is decoded once, in the dtype of x, and
+multiplied by the vendor's dense product. A slab is at most `SLAB_BYTES`, so that no more than a part of one weight ever
+stands dense.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import jax.numpy as jnp
 from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.quantized import QuantizedArray
 from lmcompress.ops.kernels import gpu_quantized, gpu_sparse
-from lmcompress.ops.kernels.gpu_tiles import Tiles
+from lmcompress.ops.kernels.gpu_tiles import FEW_ROWS, Tiles
 from lmcompress.ops.kernels.opaque import Product, around, dtype_reason, quantized_reason
 from lmcompress.ops.linear import gathered_embed, over_tiles, tiled_attend, tiled_linear
-
-SLAB_ROWS = 256
-"""Rows of x from which a weight is decoded once for all of them."""
 
 SLAB_BYTES = 1 << 28
 """Bytes of a weight that stand dense at a time."""
@@ -63,7 +61,7 @@ def _door(door: str, kind: type, interpret: bool, tiles: Tiles | None) -> Produc
   kernel = (gpu_sparse if kind is NMSparseArray else gpu_quantized).product
 
   def product(x: jax.Array, w: Any) -> jax.Array:
-    if tiles is None and x.shape[0] >= SLAB_ROWS:
+    if tiles is None and x.shape[0] > FEW_ROWS:
       return slabs(x, w, door)
     return kernel(x, w, interpret, tiles)
 

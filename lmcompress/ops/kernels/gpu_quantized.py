@@ -5,10 +5,8 @@ packing block, so that its low nibbles meet a contiguous slice of x, its high ni
 nothing interleaved), and all of it one scale group. One row multiplies without tensor cores: each element of a tile
 of codes keeps a sum of its own, and the tile is summed up once at the end. More rows go through tensor cores. Bare
 codes, which any float type holds exactly, are multiplied and the scale goes on the partial product, once at the end
-where a row has one scale; only where groups are small and rows are many does the scale go on the decoded tile, which
-is rounded to the dtype of x. With few rows (bound by memory) steps are split over programs and the splits summed.
-Sums are in float32. No operand is padded or copied: every load is masked. Block sizes are powers of two, as Triton
-wants.
+where a row has one scale. Steps are split over programs and the splits summed, in float32. No operand is padded or
+copied: every load is masked. Block sizes are powers of two, as Triton wants.
 
 Codes become floats by their bits, not by conversions, of which a multiprocessor does 16 a cycle: on an H100 those
 took longer than reading the codes. Tile sizes are the best of a search there (`experiments/gpu_kernels.py sweep`).
@@ -50,13 +48,8 @@ TILES = {
   ("vector", 8): Tiles(rows=1, outputs=512, inputs=32, warps=8, stages=2, programs=264),
   ("few", 4): Tiles(rows=FEW_ROWS, outputs=256, inputs=64, warps=4, stages=3, programs=264),
   ("few", 8): Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=8, stages=3, programs=1056),
-  ("many", 4): Tiles(rows=64, outputs=128, inputs=64, warps=4, stages=3),
-  ("many", 8): Tiles(rows=128, outputs=128, inputs=64, warps=4, stages=3),
 }
 """By kind of product and bits of a code; float32 rows take half the inputs, as their tiles are twice as large."""
-
-LEAST_SCALED = 64
-"""Inputs of a step from which a scale costs less on the partial product of many rows than on the tile."""
 
 WASTE = 0.25
 
@@ -81,15 +74,13 @@ def product(x: jax.Array, w: QuantizedArray, interpret: bool, tiles: Tiles | Non
   else:
     inputs = tiles.inputs // 2 if x.dtype == jnp.float32 else tiles.inputs
     tiles = tiles._replace(inputs=_slice_of(at.length, inputs, LEAST_DOT))
-    long = tiles.inputs * at.parts >= LEAST_SCALED and not at.minimum
-    scaled = kind == "few" or long or not at.blocks_per_group
-    over = functools.partial(_over_dots, at=at, scaled=scaled, interpret=interpret)
+    over = functools.partial(_over_dots, at=at, interpret=interpret)
   return tiled_call(over, x, operands, at.outputs, tiles, at.blocks * pl.cdiv(at.length, tiles.inputs), interpret)
 
 
 def kind_of(rows: int) -> str:
   """The kind of product, a key of `TILES`; four rows without tensor cores took twice as long as sixteen with them."""
-  return "vector" if rows == 1 else "few" if rows <= FEW_ROWS else "many"
+  return "vector" if rows == 1 else "few"
 
 
 def _slice_of(length: int, largest: int, least: int) -> int:
@@ -214,21 +205,17 @@ def _shift(scale: jax.Array, zero: jax.Array | None, minimum: jax.Array | None) 
 
 
 def _over_dots(
-  x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int, scaled: bool, interpret: bool
+  x_ref: Any, *refs: Any, at: Layout, tiles: Tiles, steps: int, share: int, interpret: bool
 ) -> None:
-  """More rows, by tensor cores; `scaled` puts the scale on products, else it goes on the decoded tile."""
+  """More rows, by tensor cores."""
   codes_ref, scale_ref, *zero_refs, y_ref = refs
   window = window_of(y_ref, tiles, steps, share)
-
-  def across(values: jax.Array) -> jax.Array:
-    """One value for each output, laid along a tile of codes."""
-    return values[:, None] if at.table else values[None, :]
 
   def step(n: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     total, sums = carry
     found = _slice(window, n, codes_ref, scale_ref, zero_refs, at, tiles)
     grouped = bool(at.blocks_per_group)
-    partial = jnp.zeros_like(total) if scaled and grouped else total
+    partial = jnp.zeros_like(total) if grouped else total
     shift = jnp.zeros_like(sums) if grouped else sums
     for part, start in enumerate(found.starts):
       xs = plgpu.load(
@@ -236,15 +223,10 @@ def _over_dots(
         mask=window.rows_inside[:, None] & (found.inside & (start + lanes(tiles.inputs) < at.inputs))[None, :],
         other=jnp.zeros((), x_ref.dtype),
       )
-      if scaled:
-        values = _values(found.codes, part, found.zero, at, x_ref.dtype)
-        shift = shift + jnp.sum(xs.astype(jnp.float32), axis=1) if at.minimum else shift
-      else:
-        values = _values(found.codes, part, found.zero, at, jnp.float32) * across(found.scale)
-        values = values if found.minimum is None else values + across(found.minimum)
-        values = values.astype(x_ref.dtype)  # where precision is dropped
+      values = _values(found.codes, part, found.zero, at, x_ref.dtype)
+      shift = shift + jnp.sum(xs.astype(jnp.float32), axis=1) if at.minimum else shift
       partial = partial + dot(xs, values, at.table, interpret)
-    if scaled and grouped:
+    if grouped:
       partial = total + partial * found.scale[None, :]
       if found.minimum is not None:
         partial = partial + shift[:, None] * found.minimum[None, :]

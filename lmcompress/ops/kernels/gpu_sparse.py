@@ -30,8 +30,7 @@ from lmcompress.ops.kernels.gpu_tiles import (
 )
 from lmcompress.ops.kernels.opaque import quantized_reason
 
-SPARSE_FEW = Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=4, stages=4, programs=264)
-SPARSE_MANY = Tiles(rows=64, outputs=128, inputs=32, warps=8, stages=3)
+TILES = Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=4, stages=4, programs=264)
 
 
 def sparse_reason(w: NMSparseArray) -> str:
@@ -48,8 +47,7 @@ def sparse_reason(w: NMSparseArray) -> str:
 
 def product(x: jax.Array, w: NMSparseArray, interpret: bool, tiles: Tiles | None) -> jax.Array:
   """`[m, inputs] -> [m, outputs]`: quads are spread to dense tiles in registers; only what is stored is read."""
-  few = x.shape[0] <= FEW_ROWS
-  tiles = tiles or (SPARSE_FEW if few else SPARSE_MANY)
+  tiles = tiles or TILES
   steps = pl.cdiv(x.shape[1] // 4, tiles.inputs)
   values = w.values
   quantized = isinstance(values, QuantizedArray)
