@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 _EIGHT = "--xla_force_host_platform_device_count=8"
 _QUICK = "--xla_backend_optimization_level=0"  # tests compile much and compute little
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # it halves compiling; later ones have no such flag
+  _QUICK += " --xla_cpu_use_fusion_emitters=false"
 _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
 if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT} {_QUICK}".strip()
