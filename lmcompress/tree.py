@@ -198,11 +198,8 @@ def stack_layers(params: Params) -> Params:
   """
   layers = [params["layers"][name] for name in sorted(params["layers"], key=int)]
 
-  def form(layer: Any) -> Any:
-    return jax.tree.structure(layer), [(x.shape, x.dtype) for x in jax.tree.leaves(layer)]
-
   for i, layer in enumerate(layers):
-    if form(layer) != form(layers[0]):
+    if _form(layer) != _form(layers[0]):
       raise WeightError(f"layers/{i} differs from layers/0 in form, shape or dtype; only alike layers can be stacked")
   return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
@@ -211,6 +208,66 @@ def unstack_layers(params: Params) -> Params:
   """Undoes `stack_layers`."""
   depth = jax.tree.leaves(params["layers"])[0].shape[0]
   return {**params, "layers": {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(depth)}}
+
+
+EXPERTS = "experts"
+"""The subtree of the experts of a mixture: one for each by its number, or one whose leaves have an axis of experts."""
+
+
+def stack_experts(params: Params) -> Params:
+  """Gives the experts of each mixture one subtree with a leading axis, to be split over the axis `expert` of a mesh.
+
+  Raises:
+    WeightError: two experts of a mixture differ in structure or shape; their mixture's path is named.
+  """
+
+  def stacked(path: str, experts: Params) -> Params:
+    names = sorted(experts, key=int)
+    forms = [_form(experts[name]) for name in names]
+    for name, form in zip(names, forms, strict=True):
+      if form != forms[0]:
+        raise WeightError(f"{path}/{name} differs from {path}/{names[0]} in form, shape or dtype; only alike stack")
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *(experts[name] for name in names))
+
+  return _over_experts(params, stacked, "0" in _first_mixture(params))
+
+
+def unstack_experts(params: Params) -> Params:
+  """Undoes `stack_experts`; experts that stand apart already stay so."""
+
+  def apart(path: str, experts: Params) -> Params:
+    count = jax.tree.leaves(experts)[0].shape[0]
+    return {str(i): jax.tree.map(lambda x, i=i: x[i], experts) for i in range(count)}
+
+  return _over_experts(params, apart, has_stacked_experts(params))
+
+
+def has_stacked_experts(params: Params) -> bool:
+  """Whether there are mixtures whose experts are stacked."""
+  return bool(first := _first_mixture(params)) and "0" not in first
+
+
+def _over_experts(params: Params, fn: Callable[[str, Params], Params], due: bool) -> Params:
+  def walk(path: str, node: Any) -> Any:
+    if is_leaf(node):
+      return node
+    visit = lambda name: fn if name == EXPERTS else walk  # noqa: E731
+    return {name: visit(name)(f"{path}/{name}".lstrip("/"), child) for name, child in node.items()}
+
+  return walk("", params) if due else params
+
+
+def _first_mixture(node: Any) -> Params:
+  """The experts of the first mixture of a tree; empty where it has none."""
+  if is_leaf(node):
+    return {}
+  if EXPERTS in node:
+    return node[EXPERTS]
+  return next((found for child in node.values() if (found := _first_mixture(child))), {})
+
+
+def _form(subtree: Any) -> Any:
+  return jax.tree.structure(subtree), [(x.shape, x.dtype) for x in jax.tree.leaves(subtree)]
 
 
 def leaf_nbits(leaf: Any) -> int:

@@ -177,6 +177,8 @@ class Stage(NamedTuple):
     free: logical axes of the source's output along which any matrix may move from the source to these linears (between
       them lies nothing that would notice, as attention does not within a value's head).
     mask: the input of the model that says which tokens of the stage's input are real.
+    others: linears that read what the source gives too and are linears of stages of their own, as experts are, which
+      get but some of the tokens; those stages have no source.
   """
 
   name: str
@@ -184,6 +186,12 @@ class Stage(NamedTuple):
   source: str
   free: tuple[str, ...] = ()
   mask: str = "attention_mask"
+  others: tuple[str, ...] = ()
+
+  @property
+  def readers(self) -> tuple[str, ...]:
+    """All linears that read what the source gives."""
+    return self.linears + self.others
 
 
 class Block(NamedTuple):

@@ -123,6 +123,11 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     tokenizer.save(folder)
 
 
+def _mixed(paths: Iterable[str]) -> bool:
+  """Whether a layer with such leaves is a mixture of experts; layers with and without one are of two kinds."""
+  return any(f"/{tree.EXPERTS}/" in path for path in paths)
+
+
 def _closed_up(params: Params, stacks: Iterable[str]) -> Params:
   """The tree without references, its layers numbered from 0.
 
@@ -139,10 +144,11 @@ def _closed_up(params: Params, stacks: Iterable[str]) -> Params:
     order = sorted(layers, key=int)
     shapes = [{path: leaf.shape for path, leaf in tree.flatten(layers[i]).items()} for i in order]
     for i, own in zip(order, shapes, strict=True):
-      for path in sorted(set(own) | set(shapes[0])):
-        if own.get(path) != shapes[0].get(path):
+      first = next(other for other in shapes if _mixed(other) == _mixed(own))
+      for path in sorted(set(own) | set(first)):
+        if own.get(path) != first.get(path):
           raise FormatError(
-            f"{start}layers/{i}/{path} has shape {own.get(path)} and in the first layer {shapes[0].get(path)}; "
+            f"{start}layers/{i}/{path} has shape {own.get(path)} and in the first layer {first.get(path)}; "
             "config.json has one width for all layers"
           )
     params = tree.put(params, f"{start}layers", {str(new): layers[old] for new, old in enumerate(order)})

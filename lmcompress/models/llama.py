@@ -1,4 +1,5 @@
-"""Llama and what differs from it by a little: Mistral (a window), Qwen2 (biases), Qwen3 (normed queries and keys)."""
+"""Llama and what differs from it by a little: Mistral (a window), Qwen2 (biases), Qwen3 (normed queries and keys), and
+Mixtral and Qwen's mixtures of experts, which some or all of the layers may have in the place of their MLP."""
 
 from __future__ import annotations
 
@@ -11,14 +12,18 @@ import flax.linen as nn
 import jax
 
 from lmcompress import ops
-from lmcompress.models.base import Decoder, linear_axes, norm_axes
+from lmcompress.models import experts
+from lmcompress.models.base import Decoder, linear_axes, norm_axes, numbered
 from lmcompress.models.layers import Linear, RMSNorm, linears
 from lmcompress.models.rope import Rope
 from lmcompress.types import Block, Params, Stage
 
-STAGES = (
+ATTENTION = (
   Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm"),
   Stage("o", ("attn/o",), "attn/v", free=("head",)),
+)
+STAGES = (
+  *ATTENTION,
   Stage("gate_up", ("mlp/gate", "mlp/up"), "mlp_norm"),
   Stage("down", ("mlp/down",), "mlp/up"),
 )
@@ -38,6 +43,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
   **linear_axes("layers/*/mlp/gate", "embed", "mlp"),
   **linear_axes("layers/*/mlp/up", "embed", "mlp"),
   **linear_axes("layers/*/mlp/down", "mlp", "embed"),
+  **experts.AXES,
   **norm_axes("final_norm", "embed", bias=False),
   "head/table": ("vocab", "embed"),
 }
@@ -50,6 +56,8 @@ class LlamaConfig:
   Attributes:
     window: how many tokens up to itself a token sees; None for all.
     full_layers: the numbers of the layers whose tokens see all in spite of a window.
+    experts_per_token: where a layer is a mixture of experts, how many each token goes to.
+    normalize_experts: whether their weights add up to 1.
   """
 
   head_dim: int
@@ -58,11 +66,18 @@ class LlamaConfig:
   max_length: int = 2048
   window: int | None = None
   full_layers: tuple[int, ...] = ()
+  experts_per_token: int = 2
+  normalize_experts: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaSizes:
-  """Sizes for `init` only; a tree in hand speaks for itself."""
+  """Sizes for `init` only; a tree in hand speaks for itself.
+
+  Attributes:
+    experts: of each layer, of `mlp` neurons each; 0 for an MLP.
+    shared: neurons of an expert that all tokens go to; 0 for none.
+  """
 
   vocab: int
   embed: int
@@ -73,6 +88,8 @@ class LlamaSizes:
   tied: bool = True
   attention_bias: bool = False
   mlp_bias: bool = False
+  experts: int = 0
+  shared: int = 0
 
 
 class _Attention(nn.Module):
@@ -122,12 +139,20 @@ class _Layer(nn.Module):
     h = h + mixed
     x = RMSNorm(self.config.rms_epsilon, name="mlp_norm")(h)
     self.sow("taps", "gate_up_input", x)
-    return h + _Mlp(self.sizes, name="mlp")(x), layer_cache
+    return h + self._mlp()(x), layer_cache
+
+  def _mlp(self) -> nn.Module:
+    """The MLP or the mixture, as the parameters have it."""
+    c, s = self.config, self.sizes
+    if s.experts if s else "router" in self.variables["params"]["mlp"]:
+      sizes = (s.experts, s.mlp, s.shared) if s else ()
+      return experts.Mixture(c.experts_per_token, c.normalize_experts, *sizes, name="mlp")
+    return _Mlp(s, name="mlp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama(Decoder):
-  """The Llama architecture (Touvron et al. 2023, arXiv:2307.09288; SmolLM2, Mistral, Qwen2, Qwen3).
+  """The Llama architecture (Touvron et al. 2023, arXiv:2307.09288; SmolLM2, Mistral, Mixtral, Qwen2, Qwen3).
 
   Rotary positions, grouped queries, gated SiLU and RMS norms.
   """
@@ -147,6 +172,15 @@ class Llama(Decoder):
     """
     s = self.sized()
     return self.made(key, _Layer(self.config, s), s.vocab, s.embed, s.layers, s.tied)
+
+  def blocks(self, params: Params) -> tuple[Block, ...]:
+    """The layers that the tree has, in order; those with a mixture have stages for each expert."""
+    found = super().blocks(params)
+    mlps = [params["layers"][i].get("mlp", {}) for i in numbered(params, "layers")]
+    return tuple(
+      block._replace(stages=(*ATTENTION, *experts.stages(mlp))) if "router" in mlp else block
+      for block, mlp in zip(found, mlps, strict=True)
+    )
 
   def layer_of(self, block: Block) -> nn.Module:
     """The layer, with the window where it has one."""

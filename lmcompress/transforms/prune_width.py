@@ -62,7 +62,7 @@ def prune_width(
     for block in model.blocks(params):
       for stage in block.stages:
         scale = tree.get(params, f"{block.path}/{stage.source}/scale")
-        paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
+        paths = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
         if scale is None or tree.get(params, paths[0]) is None:
           continue
         moment = (evidence.statistics or {})[paths[0]]["second_moment"]
@@ -133,7 +133,7 @@ def _take_over(state: Mapping[str, Energy], keep: Keep) -> Transform:
     stays[planned] = True
     for block in evidence.structure.blocks(params):
       for stage in block.stages:
-        paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
+        paths = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
         for path in paths if f"{block.path}/{stage.source}" in state else ():
           leaf = tree.get(params, path)
           moved = compensated(parts.materialize(leaf), (evidence.statistics or {})[path]["hessian"], jnp.asarray(stays))

@@ -57,7 +57,7 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
     return params, state
 
   def _stage(params: Params, block: Block, stage: Stage, evidence: Evidence, here: set[str]) -> Params:
-    paths = [f"{block.path}/{linear}/kernel" for linear in stage.linears]
+    paths = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
     paths = [path for path in paths if tree.get(params, path) is not None]
     source = f"{block.path}/{stage.source}"
     linear = tree.get(params, f"{source}/kernel") is not None

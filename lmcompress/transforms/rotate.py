@@ -77,7 +77,7 @@ def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
   hidden, norms = stream_norms("rotate", model, params)
   blocks = model.blocks(params)
   feeds = {
-    f"{block.path}/{stage.source}": [f"{block.path}/{linear}/kernel" for linear in stage.linears]
+    f"{block.path}/{stage.source}": [f"{block.path}/{linear}/kernel" for linear in stage.readers]
     for block in blocks
     for stage in block.stages
   }

@@ -63,6 +63,18 @@ CASES = {
   ),
   "qwen3": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 10}),
   "qwen3 tied": Case("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8, "tie_word_embeddings": True}),
+  "mixtral": Case("MixtralForCausalLM", {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2}),
+  "mixtral with a window": Case(
+    "MixtralForCausalLM", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 9}
+  ),
+  "qwen3 mixture": Case("Qwen3MoeForCausalLM", {
+    **LLAMA, "num_experts": 11, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "head_dim": 10,
+    "mlp_only_layers": [1], "norm_topk_prob": True,
+  }),
+  "qwen2 mixture": Case("Qwen2MoeForCausalLM", {
+    **LLAMA, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 36,
+  }),
   "gemma": Case("GemmaForCausalLM", {**LLAMA, "head_dim": 10, "hidden_act": "gelu_pytorch_tanh"}),
   "gemma2": Case("Gemma2ForCausalLM", {
     **LLAMA, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,

@@ -1,10 +1,11 @@
-"""Llama, Mistral, Qwen2 and Qwen3 in Hugging Face folders and in GGUF."""
+"""Llama, Mistral, Mixtral, Qwen2 and Qwen3 (and their mixtures) in Hugging Face folders; those without in GGUF."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from lmcompress.io.architectures import mixtures
 from lmcompress.io.names import Foreign, Name, integer, layer_names, number
 from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.types import FormatError, Params
@@ -36,7 +37,11 @@ NORMED = (
 
 
 def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
-  return NORMED if config.get("model_type") == "qwen3" else NAMES
+  kind = config.get("model_type")
+  names = NORMED if kind in ("qwen3", "qwen3_moe") else NAMES
+  if kind not in mixtures.KINDS:
+    return names
+  return (*(name for name in names if "/mlp/" not in name.path), *mixtures.names(config))
 
 
 def read(config: Mapping[str, Any], where: Any) -> Llama:
@@ -62,6 +67,7 @@ def read(config: Mapping[str, Any], where: Any) -> Llama:
       max_length=max_length,
       window=window,
       full_layers=full,
+      **mixtures.read(config, where),
     )
   )
 
@@ -70,13 +76,13 @@ def windows(config: Mapping[str, Any], where: Any) -> tuple[int | None, tuple[in
   """The window, and the layers that see all in spite of it."""
   kind = config.get("model_type")
   width = config.get("sliding_window")
-  if kind == "llama" or width is None or (kind in ("qwen2", "qwen3") and not config.get("use_sliding_window", False)):
+  if kind == "llama" or width is None or (str(kind).startswith("qwen") and not config.get("use_sliding_window", False)):
     return None, ()
   width, layers = integer(config, "sliding_window", where), integer(config, "num_hidden_layers", where)
   types = config.get("layer_types")
   if isinstance(types, list) and len(types) == layers:
     return width, tuple(i for i, word in enumerate(types) if word == "full_attention")
-  if kind in ("qwen2", "qwen3"):
+  if str(kind).startswith("qwen"):
     return width, tuple(range(min(layers, integer(config, "max_window_layers", where, 0, least=0))))
   return width, ()
 
@@ -94,12 +100,16 @@ def write(model: Llama, params: Params) -> dict[str, Any]:
   heads = attention["q"]["kernel"].shape[-1] // c.head_dim
   config: dict[str, Any] = {
     "model_type": kind, "architectures": [f"{kind.capitalize()}ForCausalLM"], "vocab_size": vocab, "hidden_size": embed,
-    "intermediate_size": mlp["up"]["kernel"].shape[-1], "num_hidden_layers": len(layers), "num_attention_heads": heads,
+    "intermediate_size": mlp["up"]["kernel"].shape[-1] if "up" in mlp else 0, "num_hidden_layers": len(layers),
+    "num_attention_heads": heads,
     "num_key_value_heads": attention["k"]["kernel"].shape[-1] // c.head_dim, "head_dim": c.head_dim,
     "hidden_act": "silu", "rms_norm_eps": c.rms_epsilon, "max_position_embeddings": c.max_length,
-    "attention_bias": biases == set("qkvo"), "mlp_bias": "bias" in mlp["up"],
+    "attention_bias": biases == set("qkvo"), "mlp_bias": "bias" in mlp.get("up", {}),
     "tie_word_embeddings": "head" not in params, **write_rope(c.rope),
   }  # fmt: skip
+  if any("router" in layer["mlp"] for layer in layers.values()):
+    config |= mixtures.write(model, params)
+    config["architectures"] = [mixtures.CLASSES[config["model_type"]]]
   if c.window is not None:
     kinds = ["full_attention" if i in c.full_layers else "sliding_attention" for i in range(len(layers))]
     config |= {"sliding_window": c.window, "use_sliding_window": True, "layer_types": kinds}
@@ -172,5 +182,10 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 
 FOREIGN = Foreign(
-  Llama, ("llama", "mistral", "qwen2", "qwen3"), _names, read, write, ignored=(r".*\.rotary_emb\.inv_freq",)
+  Llama,
+  ("llama", "mistral", "qwen2", "qwen3", *mixtures.KINDS),
+  _names,
+  read,
+  write,
+  ignored=(r".*\.rotary_emb\.inv_freq",),
 )

@@ -1,0 +1,139 @@
+"""Mixtures of experts: rows go to the experts that a router chose for them, and to no other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+BLOCK = 128
+"""Rows of one expert that are multiplied together, at most."""
+
+ROWS = ("data", "fsdp")
+"""Axes of a mesh that split rows."""
+
+Run = Callable[[Any, jax.Array], jax.Array]
+"""`(an expert's leaves, rows [n, inputs]) -> [n, outputs]`."""
+
+
+def chosen(logits: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+  """The likeliest experts of each row, and their weights (Shazeer et al. 2017, arXiv:1701.06538).
+
+  Args:
+    logits: the router's, `[..., experts]`.
+    count: experts of a row.
+    normalize: whether a row's weights add up to 1 (Mixtral), or are their shares among all experts.
+
+  Returns:
+    `(ids int32, weights float32)`, each `[..., count]`.
+  """
+  weights, ids = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), count)
+  return ids, weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights
+
+
+def is_stacked(experts: Mapping[str, Any]) -> bool:
+  """Whether the leaves of a subtree have an axis of experts, rather than each expert a subtree of its number."""
+  return "0" not in experts and not any(name.isdigit() for name in experts)
+
+
+def mixture(run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+  """The weighted sum of what its experts make of each row.
+
+  Rows are sorted by expert and cut into blocks of one expert each, so that a block reads the weights of its expert
+  alone, in whatever form they are stored; no row is dropped, whatever the router says (as Gale et al. 2022,
+  arXiv:2211.15841). On a mesh rows stay where they are, and with an axis `expert` each device computes what its own
+  experts give, which one sum over that axis adds up.
+
+  Args:
+    experts: a subtree for each expert by its number, or one whose leaves have a leading axis of experts.
+    x: `[rows, inputs]`.
+    ids, weights: as of `chosen`, `[rows, count]`.
+
+  Returns:
+    `[rows, outputs]` in the dtype of x, summed in float32.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  names = [] if mesh.empty else [name for name in (*ROWS, "expert") if mesh.shape.get(name, 1) > 1]
+  if not names or not is_stacked(experts):
+    return _local(run, experts, x, ids, weights, None)
+  rows = tuple(name for name in names if name != "expert")
+  if x.shape[0] % functools.reduce(lambda n, name: n * mesh.shape[name], rows, 1):
+    rows = ()
+  over = PartitionSpec(rows or None)
+  lead = PartitionSpec("expert" if "expert" in names else None)
+  specs = jax.tree.map(lambda _: lead, dict(experts))
+
+  def part(experts: Any, number: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    y = _local(run, experts, x, ids - number[0], weights, number.size).astype(jnp.float32)
+    return (jax.lax.psum(y, "expert") if "expert" in names else y).astype(x.dtype)
+
+  number = jnp.arange(jax.tree.leaves(experts)[0].shape[0], dtype=jnp.int32)
+  split = jax.shard_map(
+    part, mesh=mesh, in_specs=(specs, lead, over, over, over), out_specs=over, axis_names={*rows, *lead} - {None},
+    check_vma=False,
+  )  # fmt: skip
+  return split(dict(experts), number, x, ids, weights)
+
+
+def _local(
+  run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array, here: int | None
+) -> jax.Array:
+  """`mixture` on one device; of ids outside of `0 .. here - 1` nothing is computed."""
+  alone = None if is_stacked(experts) else [experts[name] for name in sorted(experts, key=int)]
+  count = here or (len(alone) if alone is not None else jax.tree.leaves(experts)[0].shape[0])
+  rows, choices = ids.shape
+  total = rows * choices
+  block = min(BLOCK, 1 << max(0, (total // count).bit_length() - 1))
+  blocks = total if block == 1 else total // block + min(count, total)
+
+  flat = jnp.where((ids < 0) | (ids >= count), count, ids).reshape(-1)
+  order = jnp.argsort(flat, stable=True)
+  expert = flat[order]
+  load = jnp.zeros(count + 1, jnp.int32).at[flat].add(1)
+  padded = -(-load // block) * block
+  first, start = jnp.cumsum(load) - load, jnp.cumsum(padded) - padded
+  place = start[expert] + jnp.arange(total, dtype=jnp.int32) - first[expert]
+  place = jnp.where(expert == count, blocks * block, place)
+  source = jnp.full(blocks * block, rows, jnp.int32).at[place].set((order // choices).astype(jnp.int32), mode="drop")
+  share = jnp.zeros(blocks * block, jnp.float32).at[place].set(weights.reshape(-1)[order], mode="drop")
+  ends = jnp.cumsum(padded[:count])
+  which = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32) * block, side="right")
+
+  outputs = jax.eval_shape(run, alone[0] if alone is not None else _one(experts, 0), x[:1]).shape[-1]
+  nothing = jnp.zeros((block, outputs), x.dtype)
+
+  def step(_: None, given: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    which, source = given
+    some = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+    if alone is not None:
+      branches = [functools.partial(run, leaves) for leaves in alone]
+      return None, jax.lax.switch(which, [*branches, lambda _: nothing], some)
+    done = jax.lax.cond(which < count, lambda: run(_one(experts, jnp.minimum(which, count - 1)), some), lambda: nothing)
+    return None, done
+
+  _, made = jax.lax.scan(step, None, (which.astype(jnp.int32), source.reshape(blocks, block)))
+  made = made.reshape(blocks * block, outputs).astype(jnp.float32) * share[:, None]
+  return jnp.zeros((rows, outputs), jnp.float32).at[source].add(made, mode="drop").astype(x.dtype)
+
+
+def _one(experts: Any, i: Any) -> Any:
+  """The leaves of one expert of a stack: of compressed ones the bytes of that expert alone are read."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), experts)
+
+
+UNCHOSEN = 0.1
+"""What the inputs of tokens that an expert does not get are times, where its statistics are taken."""
+
+
+def seen_by(ids: jax.Array, experts: int) -> list[jax.Array]:
+  """For each expert `[..., 1]`: 1 for rows that go to it, `UNCHOSEN` for others.
+
+  So an expert that the calibration text hardly uses is still solved for inputs of that kind, at a hundredth of the
+  weight in second moments, and for one that is used this changes little.
+  """
+  return [jnp.where(jnp.any(ids == e, axis=-1, keepdims=True), 1.0, UNCHOSEN) for e in range(experts)]
+
