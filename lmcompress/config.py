@@ -60,6 +60,7 @@ class MeshSizes(_Table):
 
   data: int = 1
   fsdp: int = 1
+  expert: int = 1
   tensor: int = 1
   rules: dict[str, Literal["tensor"] | None] = pydantic.Field(default_factory=dict)
 
@@ -260,7 +261,7 @@ class Config(_Table):
     without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
     if self.mesh:
-      unsaid = {"fsdp": 1, "rules": {}}
+      unsaid = {"fsdp": 1, "expert": 1, "rules": {}}
       table["mesh"] = {key: value for key, value in table["mesh"].items() if unsaid.get(key) != value}
     if self.train:
       table["train"] = {key: value for key, value in table["train"].items() if value is not None}

@@ -350,7 +350,7 @@ def _decides(config: Config, calibration: Any) -> dict[str, Any]:
 def _mesh(config: Config) -> Any:
   if config.mesh is None:
     return None
-  return make_mesh(config.mesh.data, config.mesh.tensor, config.mesh.fsdp)
+  return make_mesh(**{axis: getattr(config.mesh, axis) for axis in AXES})
 
 
 def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher: Watcher) -> None:
@@ -427,8 +427,10 @@ def _ready(config: Config, model: Any, stages: list[Stage], mesh: Any) -> list[P
     new = {path: leaf for path, leaf in leaves.items() if (path, id(leaf)) not in made}
     done = ops.prepare(tree.unflatten(new))
     done = tree.flatten(done if mesh is None else shard(model, done, mesh, rules_of(config)))
-    made |= {(path, id(leaf)): done[path] for path, leaf in new.items()}
-    trees.append(tree.unflatten({path: made[path, id(leaf)] for path, leaf in leaves.items()}))
+    found = {path: leaf for path, leaf in done.items() if path not in leaves}  # stacks of experts, which none shares
+    made |= {(path, id(leaf)): done[path] for path, leaf in new.items() if path in done}
+    found |= {path: made[path, id(leaf)] for path, leaf in leaves.items() if (path, id(leaf)) in made}
+    trees.append(tree.unflatten(found))
   return trees
 
 

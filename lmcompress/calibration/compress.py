@@ -68,7 +68,7 @@ def compress(
 
   Each link of a chain is planned on the tree as the link before left it. A link that needs no statistics is
   applied weight by weight; one that does runs block by block over the calibration tokens, each block seeing
-  what the compressed blocks before it produce.
+  what the compressed blocks before it produce. Experts that are stacked are taken apart, and stacked again at the end.
 
   Args:
     model: the model that the tree belongs to.
@@ -86,9 +86,11 @@ def compress(
     The compressed tree and a `Report`.
 
   Raises:
-    WeightError: a pattern selects nothing, a weight cannot be compressed as asked, calibration is missing.
+    WeightError: a pattern selects nothing, a weight cannot be compressed as asked, calibration is missing, or experts
+      that were stacked are no longer alike.
   """
   recipe = recipe if isinstance(recipe, Transform) else chain(*recipe)
+  stacked, params = tree.has_stacked_experts(params), tree.unstack_experts(params)
   report, original = Report(), params
   dense: dict[str, Any] = {}
   links = list(recipe.links or (recipe,))
@@ -136,7 +138,7 @@ def compress(
     report.rows += _rows(link.name, original, before, params, work)
     if on_link is not None:
       on_link(link.name, params)
-  return params, report
+  return tree.stack_experts(params) if stacked else params, report
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,17 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmcompress import tree
-from lmcompress.arrays.stored import fetch
+from lmcompress.arrays.stored import StoredArray, fetch
 from lmcompress.types import CompressedArray, ConfigError, Params
 
-AXES: tuple[str, ...] = ("data", "fsdp", "tensor")
-"""What a mesh splits: the batch; the batch and weights, which are gathered where they are used; products of weights."""
+AXES: tuple[str, ...] = ("data", "fsdp", "expert", "tensor")
+"""What a mesh splits: the batch; the batch and weights, which are gathered where they are used; experts of mixtures;
+products of weights."""
 
 BATCH = ("data", "fsdp")
 """The axes that rows of a batch are split over."""
 
-RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp"}
+RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp", "expert": "expert"}
 """Which mesh axis each logical axis is split over; what is not named here is not split."""
 
 
@@ -45,14 +46,14 @@ def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
   return found
 
 
-def make_mesh(data: int = 1, tensor: int = 1, fsdp: int = 1, devices: Any = None) -> Mesh:
-  """A mesh with axes `data`, `fsdp` and `tensor`; one size may be -1, taken from the number of devices.
+def make_mesh(data: int = 1, tensor: int = 1, fsdp: int = 1, expert: int = 1, devices: Any = None) -> Mesh:
+  """A mesh with axes `data`, `fsdp`, `expert` and `tensor`; one size may be -1, taken from the number of devices.
 
   Raises:
     ConfigError: the sizes do not multiply to at most the devices there are.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = mesh_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
+  sizes = mesh_sizes({"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}, len(devices))
   shape = tuple(sizes[name] for name in AXES)
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
@@ -143,8 +144,15 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
 
 
 def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:
-  """The tree placed on the mesh, leaf by leaf: of a tree that lies in files, a process holds its part and one leaf."""
-  specs = dense_specs(model, params, mesh.shape, rules)
+  """The tree placed on the mesh, leaf by leaf: of a tree that lies in files, a process holds its part and one leaf.
+
+  Where the mesh splits experts they are stacked on the way (`tree.stack_experts`).
+
+  Raises:
+    ConfigError: it splits experts, and the tree has none.
+    WeightError: experts of a mixture are not alike, and cannot be stacked.
+  """
+  specs = dense_specs(model, as_on(params, mesh.shape), mesh.shape, rules)
 
   def put(spec: PartitionSpec, x: Any) -> jax.Array:
     place = NamedSharding(mesh, _fitting(spec, x.shape, mesh))
@@ -153,12 +161,53 @@ def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None
     mine = np.asarray(x)  # its part is copied, so that the rest can go
     return jax.make_array_from_callback(mine.shape, place, lambda index: np.array(mine[index]))
 
-  def of_leaf(path: str, leaf: Any) -> Any:
-    leaf = fetch(leaf)
-    spec = leaf.sharding_like(specs[path]) if isinstance(leaf, CompressedArray) else specs[path]
-    return jax.block_until_ready(jax.tree.map(put, spec, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec)))
+  placed = {}
+  for path, leaf in tree.flatten(params).items():
+    if path not in specs:
+      path, leaf = _stack_of(params, path)
+    if path not in placed:
+      leaf = fetch(leaf)
+      spec = leaf.sharding_like(specs[path]) if isinstance(leaf, CompressedArray) else specs[path]
+      whole = lambda s: isinstance(s, PartitionSpec)  # noqa: E731
+      placed[path] = jax.block_until_ready(jax.tree.map(put, spec, leaf, is_leaf=whole))
+  return tree.unflatten(placed)
 
-  return tree.map_leaves(of_leaf, params)
+
+def as_on(params: Params, sizes: Mapping[str, int]) -> Params:
+  """A tree (its leaves may be shapes) as a mesh of such sizes holds it: with experts in a stack where it splits them.
+
+  Of leaves that are stacked the shapes are made, not the values.
+
+  Raises:
+    ConfigError: it splits experts, and the tree has none.
+    WeightError: experts of a mixture are not alike.
+  """
+  if sizes.get("expert", 1) == 1 or tree.has_stacked_experts(params):
+    return params
+  leaves = tree.flatten(params)
+  inside = f"/{tree.EXPERTS}/"
+  if not any(inside in path for path in leaves):
+    raise ConfigError(f"mesh expert={sizes['expert']} splits the experts of mixtures, and the model has none")
+  shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+  own = {
+    path: shape(leaf) if isinstance(leaf, StoredArray) and leaf.dense else fetch(leaf)
+    for path, leaf in leaves.items() if inside in path
+  }  # fmt: skip
+  stacked = jax.eval_shape(tree.stack_experts, tree.unflatten(own))
+  rest = {path: leaf for path, leaf in leaves.items() if inside not in path}
+  return tree.unflatten({**rest, **tree.flatten(stacked)})
+
+
+def _stack_of(params: Params, path: str) -> tuple[str, Any]:
+  """Of an expert's leaf, the path of the stack that it belongs to, and the stack when it is the first; else None."""
+  before, _, after = path.partition(f"/{tree.EXPERTS}/")
+  number, _, name = after.partition("/")
+  experts = tree.get(params, f"{before}/{tree.EXPERTS}")
+  stack = f"{before}/{tree.EXPERTS}/{name}"
+  if number != min(experts, key=int):
+    return stack, None
+  leaves = [fetch(tree.get(experts[i], name)) for i in sorted(experts, key=int)]
+  return stack, jax.tree.map(lambda *xs: jnp.stack(xs), *leaves)
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -193,7 +242,7 @@ def placements(
 
   Nothing is placed, and the devices need not be there.
   """
-  mesh = abstract_mesh(sizes)
+  mesh, params = abstract_mesh(sizes), as_on(params, sizes)
   found: dict[Any, Placement] = {}
   placed, specs = tree.flatten(shardings(model, params, mesh, rules)), dense_specs(model, params, sizes, rules)
   for path, leaf in tree.flatten(params).items():
@@ -220,6 +269,7 @@ def require_division(
   Raises:
     ConfigError: names the weight, its axis, both numbers, and what would do.
   """
+  params = as_on(params, sizes)
   counts = _entries(model, params)
   for path, leaf in tree.weights(params).items():
     for name, to, extent in zip(_names(path, model.axes), spec_of(path, model.axes, rules), _shape(leaf), strict=False):
@@ -242,11 +292,17 @@ def ways(mesh: Mesh | None) -> int:
   return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH)
 
 
-def data_mesh(params: Params) -> Mesh | None:
-  """The mesh that the parameters lie on, if it splits rows."""
+def _mesh_of(params: Params) -> Mesh | None:
+  """The mesh that the parameters lie on."""
   sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
   mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-  return mesh if isinstance(mesh, Mesh) and ways(mesh) > 1 else None
+  return mesh if isinstance(mesh, Mesh) else None
+
+
+def data_mesh(params: Params) -> Mesh | None:
+  """The mesh that the parameters lie on, if it splits rows."""
+  mesh = _mesh_of(params)
+  return mesh if ways(mesh) > 1 else None
 
 
 def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
@@ -262,9 +318,10 @@ def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
 
 @contextlib.contextmanager
 def on_mesh_of(params: Params) -> Iterator[None]:
-  """Work on the mesh that a tree lies on: models gather there what is split over `fsdp`, block by block."""
-  mesh = data_mesh(params)
-  if mesh is None:
+  """Work on the mesh that a tree lies on: models gather there what is split over `fsdp`, block by block, and send rows
+  to the experts that are split over `expert`."""
+  mesh = _mesh_of(params)
+  if mesh is None or ways(mesh) * mesh.shape.get("expert", 1) == 1:
     yield
   else:
     with jax.set_mesh(mesh):

@@ -257,7 +257,7 @@ def save(
   recipe: Any = None,
   tasks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
-  """Writes model, tree and tokenizer to a folder that `load` reads back, bitwise.
+  """Writes model, tree and tokenizer to a folder that `load` reads back, bitwise (experts apart, if they were stacked).
 
   The folder appears whole or not at all; a checkpoint already there is replaced.
 
@@ -277,6 +277,7 @@ def save(
   partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
+  params = tree.unstack_experts(params)
   try:
     leaves, arrays = describe(params)
     digests = safetensors.write(partial / WEIGHTS, arrays)

@@ -98,7 +98,7 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
     order = sorted(params["layers"], key=int)
     full = tuple(new for new, old in enumerate(order) if int(old) in model.config.full_layers)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, full_layers=full))
-  params = _closed_up(params, kind.stacks)
+  params = _closed_up(tree.unstack_experts(params), kind.stacks)
   config = kind.write(model, params)
   kind = names.foreign()[config["model_type"]]
   depth, dense = {start: config[key] for start, key in kind.stacks.items()}, tree.flatten(params)

@@ -15,7 +15,7 @@ from lmcompress.ops.experts import chosen, is_stacked, mixture, seen_by
 from lmcompress.types import Stage
 
 AXES: Mapping[str, tuple[Any, ...]] = {
-  **linear_axes("layers/*/mlp/router", "embed", "expert"),
+  **linear_axes("layers/*/mlp/router", "embed", "choice"),
   **{
     f"layers/*/mlp/experts/{stack}{part}/kernel": (("expert",) if not stack else ()) + ends
     for stack in ("", "*/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from lmcompress.ops.backend import use_backend
 
 BLOCK = 128
 """Rows of one expert that are multiplied together, at most."""
@@ -67,14 +70,18 @@ def mixture(run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, 
   lead = PartitionSpec("expert" if "expert" in names else None)
   specs = jax.tree.map(lambda _: lead, dict(experts))
 
+  alone = all(n == 1 or name in names for name, n in mesh.shape.items())
+
   def part(experts: Any, number: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    y = _local(run, experts, x, ids - number[0], weights, number.size).astype(jnp.float32)
+    # XLA cannot split a kernel over another axis in here; products of plain JAX it can
+    with contextlib.nullcontext() if alone else use_backend("reference"):
+      y = _local(run, experts, x, ids - number[0], weights, number.size).astype(jnp.float32)
     return (jax.lax.psum(y, "expert") if "expert" in names else y).astype(x.dtype)
 
   number = jnp.arange(jax.tree.leaves(experts)[0].shape[0], dtype=jnp.int32)
   split = jax.shard_map(
-    part, mesh=mesh, in_specs=(specs, lead, over, over, over), out_specs=over, axis_names={*rows, *lead} - {None},
-    check_vma=False,
+    part, mesh=mesh, in_specs=(specs, lead, over, over, over), out_specs=over,
+    axis_names=set(mesh.axis_names) if alone else {*rows, *lead} - {None}, check_vma=False,
   )  # fmt: skip
   return split(dict(experts), number, x, ids, weights)
 

@@ -62,12 +62,17 @@ def _numbered(pattern: str) -> bool:
 
 
 def local_axes(model: Any, params: Params, under: str) -> dict[str, Place]:
-  """Axes whose entries are a block's own and may be removed, each with the first place where it occurs."""
+  """Axes whose entries are a block's own and may be removed, each with the first place where it occurs.
+
+  What no product sums over, as the choices of a router, is none of them.
+  """
   fixed = _global_axes(model) | set(dict(getattr(model, "extents", lambda params: {})(params)))
+  here = _all_places(model, params, under)
+  read = {name for place in here if place.reads for name in place.names}
   found: dict[str, Place] = {}
-  for place in _all_places(model, params, under):
+  for place in here:
     for name in place.names:
-      if name not in fixed:
+      if name in read - fixed:
         found.setdefault(name, place)
   return found
 

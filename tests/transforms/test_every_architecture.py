@@ -49,6 +49,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 TOKENS = np.random.default_rng(0).integers(0, 48, (4, 16)).astype(np.int32)
 ARCHITECTURES = {  # each kernel 32 by 32 or by 128, so that functions of one matrix are compiled once for all
   "Llama": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4, kv_heads=4)),
+  "mixture": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4, kv_heads=4,
+                                                       experts=4)),
   "GPT2": GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=48, embed=32, mlp=32, layers=2, heads=4)),
   "Gemma": Gemma(GemmaConfig(head_dim=8, query_scale=8.0, window=8, full_layers=(1,), score_cap=5.0),
                  GemmaSizes(vocab=48, embed=32, mlp=32, layers=2, heads=4, kv_heads=4)),
