@@ -194,6 +194,6 @@ def test_a_config_says_the_rest(tmp_path):
   }  # fmt: skip
   (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
   asked = Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32")
-  assert asked.sizes == {"data": 2, "fsdp": 1, "tensor": 2} and asked.batch == 4 and asked.length == 16
+  assert asked.sizes == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2} and asked.batch == 4 and asked.length == 16
   assert asked.training is not None and asked.training.compute == "bfloat16" and asked.devices == 4
   assert parse_topology("data=2, tensor=2") == {"data": 2, "tensor": 2}

@@ -88,7 +88,7 @@ def test_codes_are_the_papers(order, symmetric):
   zero = np.repeat(zero, repeat, 0)
   turn = np.arange(64) if order == "none" else np.argsort(-np.diag(hessian), kind="stable")
   want = reference_gptq(np.asarray(w), hessian, scale, zero, 15, 0.01, turn)
-  np.testing.assert_array_equal(done.scale, fixed.scale)
+  np.testing.assert_allclose(done.scale, fixed.scale, rtol=3e-7)
   assert np.mean(np.asarray(done.codes.unpack()) != want) < 0.01
 
 
