@@ -1,5 +1,7 @@
 """Every job over twelve meshes of eight devices beside the same on one: what comes out, what is sent, what it takes.
 
+A mixture (`--model configs/small/mixture.yml`) goes over five meshes that split its experts.
+
 Trains a small model for some steps, compresses it block by block by GPTQ, scores and continues a text, and saves.
 Where sums fall in another order, a code on the edge between two may fall to the other, and all that GPTQ rounds after
 it to codes of its own: then codes are apart, and what counts is whether the errors of the outputs are as small. On a
@@ -28,6 +30,10 @@ SHAPES = [
   {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}, {"data": 4, "tensor": 2},
   {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2},
   {"fsdp": 2}, {"data": 3, "tensor": 2},
+]  # fmt: skip
+MIXTURE = [
+  {"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"expert": 4, "tensor": 2},
+  {"fsdp": 2, "expert": 2, "tensor": 2},
 ]  # fmt: skip
 
 
@@ -63,9 +69,10 @@ def jobs(model: Any, params: Any, rows: Any, steps: int, batch: int) -> dict[str
     forward = jax.jit(model.apply).lower(params, pieces["tokens"][0])
   return {
     "losses": [row["loss"] for row in history],
-    "errors": np.array([row["output_error"] for row in report.rows]), "rounded": tree_hash(rounded),
-    "codes": np.concatenate([np.asarray(x.codes.unpack()).ravel() for x in tree.weights(small).values()
-                             if hasattr(x, "codes")]),
+    "errors": np.array([row["output_error"] for row in report.rows]),
+    "rounded": tree_hash(tree.unstack_experts(rounded)),
+    "codes": np.concatenate([np.asarray(x.codes.unpack()).ravel()
+                             for x in tree.weights(tree.unstack_experts(small)).values() if hasattr(x, "codes")]),
     "perplexity": float(perplexity(model, small, rows[-batch:], batch=batch)),
     "tokens": list(decode(model, small, rows[:2, :8].tolist(), 16, Sampler())),
     "seconds": statistics.median(row["seconds"] for row in history[2:]),
@@ -80,7 +87,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
   import jax
   import numpy as np
 
-  from lmcompress import load, save
+  from lmcompress import load, save, tree
   from lmcompress.data.text import load_text, windows
   from lmcompress.distributed import make_mesh, shard
   from lmcompress.environment import device, versions
@@ -88,6 +95,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
 
   model, params, tokenizer = load(source)
   rows = windows(tokenizer, load_text("books"), 4 * batch, length)
+  shapes = MIXTURE if any(f"/{tree.EXPERTS}/" in path for path in tree.flatten(params)) else SHAPES
   alone = jobs(model, params, rows, steps, batch)
   result: dict[str, Any] = {
     "format": 1, "model": source, "steps": steps, "batch": batch, "length": length, "devices": jax.device_count(),
@@ -96,10 +104,10 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
   }  # fmt: skip
   hashes = []
   with tempfile.TemporaryDirectory() as folder:
-    for n, sizes in enumerate(SHAPES):
+    for n, sizes in enumerate(shapes):
       found = jobs(model, shard(model, params, make_mesh(**sizes)), rows, steps, batch)
       save(Path(folder) / str(n), model, found["tree"])
-      hashes.append(tree_hash(found["tree"]))
+      hashes.append(tree_hash(tree.unstack_experts(found["tree"])))
       used = int(np.prod(list(sizes.values())))
       losses = [abs(a / b - 1) for a, b in zip(found["losses"], alone["losses"], strict=True)]
       row = {
@@ -113,8 +121,9 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
       }  # fmt: skip
       result["meshes"].append(row)
       print(json.dumps(row), file=sys.stderr, flush=True)
-    pairs = [(a, b) for a in range(len(SHAPES)) for b in range(len(SHAPES))]
-    back = [tree_hash(load(Path(folder) / str(a), make_mesh(**SHAPES[b]))[1]) == hashes[a] for a, b in pairs]
+    pairs = [(a, b) for a in range(len(shapes)) for b in range(len(shapes))]
+    read = lambda a, b: tree.unstack_experts(load(Path(folder) / str(a), make_mesh(**shapes[b]))[1])  # noqa: E731
+    back = [tree_hash(read(a, b)) == hashes[a] for a, b in pairs]
   return result | {"restored": sum(back), "pairs": len(pairs)}
 
 

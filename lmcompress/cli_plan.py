@@ -45,7 +45,7 @@ def plan(
   from rich.console import Console
   from rich.table import Table
 
-  from lmcompress import planner
+  from lmcompress import plan_request
   from lmcompress.distributed.accelerators import ACCELERATORS
   from lmcompress.errors import ConfigError
 
@@ -54,8 +54,8 @@ def plan(
   from lmcompress.cli import _find_config
 
   with contextlib.suppress(ConfigError):  # a config by its name
-    model = str(_find_config(model)) if model not in planner.PRESETS and not Path(model).exists() else model
-  asked = planner.Asked.of(model, topology, serve, batch, length, compute)
+    model = str(_find_config(model)) if model not in plan_request.PRESETS and not Path(model).exists() else model
+  asked = plan_request.Asked.of(model, topology, serve, batch, length, compute)
   console = Console()
   console.width = console.width if console.is_terminal else max(console.width, 140)
   made = asked.plan(asked.batch)

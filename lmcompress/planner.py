@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -21,31 +20,15 @@ from lmcompress.distributed.sharding import (
   BATCH,
   RULES,
   abstract_mesh,
+  as_on,
   dense_specs,
   placements,
   require_division,
   shardings,
 )
 from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds
-from lmcompress.models import Gemma, GemmaConfig, GemmaSizes, Llama, LlamaConfig, LlamaSizes
-from lmcompress.models.rope import Rope
 from lmcompress.training import Training, compiled_step
 from lmcompress.types import ConfigError, Evidence, Params, WeightError
-
-_LLAMA3 = LlamaConfig(head_dim=128, rope=Rope(theta=500_000.0), max_length=8192)
-PRESETS: dict[str, Any] = {
-  "llama3-8b": Llama(_LLAMA3, LlamaSizes(128256, 4096, 14336, 32, 32, 8, tied=False)),
-  "llama3-70b": Llama(_LLAMA3, LlamaSizes(128256, 8192, 28672, 80, 64, 8, tied=False)),
-  "llama3-405b": Llama(
-    dataclasses.replace(_LLAMA3, max_length=131072), LlamaSizes(128256, 16384, 53248, 126, 128, 8, tied=False)
-  ),
-  "gemma2-9b": Gemma(
-    GemmaConfig(head_dim=256, query_scale=256**-0.5, window=4096, full_layers=tuple(range(1, 42, 2)), score_cap=50.0,
-                max_length=8192),
-    GemmaSizes(vocab=256000, embed=3584, mlp=14336, layers=42, heads=16, kv_heads=8),
-  ),
-}  # fmt: skip
-"""Models by name, of published sizes; no weights."""
 
 
 def shapes_of(model: Any) -> Params:
@@ -135,6 +118,7 @@ def train_plan(
   require_causal(model, "a plan of training")
   sizes = {name: sizes.get(name, 1) for name in AXES}
   require_division(model, params, sizes, rules)
+  params = as_on(params, sizes)
   rows = _rows(training.batch, training.accumulate, sizes)
   split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
   held = _bytes(split)
@@ -156,8 +140,8 @@ def train_plan(
     "copies in bfloat16": held / 2 if width == 2 else 0.0,
   }  # fmt: skip
   tokens = training.batch * length
-  forward = _operations(params, tokens, length)
-  messages = _messages(model, params, sizes, rules, tokens // _ways(sizes), width, training.remat, trains=True)
+  forward = _operations(model, params, tokens, length)
+  messages = _messages(model, params, sizes, rules, tokens // ways(sizes), width, training.remat, trains=True)
   return Plan(
     placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages,
     (4.0 if training.remat else 3.0) * forward, float((4 + moments * 2) * held), tokens,
@@ -179,6 +163,7 @@ def serve_plan(
   require_causal(model, "a plan of decoding")
   sizes = {name: sizes.get(name, 1) for name in AXES}
   require_division(model, params, sizes, rules)
+  params = as_on(params, sizes)
   rows = _rows(batch, 1, sizes)
   held = _bytes(_local(model, params, sizes, rules))
   whole = _local(model, params, {**sizes, "fsdp": 1}, rules)
@@ -189,11 +174,11 @@ def serve_plan(
     "gathered weights": float(2 * layer if sizes["fsdp"] > 1 else 0),
     "activations": 4.0 * rows * max(x.shape[-1] for x in tree.weights(whole).values()),
   }  # fmt: skip
-  operations = _operations(params, batch, 1, seen=length)
+  operations = _operations(model, params, batch, 1, seen=length)
   messages = _messages(model, params, sizes, rules, rows, 2, False, trains=False)
   return Plan(
     placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages, operations,
-    float(_bytes(whole) + cache), batch,
+    float(_bytes(whole) - _unread(model, params, whole, rows) + cache), batch,
   )  # fmt: skip
 
 
@@ -246,19 +231,20 @@ def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16) -> Params:
 # ---------------------------------------------------------------------------------------- parts
 
 
-def _ways(sizes: Mapping[str, int]) -> int:
+def ways(sizes: Mapping[str, int]) -> int:
+  """Into how many parts such a mesh splits the rows of a batch."""
   return math.prod(sizes.get(name, 1) for name in BATCH)
 
 
 def _rows(batch: int, accumulate: int, sizes: Mapping[str, int]) -> int:
   """Rows of one device."""
-  ways = _ways(sizes)
-  if batch % (accumulate * ways):
+  parts = ways(sizes)
+  if batch % (accumulate * parts):
     raise ConfigError(
-      f"a batch of {batch} in {accumulate} pieces over data x fsdp = {ways} devices leaves rows over; take a multiple "
-      f"of {accumulate * ways}"
+      f"a batch of {batch} in {accumulate} pieces over data x fsdp = {parts} devices leaves rows over; take a multiple "
+      f"of {accumulate * parts}"
     )
-  return batch // ways
+  return batch // parts
 
 
 def _bytes(params: Params) -> int:
@@ -289,13 +275,34 @@ def _temporaries(model: Any, params: Params, training: Training, length: int) ->
   return float(step.memory_analysis().temp_size_in_bytes)
 
 
-def _operations(params: Params, tokens: int, length: int, seen: int | None = None) -> float:
-  """Of a forward pass: products with every weight, and of queries with what they see, half of a row in the mean."""
+def _operations(model: Any, params: Params, tokens: int, length: int, seen: int | None = None) -> float:
+  """Of a forward pass: products with every weight (of experts, those of a token), and of queries with what they see,
+  half of a row in the mean."""
   head = "head/table" if "head" in params else "embed/table"
   weights = tree.weights(params)
-  adds = sum(multiply_adds(leaf) for path, leaf in weights.items() if path == head or not path.endswith("/table"))
+  adds = sum(
+    multiply_adds(leaf) * share(model, params, path)
+    for path, leaf in weights.items() if path == head or not path.endswith("/table")
+  )  # fmt: skip
   attended = sum(leaf.shape[-1] for path, leaf in weights.items() if path.endswith("attn/q/kernel"))
   return 2.0 * tokens * (adds + 2 * attended * ((length + 1) / 2 if seen is None else seen))
+
+
+def share(model: Any, params: Params, path: str) -> float:
+  """The share of tokens that a weight is multiplied with: less than 1 for that of an expert, or of a stack of them."""
+  if f"/{tree.EXPERTS}/" not in path:
+    return 1.0
+  experts = tree.get(params, path.partition(f"/{tree.EXPERTS}/")[0] + f"/{tree.EXPERTS}")
+  count = len(experts) if "0" in experts else tree.get(params, path).shape[0]
+  return model.config.experts_per_token / count
+
+
+def _unread(model: Any, params: Params, local: Params, rows: int) -> float:
+  """Bytes of experts that so many tokens do not go to, in the mean, if all are as likely."""
+  return sum(
+    leaf_bytes(leaf) * (1 - share(model, params, path)) ** rows
+    for path, leaf in tree.weights(local).items() if f"/{tree.EXPERTS}/" in path
+  )  # fmt: skip
 
 
 def _messages(
@@ -318,15 +325,23 @@ def _messages(
       forward += [float(tokens * leaves[p].shape[-1] * width) for p in paths if specs[p][-2] == "tensor"]
       if paths and specs[paths[0]][-1] == "tensor":
         backward.append(float(tokens * leaves[paths[0]].shape[-2] * width))
+  embed = leaves["embed/table"].shape[-1]
+  downs = [p for p in leaves if f"/{tree.EXPERTS}/down/" in p]  # of stacks; each sends every choice of a token
+  chosen = getattr(model.config, "experts_per_token", 0)
+  forward += [float(tokens * chosen * embed * 4) for p in downs if specs[p][-2] == "tensor"]
+  sums = [float(tokens * embed * 4) for p in downs if specs[p][0] == "expert"]
   table = float(tokens * leaves["embed/table"].shape[-1] * width)
   if specs["embed/table"][-2] == "tensor":
     add("the embedding's rows", "all-reduce", "tensor", [table])
   passes = 1 if not trains else 2 if remat else 1
   add("outputs of row-parallel products", "all-reduce", "tensor", forward * passes)
+  add("sums over experts", "all-reduce", "expert", sums * (passes + trains))
   if trains:
     add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward)
   size = (lambda leaf: leaf.size * width) if trains else leaf_bytes
-  mine = {p: size(leaf) / (t if "tensor" in specs[p] else 1) for p, leaf in leaves.items()}
+  e = sizes["expert"]
+  parts = {p: (t if "tensor" in specs[p] else 1) * (e if "expert" in specs[p] else 1) for p in leaves}
+  mine = {p: size(leaf) / parts[p] for p, leaf in leaves.items()}
   split = {p: float(n) for p, n in mine.items() if "fsdp" in specs[p]}
   add("weights", "all-gather", "fsdp", [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))])
   if trains:
@@ -357,149 +372,3 @@ def mean_bits(params: Params) -> float:
   """Bits per weight as stored."""
   weights = tree.weights(params).values()
   return sum(8 * leaf_bytes(leaf) for leaf in weights) / sum(np.prod(leaf.shape, dtype=float) for leaf in weights)
-
-
-# ---------------------------------------------------------------------------------------- asked by a command line
-
-
-def parse_topology(text: str) -> dict[str, int]:
-  """`data=8,tensor=2` as sizes of a mesh.
-
-  Raises:
-    ConfigError: it is none.
-  """
-  sizes: dict[str, int] = {}
-  for part in filter(None, (p.strip() for p in text.split(","))):
-    name, _, number = part.partition("=")
-    if name not in AXES or name in sizes or not number.isdecimal() or not 1 <= int(number) <= 1 << 20:
-      raise ConfigError(
-        f"--topology {text}: {part!r} is no axis and size; write {', '.join(f'{a}=N' for a in AXES)}, each once at most"
-      )
-    sizes[name] = int(number)
-  return sizes
-
-
-FORMS: dict[str, dict[str, Any] | None] = {
-  "bfloat16": None,
-  "int8, a scale a row": {"bits": 8, "group_size": -1},
-  "int4, groups of 128": {"bits": 4, "group_size": 128},
-  "int3, groups of 128": {"bits": 3, "group_size": 128},
-  "int2, groups of 64": {"bits": 2, "group_size": 64},
-}
-"""How the layers may be stored for decoding, the least lossy first, as keys of `round_to_nearest`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-  """A model, a machine and a kind of work.
-
-  Attributes:
-    params: shapes; for decoding, as the weights are stored.
-    dense: shapes in float32.
-  """
-
-  model: Any
-  params: Params
-  dense: Params
-  sizes: dict[str, int]
-  rules: Mapping[str, str | None]
-  training: Training | None
-  batch: int
-  length: int
-
-  @classmethod
-  def of(
-    cls, name: str, topology: str | None, serve: bool, batch: int | None, length: int | None, compute: str
-  ) -> Asked:
-    """What a command line says; a config says the rest itself.
-
-    Raises:
-      LmcompressError: there is no such model or config, or what is asked does not fit it.
-    """
-    if compute not in ("bfloat16", "float32"):
-      raise ConfigError(f"--compute {compute}: bfloat16 or float32")
-    if min(batch or 1, length or 1) < 1:
-      raise ConfigError(f"--batch {batch}, --length {length}: from 1")
-    rules, sizes, training, recipe = dict(RULES), {}, None, None
-    if name in PRESETS:
-      model = PRESETS[name]
-      dense = shapes_of(model)
-    else:
-      model, dense, config = _named(name)
-      if config is not None:
-        from lmcompress import recipe as recipes
-        from lmcompress.config import rules_of
-
-        rules = rules_of(config)
-        recipe = recipes.build(config.recipe) if config.recipe else None
-        if config.mesh is not None:
-          sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-        if config.train is not None and not serve:
-          training = config.train.settings()
-          length, compute = length or config.train.length, training.compute
-          training = dataclasses.replace(training, batch=batch or training.batch)
-    sizes = sizes if topology is None else parse_topology(topology)
-    if -1 in sizes.values():
-      raise ConfigError("a mesh with a size of -1 takes what devices there are; say all sizes by --topology")
-    tokens: int = length or min(model.config.max_length, 4096)
-    if tokens > model.config.max_length:
-      raise ConfigError(f"--length {tokens}: longer than the model's context of {model.config.max_length}")
-    if not serve and training is None:
-      training = Training(steps=2, batch=batch or _ways(sizes), compute=compute)  # type: ignore[arg-type]
-    params = stored(dense, recipe) if serve else dense
-    rows = batch or (_ways(sizes) if training is None else training.batch)
-    return cls(model, params, dense, sizes, rules, None if serve else training, rows, tokens)
-
-  @property
-  def devices(self) -> int:
-    return math.prod(self.sizes.values())
-
-  @property
-  def said(self) -> str:
-    """In words."""
-    mesh = ", ".join(f"{axis}={n}" for axis, n in self.sizes.items()) or "no mesh"
-    kind = "decoding" if self.training is None else f"training in {self.training.compute}"
-    return f"{mesh}; {kind}, {self.batch} rows of {self.length} tokens"
-
-  def plan(self, batch: int, params: Params | None = None) -> Plan:
-    """For so many rows, and weights stored in another way."""
-    if self.training is None:
-      weights = self.params if params is None else params
-      return serve_plan(self.model, weights, batch, self.length, self.sizes, self.rules)
-    training = dataclasses.replace(self.training, batch=batch)
-    return train_plan(self.model, self.dense, training, self.length, self.sizes, self.rules)
-
-  def on(self, made: Plan, device: Accelerator) -> dict[str, Any]:
-    """Whether it `fits` a device, the `estimate`, the `largest_batch`, and the first `form` of `FORMS` that fits."""
-    step = _ways(self.sizes) * (1 if self.training is None else self.training.accumulate)
-    least, more = self.plan(step).total, self.plan(2 * step).total
-    most = largest_batch(lambda n: least + (more - least) * (n // step - 1), device.memory, step)
-    form = None
-    for word, keys in FORMS.items() if self.training is None else ():
-      with contextlib.suppress(ConfigError):  # groups that the widths do not take
-        if self.plan(self.batch, self._in_form(keys)).total <= device.memory:
-          form = word
-          break
-    return {
-      "fits": made.total <= device.memory, "estimate": estimate(made, device, self.sizes or {"data": 1}),
-      "largest_batch": most, "form": form,
-    }  # fmt: skip
-
-  def _in_form(self, keys: dict[str, Any] | None) -> Params:
-    from lmcompress.transforms import at, round_to_nearest
-
-    return stored(self.dense, None if keys is None else at("layers/*", round_to_nearest(**keys)))
-
-
-def _named(name: str) -> tuple[Any, Params, Any]:
-  """Model, shapes in float32, and the config of a config's file."""
-  from pathlib import Path
-
-  from lmcompress.config import load_config
-  from lmcompress.io.load import load
-
-  path = Path(name)
-  config = load_config(path) if path.suffix == ".yaml" and path.is_file() and "recipe" in path.read_text() else None
-  model, params, _ = load(name if config is None else config.model)
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-  return model, jax.tree.map(shape, params), config

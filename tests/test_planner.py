@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import re
 
@@ -21,13 +22,11 @@ from lmcompress.distributed.sharding import over_data
 from lmcompress.errors import ConfigError
 from lmcompress.generation.cache import init_cache
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.plan_request import PRESETS, Asked, parse_topology
 from lmcompress.planner import (
-  PRESETS,
-  Asked,
   Plan,
   estimate,
   largest_batch,
-  parse_topology,
   ring,
   serve_plan,
   shapes_of,
@@ -141,6 +140,26 @@ def test_operations_of_a_step():
   assert again.operations == pytest.approx(plain.operations * 4 / 3)
 
 
+def test_a_mixture():
+  """A device's experts, two of eight products for a token, and of a token's step the bytes of two experts."""
+  model = Llama(LlamaConfig(head_dim=8), dataclasses.replace(SIZES, experts=8))
+  shapes = shapes_of(model)
+  own = sum(x.size for path, x in lmc.tree.weights(shapes).items() if "/experts/" in path)
+  rest = sum(x.size for path, x in lmc.tree.weights(shapes).items() if "/experts/" not in path)
+  alone, split = (serve_plan(model, shapes, 1, LENGTH, sizes) for sizes in ({}, {"expert": 4}))
+  dense = serve_plan(MODEL, SHAPES, 1, LENGTH, {})
+  assert alone.nbytes["weights"] - split.nbytes["weights"] == 4 * own * 3 / 4
+  assert alone.operations - dense.operations == pytest.approx(2 * (own / 4 - own / 8 + 2 * 32 * 8))
+  assert alone.read == pytest.approx(4 * (rest + own / 4) + 4 * 5 * 32 + alone.nbytes["keys and values"])
+  sums, = split.messages
+  assert (sums.axis, sums.count) == ("expert", 2)
+  plan = train_plan(model, shapes, Training(steps=1, batch=BATCH), LENGTH, {"expert": 4, "data": 2})
+  placed = start(shard(model, model.init(jax.random.key(0)), make_mesh(expert=4, data=2)),
+                 Training(steps=1, batch=BATCH), lambda path: True)  # fmt: skip
+  assert plan.nbytes["weights, float32"] == sum(x.addressable_shards[0].data.nbytes
+                                                for x in jax.tree.leaves(placed.trained))  # fmt: skip
+
+
 def test_a_model_that_fits_nowhere_here():
   """405 billion weights over 128 devices: from shapes alone."""
   model = PRESETS["llama3-405b"]
@@ -151,8 +170,10 @@ def test_a_model_that_fits_nowhere_here():
   assert plan.nbytes["keys and values"] == 126 * 2 * 128 * 8192 * 8 * 2
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496),
-                                             ("gemma2-9b", 9_241_705_984)])  # fmt: skip
+@pytest.mark.parametrize(("name", "count"), [
+  ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496), ("gemma2-9b", 9_241_705_984),
+  ("mixtral-8x7b", 46_702_792_704),
+])  # fmt: skip
 def test_presets_have_the_published_sizes(name, count):
   assert sum(x.size for x in jax.tree.leaves(shapes_of(PRESETS[name]))) == count
 

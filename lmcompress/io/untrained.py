@@ -40,7 +40,7 @@ class _Untrained(pydantic.BaseModel):
 
 
 class UntrainedLlama(_Untrained):
-  """A Llama; the widths are as of `models.LlamaSizes`."""
+  """A Llama; the widths are as of `models.LlamaSizes`, with `experts` of `mlp` neurons each in the place of an MLP."""
 
   architecture: Literal["llama"] = "llama"
   mlp: int = pydantic.Field(768, ge=1)
@@ -48,17 +48,25 @@ class UntrainedLlama(_Untrained):
   kv_heads: int = pydantic.Field(2, ge=1)
   head_dim: int = pydantic.Field(64, ge=2, multiple_of=2)
   tied: bool = True
+  experts: int = pydantic.Field(0, ge=0)
+  shared: int = pydantic.Field(0, ge=0)
+  experts_per_token: int = pydantic.Field(2, ge=1)
 
   @pydantic.model_validator(mode="after")
   def _fits(self) -> UntrainedLlama:
     if self.heads % self.kv_heads:
       raise ValueError(f"{self.heads} heads over {self.kv_heads} kv_heads: a whole number of them shares one")
+    if self.experts and self.experts_per_token > self.experts:
+      raise ValueError(f"{self.experts_per_token} experts_per_token of {self.experts} experts: there are not so many")
+    if self.shared and not self.experts:
+      raise ValueError(f"shared {self.shared}: an expert that all share needs others; give experts")
     return self
 
   def model(self) -> Any:
     """The model, with its sizes."""
-    widths = self.model_dump(include={"vocab", "embed", "mlp", "layers", "heads", "kv_heads", "tied"})
-    return Llama(LlamaConfig(head_dim=self.head_dim, max_length=self.max_length), LlamaSizes(**widths))
+    named = {"vocab", "embed", "mlp", "layers", "heads", "kv_heads", "tied", "experts", "shared"}
+    config = LlamaConfig(self.head_dim, max_length=self.max_length, experts_per_token=self.experts_per_token)
+    return Llama(config, LlamaSizes(**self.model_dump(include=named)))
 
 
 class UntrainedGPT2(_Untrained):

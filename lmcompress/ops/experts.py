@@ -113,16 +113,17 @@ def _local(
   outputs = jax.eval_shape(run, alone[0] if alone is not None else _one(experts, 0), x[:1]).shape[-1]
   nothing = jnp.zeros((block, outputs), x.dtype)
 
-  def step(_: None, given: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-    which, source = given
-    some = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+  @jax.checkpoint
+  def some(which: jax.Array, source: jax.Array) -> jax.Array:
+    """What an expert makes of a block of rows; made anew on the way back, which else keeps its weights each time."""
+    rows = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
     if alone is not None:
       branches = [functools.partial(run, leaves) for leaves in alone]
-      return None, jax.lax.switch(which, [*branches, lambda _: nothing], some)
-    done = jax.lax.cond(which < count, lambda: run(_one(experts, jnp.minimum(which, count - 1)), some), lambda: nothing)
-    return None, done
+      return jax.lax.switch(which, [*branches, lambda _: nothing], rows)
+    return jax.lax.cond(which < count, lambda: run(_one(experts, jnp.minimum(which, count - 1)), rows), lambda: nothing)
 
-  _, made = jax.lax.scan(step, None, (which.astype(jnp.int32), source.reshape(blocks, block)))
+  given = (which.astype(jnp.int32), source.reshape(blocks, block))
+  _, made = jax.lax.scan(lambda _, each: (None, some(*each)), None, given)
   made = made.reshape(blocks * block, outputs).astype(jnp.float32) * share[:, None]
   return jnp.zeros((rows, outputs), jnp.float32).at[source].add(made, mode="drop").astype(x.dtype)
 
