@@ -24,13 +24,13 @@ from lmcompress.data.text import load_text, windows
 from lmcompress.distributed import processes
 from lmcompress.distributed.sharding import AXES, make_mesh, mesh_sizes, placements, require_division, shard
 from lmcompress.environment import device, exact_products, versions
-from lmcompress.errors import GateError
 from lmcompress.evaluate import energy, profiling
 from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.perplexity import Score, compare
 from lmcompress.evaluate.size import sizes
+from lmcompress.gates import through_gates
 from lmcompress.generation import generate
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
@@ -96,7 +96,7 @@ def run(
   folder = folder or results / config.folder
   if (folder / RESULT).is_file():
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
-    return _through_gates(config, read_result(folder))
+    return through_gates(config, read_result(folder))
 
   mesh, counter = _mesh(config), energy.meter(threads=threads(), platform=jax.default_backend())
   started, joules = time.perf_counter(), 0.0 if counter is None else counter.read()
@@ -227,7 +227,7 @@ def run(
     if kept is not None:
       kept.clear()
   processes.meet("result")
-  return _through_gates(config, result)
+  return through_gates(config, result)
 
 
 def _fits_processes(config: Config, profile: bool) -> None:
@@ -306,35 +306,6 @@ def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> 
     )
 
 
-def _through_gates(config: Config, result: dict[str, Any]) -> dict[str, Any]:
-  """The result, if it lost no more than the config allows; all of it is written already.
-
-  Raises:
-    GateError: what was lost, what is allowed, and the three weights with the largest errors.
-  """
-  if config.gates is None:
-    return result
-  first, last = result["stages"][0], result["stages"][-1]
-  broken = []
-  for text, perplexity in last["perplexity"].items():
-    ratio, kl = perplexity / first["perplexity"][text], last["kl"][text]
-    for name, found, most in (
-      ("max_perplexity_ratio", ratio, config.gates.max_perplexity_ratio), ("max_kl", kl, config.gates.max_kl)
-    ):  # fmt: skip
-      if most is not None and not found <= most:  # NaN breaks a gate
-        broken.append(f"{name} is {found:.4g} on {text}, {most:g} is allowed")
-  if not broken:
-    return result
-  latest = {row["path"]: row for row in result["weights"]}
-  error = lambda row: row["weight_error"] if row.get("output_error") is None else row["output_error"]  # noqa: E731
-  errors = {path: error(row) for path, row in latest.items()}
-  worst = ", ".join(f"{path} ({errors[path]:.3f})" for path in sorted(errors, key=lambda path: -errors[path])[:3])
-  raise GateError(
-    f"{config.name}: {'; '.join(broken)}; the largest errors are at {worst or 'no weight'}. Give those more bits, or "
-    "allow more"
-  )
-
-
 def _decides(config: Config, calibration: Any) -> dict[str, Any]:
   """What decides the bits of a compression: finished blocks are used again only where all of it is the same."""
   path = Path(hub.resolve_model(config.model))
@@ -359,7 +330,7 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
   rows = placements(model, params, mesh.shape, rules_of(config))
   held, whole = (sum(getattr(row, name) for row in rows) for name in ("nbytes", "whole"))
   watcher.note(
-    f"each of {mesh.size} devices ({', '.join(f'{a}={n}' for a, n in mesh.shape.items())}) holds "
+    f"each of {mesh.size} devices ({', '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1) or 'nothing split'}) holds "
     f"{held / 2**20:.1f} MiB of the model's {whole / 2**20:.1f}:"
   )
   for row in rows:

@@ -14,6 +14,8 @@ from typing import Any
 
 from lmcompress import run_folder
 from lmcompress.config import Config, check, override, variants_of
+from lmcompress.errors import GateError
+from lmcompress.gates import through_gates
 from lmcompress.io.whole import write_text
 from lmcompress.io.yaml_text import parse
 from lmcompress.run_folder import read_result
@@ -44,6 +46,11 @@ class Trial:
   def row(self) -> dict[str, Any]:
     """What the table says of it."""
     row: dict[str, Any] = {"choice": self.choice, "folder": self.folder.name, "error": self.error}
+    if not self.error:
+      try:  # those that are complete already may have broken one, too
+        through_gates(self.config, read_result(self.folder))
+      except GateError as error:
+        row["error"] = self.error = str(error)
     if not self.error:
       last = read_result(self.folder)["stages"][-1]
       row |= {key: last[key] for key in ("bits_per_weight", "bytes_on_disk", "perplexity", "kl", "tasks")}

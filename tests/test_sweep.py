@@ -79,6 +79,18 @@ def test_failures_do_not_end_the_rest_and_nothing_runs_twice(tmp_path, monkeypat
   assert counts == ["1", "1"]
 
 
+def test_a_gate_that_was_broken_stays_broken(tmp_path, monkeypatch):
+  """Of trials that are complete from before, too."""
+  result = {"stages": [{"perplexity": {"t": 1.0}, "kl": {"t": 0.0}}], "weights": []}
+  read = lambda folder: {**(last := json.loads((folder / "result.json").read_text())),  # noqa: E731
+                         "stages": result["stages"] + last["stages"], "weights": []}  # fmt: skip
+  monkeypatch.setattr("lmcompress.sweep.read_result", read)
+  config = check({**BASE, "gates": {"max_kl": 0.05}}, "x")
+  for _ in range(2):
+    _, rows = sweep(config, ["seed=[0, 2]"], tmp_path, 2, Silent(), (sys.executable, "-c", PROGRAM))
+    assert all("max_kl is 0.1 on t, 0.05 is allowed" in row["error"] for row in rows)
+
+
 @pytest.mark.slow
 def test_the_command_runs_every_trial(tmp_path):
   model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=264, embed=16, mlp=32, layers=1, heads=2, kv_heads=2))

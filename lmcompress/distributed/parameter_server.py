@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +45,8 @@ class Clock:
     updates: to be made in all.
     staleness: 0 lets nobody begin an update before all have made as many.
     patience: seconds after which a silent worker is dropped.
-    log: a file of what each update recorded, a line each; a clock that is started again goes on after it.
+    log: a file of what each update recorded, its batch among it, a line each; a clock that is started again goes on
+      after it.
     now: what time it is.
   """
 
@@ -69,7 +70,7 @@ class Clock:
     self._log = log
     if log is not None and log.is_file():
       self.history = [json.loads(line) for line in log.read_text("utf-8").splitlines() if line.endswith("}")]
-      self._next = self._done = len(self.history)
+      self.back_to({int(row["batch"]) for row in self.history})
 
   def join(self, worker: str) -> None:
     """A worker begins, where the slowest one is."""
@@ -141,11 +142,13 @@ class Clock:
     with self._lock:
       return list(self.history)
 
-  def back_to(self, done: int) -> None:
-    """Forgets the updates after so many: those that no saved state has."""
+  def back_to(self, batches: Collection[int]) -> None:
+    """Keeps the updates of such batches, which all saved states have, and forgets the others: those are given again."""
     with self._lock:
-      self.history = self.history[:done]
-      self._done = self._next = len(self.history)
+      kept = {int(row["batch"]): row for row in self.history if row["batch"] in batches}
+      self.history = list(kept.values())
+      self._done, self._next = len(kept), max(kept, default=-1) + 1
+      self._returned = [n for n in range(self._next) if n not in kept]
       if self._log is not None:
         part = self._log.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in self.history), "utf-8")
@@ -204,6 +207,11 @@ class Shard:
     """How many updates were made."""
     return self.version
 
+  def applied(self) -> set[int]:
+    """The batches whose gradients it has applied."""
+    with self._lock:
+      return set(self._applied)
+
   def pull(self) -> tuple[int, dict[str, np.ndarray]]:
     """How many updates were made, and the arrays after them."""
     with self._lock:
@@ -241,7 +249,7 @@ class Shard:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.npz")
     with part.open("wb") as file:
-      np.savez(file, allow_pickle=False, version=np.int64(self.version), **leaves)
+      np.savez(file, allow_pickle=False, batches=np.array(sorted(self._applied), np.int64), **leaves)
     part.replace(path)
 
   def _restore(self, path: Path) -> None:
@@ -249,13 +257,13 @@ class Shard:
     try:
       with np.load(path, allow_pickle=False) as file:
         leaves = [file[f"{i:05d}"] for i in range(len(like))]
-        version = int(file["version"])
+        batches = file["batches"].astype(np.int64).tolist()
     except (OSError, ValueError, KeyError, EOFError) as error:
       raise FormatError(f"{path}: cannot be read ({error}); remove it to begin anew") from None
     if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in like]:
       raise FormatError(f"{path}: holds other arrays than this model has; remove it to begin anew")
     self._arrays, self._state = treedef.unflatten([jnp.asarray(x) for x in leaves])
-    self.version = version
+    self._applied, self.version = set(batches), len(batches)
 
 
 def parts_of(arrays: Mapping[str, Any], count: int) -> list[list[str]]:
@@ -367,7 +375,8 @@ class Processes:
     try:
       self._ray.get(running)
     except self._ray.exceptions.RayError as error:
-      return error
+      cause = getattr(error, "cause", None)
+      return cause if isinstance(cause, LmcompressError) else error
     return True
 
   def close(self) -> None:

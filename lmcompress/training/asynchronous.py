@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +21,11 @@ import optax
 from lmcompress import tree
 from lmcompress.distributed.parameter_server import Clock, DroppedError, Host, Shard, Threads, parts_of
 from lmcompress.evaluate.roofline import leaf_bytes
+from lmcompress.io.whole import write_text
 from lmcompress.training.durable import Metrics
 from lmcompress.training.loop import batches, checked_rows
 from lmcompress.training.step import Training, loss_of, start, train_step
-from lmcompress.types import CompressedArray, Evidence, LmcompressError, Params, Transform
+from lmcompress.types import CompressedArray, Evidence, FormatError, LmcompressError, Params, Transform, WeightError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,8 @@ def fit_async(
     how: `Asynchronous()` by default.
     trainable: of an array's path; what does not train is not sent.
     host: where all this runs, by default threads of this process.
-    folder: of the server's states and `updates.jsonl`; a run that was cut off goes on from there.
+    folder: of the server's states and `updates.jsonl`; a run that was cut off goes on from there: every batch that one
+      of the saved states lacks is learned again, and applied there alone. By default a temporary one.
     delay: seconds that a worker waits before it pushes, for experiments; raises to let it die.
     on_step: told the updates made and the latest one's metrics.
 
@@ -93,9 +98,30 @@ def fit_async(
 
   Raises:
     ValueError: a setting that asynchronous training does not have: a teacher, a transform, privacy, accumulation.
+    WeightError: a loss or a gradient is not finite.
+    FormatError: the folder is of another run.
     LmcompressError: workers die faster than they work.
   """
-  how, host = how or Asynchronous(), host or Threads()
+  with contextlib.ExitStack() as stack:
+    if folder is None:  # a server that dies begins again from its state
+      folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return _served(model, params, rows, training, how or Asynchronous(), seed, trainable, host, folder, delay, on_step)
+
+
+def _served(
+  model: Any,
+  params: Params,
+  rows: np.ndarray,
+  training: Training,
+  how: Asynchronous,
+  seed: int,
+  trainable: Callable[[str], bool],
+  host: Host | None,
+  folder: Path,
+  delay: Callable[[str, int], float],
+  on_step: Callable[[int, Metrics], None] | None,
+) -> tuple[Params, list[Metrics]]:
+  """`fit_async` with a folder."""
   _plain(training)
   rows = checked_rows("rows", rows, params)
   source = batches(np.arange(len(rows))[:, None], training.batch, seed)
@@ -103,15 +129,14 @@ def fit_async(
   trained, kept = {_path(where): x for where, x in jax.tree_util.tree_leaves_with_path(state.trained)}, state.kept
   optimizer = dataclasses.replace(training, clip=None).transformation()
   parts = parts_of(trained, how.shards)
-  log = None if folder is None else folder / "updates.jsonl"
-  if folder is not None:
-    folder.mkdir(parents=True, exist_ok=True)
+  _own(folder, [repr(training), seed, how.shards, parts, hashlib.sha256(rows.tobytes()).hexdigest()])
+  host = host or Threads()
   served = [
     host.serve(Shard, {p: np.asarray(trained[p]) for p in part}, optimizer, folder, f"shard-{i}", how.save_every)
     for i, part in enumerate(parts)
   ]
-  clock = host.serve(Clock, training.steps, how.staleness, how.patience, log)
-  host.call(clock, "back_to", min(host.call(shard, "pull")[0] for shard in served))
+  clock = host.serve(Clock, training.steps, how.staleness, how.patience, folder / "updates.jsonl")
+  host.call(clock, "back_to", set.intersection(*(host.call(shard, "applied") for shard in served)))
   like = jax.eval_shape(lambda x: x, state.trained)
   job = _Job(model, like, kept, rows, source, training, how, parts, delay)
   running, born, deaths, shown = {}, 0, 0, 0
@@ -122,6 +147,8 @@ def fit_async(
         if ended is False:
           continue
         del running[name]
+        if isinstance(ended, WeightError):
+          raise ended
         if ended is not True:
           deaths += 1
           host.call(clock, "leave", name)
@@ -149,6 +176,19 @@ def fit_async(
     host.close()
   whole = tree.combine(_into(state.trained, found), kept)
   return jax.tree.map(lambda x, old: x.astype(old.dtype), whole, params), history
+
+
+def _own(folder: Path, decides: Any) -> None:
+  """Marks a folder as that of a run.
+
+  Raises:
+    FormatError: it is of another.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  digest, mark = hashlib.sha256(json.dumps(decides).encode()).hexdigest(), folder / "run.json"
+  if mark.is_file() and json.loads(mark.read_text("utf-8")).get("digest") != digest:
+    raise FormatError(f"{folder}: holds another run, of other rows, settings or arrays; name another folder")
+  write_text(mark, json.dumps({"digest": digest}) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +222,7 @@ def _work(host: Host, job: _Job, worker: str, clock: Any, shards: list[Any]) -> 
       arrays = {p: jnp.asarray(x) for _, part in pulled for p, x in part.items()}
       some = jnp.asarray(job.rows[np.asarray(job.source[turn.number])[:, 0]])
       loss, gradients = _gradients(job.model, _into(job.like, arrays), job.kept, some, job.training)
+      _require_finite(f"batch {turn.number}", float(loss), float(optax.global_norm(gradients)), job.training)
       sent = codec.encode({_path(where): g for where, g in jax.tree_util.tree_leaves_with_path(gradients)})
       wait = job.delay(worker, turn.clock)
       if wait:
@@ -216,6 +257,14 @@ def _gradients(model: Any, trained: Params, kept: Params, rows: jax.Array, train
     shrink = jnp.minimum(1.0, training.clip / jnp.maximum(optax.global_norm(gradients), 1e-30))
     gradients = jax.tree.map(lambda g: g * shrink, gradients)
   return loss, gradients
+
+
+def _require_finite(where: str, loss: float, norm: float, training: Training) -> None:
+  if not (np.isfinite(loss) and np.isfinite(norm)):
+    raise WeightError(
+      f"{where}: the loss is {loss:.6g} and the gradients' norm {norm:.6g}; lower the learning rate "
+      f"({training.learning_rate:g}) or clip ({training.clip})"
+    )
 
 
 class Codec:
@@ -312,7 +361,7 @@ def fit_local(
     The tree, and of each update `loss`, the mean over copies, and `sent`, bytes that a copy sent then.
 
   Raises:
-    ValueError: as of `fit_async`.
+    ValueError, WeightError: as of `fit_async`.
   """
   how = how or Local()
   _plain(training)
@@ -331,6 +380,7 @@ def fit_local(
     for i, copy in enumerate(copies):
       batch = {"tokens": jnp.asarray(rows[chosen[i]])[None]}
       new, found = train_step(model, copy, kept, batch, training, None, None, None, jax.random.key(step))
+      _require_finite(f"step {step} of copy {i}", float(found["loss"]), float(found["grad_norm"]), training)
       copies[i] = new._replace(kept=None)
       losses.append(float(found["loss"]))
     met = (step + 1) % how.inner == 0 or step + 1 == training.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 import lmcompress as lmc
 from lmcompress import fit, tree
 from lmcompress.distributed.parameter_server import Clock, DroppedError, Processes, Shard, parts_of
-from lmcompress.errors import FormatError, LmcompressError
+from lmcompress.errors import FormatError, LmcompressError, WeightError
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.training import Asynchronous, Distill, Local, Training, fit_async, fit_local
 from lmcompress.training.asynchronous import Codec
@@ -76,13 +77,15 @@ def test_a_clock_goes_on_after_what_it_wrote(tmp_path):
   first.join("a")
   for n in range(3):
     assert first.turn("a").number == n
-    first.advance("a", {"loss": float(n)})
+    first.advance("a", {"loss": float(n), "batch": n})
   again = Clock(5, 2, log=tmp_path / "log.jsonl")
   assert [row["loss"] for row in again.told()] == [0.0, 1.0, 2.0]
-  again.back_to(2)
+  again.back_to({0, 2})  # states of shards may lack any of them
   again.join("b")
-  assert again.turn("b").number == 2
-  assert len(Clock(5, 2, log=tmp_path / "log.jsonl").told()) == 2
+  assert again.turn("b").number == 1
+  again.advance("b", {"loss": 1.5, "batch": 1})
+  assert again.turn("b").number == 3
+  assert [row["batch"] for row in Clock(5, 2, log=tmp_path / "log.jsonl").told()] == [0, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------- shards
@@ -115,7 +118,7 @@ def test_a_shard_is_read_back_and_a_foreign_one_refused(tmp_path):
   for n in range(3):
     shard.push(n, gradients, 1.0)
   again = Shard(values, optax.adam(0.1), tmp_path, "s", 2)
-  assert again.made() == 2  # the third was not saved
+  assert again.made() == 2 and again.applied() == {0, 1}  # the third was not saved
   again.push(2, gradients, 1.0)
   for path, x in shard.pull()[1].items():
     np.testing.assert_array_equal(again.pull()[1][path], x)
@@ -180,7 +183,32 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     fit_async(MODEL, PARAMS, ROWS, TRAINING, how, on_step=stop, **slow)
   told = []
   _, history = fit_async(MODEL, PARAMS, ROWS, TRAINING, how, on_step=lambda n, _: told.append(n), folder=tmp_path)
-  assert len(history) == TRAINING.steps and min(told) >= 10  # of 12, the 2 after the last saved state are made again
+  assert len(history) == TRAINING.steps and min(told) >= 8  # of 12, those after the last saved states are made again
+  assert sorted(row["batch"] for row in history) == list(range(TRAINING.steps))
+  with pytest.raises(FormatError, match="holds another run"):
+    fit_async(MODEL, PARAMS, ROWS, TRAINING, how, seed=1, folder=tmp_path)
+
+
+def test_states_of_different_ages_come_to_have_every_batch_once(tmp_path):
+  """One shard's state is of before the other's: what it lacks is learned again, and applied to it alone."""
+  how = Asynchronous(workers=1, shards=2, save_every=4)
+  half = dataclasses.replace(TRAINING, schedule="constant")
+  fit_async(MODEL, PARAMS, ROWS, half, how, folder=tmp_path)
+  with np.load(tmp_path / "shard-1.npz") as file:
+    old = {**file, "batches": file["batches"][:-3]}
+  np.savez(tmp_path / "shard-1.npz", **old)
+  _, history = fit_async(MODEL, PARAMS, ROWS, half, how, folder=tmp_path)
+  assert sorted(row["batch"] for row in history) == list(range(half.steps))
+  for i in range(2):
+    with np.load(tmp_path / f"shard-{i}.npz") as file:
+      assert file["batches"].tolist() == list(range(half.steps))
+
+
+@pytest.mark.parametrize("train", [fit_async, fit_local])
+def test_losses_that_are_not_finite_end_the_run(train):
+  broken = {**PARAMS, "final_norm": {"scale": PARAMS["final_norm"]["scale"] * np.nan}}
+  with pytest.raises(WeightError, match=r"(batch|step) 0.*the loss is nan.*lower the learning rate"):
+    train(MODEL, broken, ROWS, TRAINING)
 
 
 @pytest.mark.parametrize(("compression", "most"), [
