@@ -329,8 +329,9 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
   require_division(model, params, mesh.shape, rules_of(config))
   rows = placements(model, params, mesh.shape, rules_of(config))
   held, whole = (sum(getattr(row, name) for row in rows) for name in ("nbytes", "whole"))
+  split = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "nothing split"
   watcher.note(
-    f"each of {mesh.size} devices ({', '.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1) or 'nothing split'}) holds "
+    f"each of {mesh.size} devices ({split}) holds "
     f"{held / 2**20:.1f} MiB of the model's {whole / 2**20:.1f}:"
   )
   for row in rows:
