@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmcompress.cli_eval import evaluate
 from lmcompress.cli_plan import plan
 from lmcompress.cli_sweep import sweep
 from lmcompress.cli_talk import ModelName, chat, classify, generate
@@ -371,52 +372,9 @@ def cp(config: ConfigFile, target: Annotated[Path, typer.Argument(help="The new 
   typer.echo(f"{target} written; run it with: lmcompress run {target}")
 
 
-@app.command(name="eval")
-def evaluate(
-  model: ModelName,
-  text: Annotated[list[str] | None, typer.Option("--text", help="A known text or a file; repeat for more.")] = None,
-  windows: Annotated[int, typer.Option(help="Blocks of tokens from each text.")] = 16,
-  length: Annotated[int, typer.Option(help="Tokens in a block.")] = 512,
-  against: Annotated[str | None, typer.Option(help="A model to compare with: adds KL and top-1 agreement.")] = None,
-) -> None:
-  """Measures perplexity, and with --against the KL to another model.
-
-  Examples:
-
-    lmcompress eval smollm2-135m
-
-    lmcompress eval results/quickstart-1a2b3c4d/model --against smollm2-135m --text pydoc --windows 4
-  """
-  from rich.table import Table
-
-  from lmcompress.data import text as texts
-  from lmcompress.evaluate.perplexity import Score, compare, perplexity
-  from lmcompress.evaluate.size import sizes
-  from lmcompress.io.load import load
-  from lmcompress.ops import prepare
-
-  net, params, tokenizer = load(model)
-  if tokenizer is None:
-    raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
-  original = prepare(load(against)[1], consume=True) if against else None
-  table = Table(title=f"{model}, {sizes(params)['bits_per_weight']:.3f} bits per weight")
-  params = prepare(params, consume=True)
-  for column in ("text", "perplexity", *(("KL", "top-1") if against else ())):
-    table.add_column(column, justify="left" if column == "text" else "right")
-  console = _console()
-  for name in text or ["pydoc", "grimm"]:
-    tokens = texts.windows(tokenizer, texts.load_text(name), windows, length)
-    if original is None:
-      table.add_row(name, f"{perplexity(net, params, tokens):.4f}")
-      continue
-    total = sum((scores["model"] for _, scores in compare(net, original, {"model": params}, tokens)), Score(0, 0, 0, 0))
-    s = total.summary()
-    table.add_row(name, f"{s['perplexity']:.4f}", f"{s['kl']:.5f}", f"{s['top1']:.1%}")
-  console.print(table)
-
-
 for _verb in (generate, chat, classify, plan, sweep):
   app.command()(_verb)
+app.command(name="eval")(evaluate)
 
 
 @app.command()
