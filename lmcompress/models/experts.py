@@ -95,11 +95,10 @@ class Mixture(nn.Module):
     logits = Linear(self.experts, name="router")(x)
     if self.per_token > logits.shape[-1]:
       raise ValueError(f"{'/'.join(self.path)}: {self.per_token} experts a token, and there are {logits.shape[-1]}")
-    ids, weights = chosen(logits, self.per_token, self.normalize)
     if self.is_initializing() or (self.is_mutable_collection("taps") and not is_stacked(self._experts())):
-      _Apart(logits.shape[-1], self.width, name="experts")(x, ids)
-    flat = [v.reshape(-1, v.shape[-1]) for v in (x, ids, weights)]
-    y = mixture(_expert, self._experts(), *flat).reshape(x.shape)
+      _Apart(logits.shape[-1], self.width, name="experts")(x, chosen(logits, self.per_token, self.normalize)[0])
+    rows, said = (v.reshape(-1, v.shape[-1]) for v in (x, logits))
+    y = mixture(_expert, self._experts(), rows, said, self.per_token, self.normalize).reshape(x.shape)
     if self.shared if self.is_initializing() else self.has_variable("params", "shared"):
       share = jax.nn.sigmoid(Linear(1, name="shared_gate")(x))
       y = y + share * _Gated("shared_down", self.shared, name="shared")(x)

@@ -43,7 +43,9 @@ def is_stacked(experts: Mapping[str, Any]) -> bool:
   return "0" not in experts and not any(name.isdigit() for name in experts)
 
 
-def mixture(run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+def mixture(
+  run: Run, experts: Mapping[str, Any], x: jax.Array, logits: jax.Array, count: int, normalize: bool = True
+) -> jax.Array:
   """The weighted sum of what its experts make of each row.
 
   Rows are sorted by expert and cut into blocks of one expert each, so that a block reads the weights of its expert
@@ -54,42 +56,47 @@ def mixture(run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, 
   Args:
     experts: a subtree for each expert by its number, or one whose leaves have a leading axis of experts.
     x: `[rows, inputs]`.
-    ids, weights: as of `chosen`, `[rows, count]`.
+    logits: the router's, `[rows, experts]`.
+    count, normalize: as of `chosen`.
 
   Returns:
     `[rows, outputs]` in the dtype of x, summed in float32.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  names = [] if mesh.empty else [name for name in (*ROWS, "expert") if mesh.shape.get(name, 1) > 1]
-  if not names or not is_stacked(experts):
-    return _local(run, experts, x, ids, weights, None)
-  rows = tuple(name for name in names if name != "expert")
-  if x.shape[0] % functools.reduce(lambda n, name: n * mesh.shape[name], rows, 1):
+
+  def part(experts: Any, number: Any, x: jax.Array, logits: jax.Array) -> jax.Array:
+    ids, weights = chosen(logits, count, normalize)
+    here = None if number is None else number.size
+    return _local(run, experts, x, ids if number is None else ids - number[0], weights, here)
+
+  stacked, mesh = is_stacked(experts), jax.sharding.get_abstract_mesh()
+  size = lambda name: 1 if mesh.empty else mesh.shape.get(name, 1)  # noqa: E731
+  rows = tuple(name for name in ROWS if size(name) > 1)
+  if x.shape[0] % functools.reduce(lambda n, name: n * size(name), rows, 1):
     rows = ()
-  over = PartitionSpec(rows or None)
-  lead = PartitionSpec("expert" if "expert" in names else None)
-  specs = jax.tree.map(lambda _: lead, dict(experts))
+  over = stacked and size("expert") > 1
+  if not rows and not over:
+    return part(experts, None, x, logits).astype(x.dtype)
+  split, lead = PartitionSpec(rows or None), PartitionSpec("expert" if over else None)
+  names = {*rows, *(("expert",) if over else ())}
+  alone = all(size(name) == 1 or name in names for name in mesh.axis_names)
+  number = jnp.arange(jax.tree.leaves(experts)[0].shape[0], dtype=jnp.int32) if over else None
 
-  alone = all(n == 1 or name in names for name, n in mesh.shape.items())
-
-  def part(experts: Any, number: jax.Array, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+  def on_device(*given: Any) -> jax.Array:
     # XLA cannot split a kernel over another axis in here; products of plain JAX it can
     with contextlib.nullcontext() if alone else use_backend("reference"):
-      y = _local(run, experts, x, ids - number[0], weights, number.size).astype(jnp.float32)
-    return (jax.lax.psum(y, "expert") if "expert" in names else y).astype(x.dtype)
+      y = part(*given)
+    return (jax.lax.psum(y, "expert") if over else y).astype(x.dtype)
 
-  number = jnp.arange(jax.tree.leaves(experts)[0].shape[0], dtype=jnp.int32)
-  split = jax.shard_map(
-    part, mesh=mesh, in_specs=(specs, lead, over, over, over), out_specs=over,
-    axis_names=set(mesh.axis_names) if alone else {*rows, *lead} - {None}, check_vma=False,
-  )  # fmt: skip
-  return split(dict(experts), number, x, ids, weights)
+  return jax.shard_map(
+    on_device, mesh=mesh, in_specs=(jax.tree.map(lambda _: lead, dict(experts)), lead, split, split), out_specs=split,
+    axis_names=set(mesh.axis_names) if alone else names, check_vma=False,
+  )(dict(experts), number, x, logits)  # fmt: skip
 
 
 def _local(
   run: Run, experts: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array, here: int | None
 ) -> jax.Array:
-  """`mixture` on one device; of ids outside of `0 .. here - 1` nothing is computed."""
+  """`mixture` on one device, float32; of ids outside of `0 .. here - 1` nothing is computed."""
   alone = None if is_stacked(experts) else [experts[name] for name in sorted(experts, key=int)]
   count = here or (len(alone) if alone is not None else jax.tree.leaves(experts)[0].shape[0])
   rows, choices = ids.shape
@@ -125,7 +132,7 @@ def _local(
   given = (which.astype(jnp.int32), source.reshape(blocks, block))
   _, made = jax.lax.scan(lambda _, each: (None, some(*each)), None, given)
   made = made.reshape(blocks * block, outputs).astype(jnp.float32) * share[:, None]
-  return jnp.zeros((rows, outputs), jnp.float32).at[source].add(made, mode="drop").astype(x.dtype)
+  return jnp.zeros((rows, outputs), jnp.float32).at[source].add(made, mode="drop")
 
 
 def _one(experts: Any, i: Any) -> Any:

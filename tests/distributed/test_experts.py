@@ -53,15 +53,16 @@ def test_every_row_gets_the_sum_over_its_experts(rows, experts, count, skew):
     for k in range(count)
   )
   for leaves in ({"w": jnp.asarray(w)}, {str(e): {"w": jnp.asarray(w[e])} for e in range(experts)}):
-    np.testing.assert_allclose(jax.jit(mixture, static_argnums=0)(times, leaves, x, ids, weights), want, atol=1e-5)
+    got = jax.jit(mixture, static_argnums=(0, 4))(times, leaves, x, jnp.asarray(logits, jnp.float32), count)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_step_reads_the_experts_that_it_goes_to():
   """A token of two experts of 64: no array as large as all their weights is made of packed codes."""
   alone = {str(e): {"kernel": quantize_matrix(jnp.ones((64, 64)), bits=4, group_size=32)} for e in range(64)}
   experts = tree.stack_experts({"experts": alone})["experts"]
-  run = jax.jit(lambda *given: mixture(lambda leaves, x: ops.linear(x, leaves["kernel"]), *given))
-  given = (experts, jnp.ones((1, 64)), jnp.array([[3, 60]]), jnp.ones((1, 2)))
+  run = jax.jit(lambda *given: mixture(lambda leaves, x: ops.linear(x, leaves["kernel"]), *given, 2))
+  given = (experts, jnp.ones((1, 64)), jnp.arange(64.0)[None])
   assert run.lower(*given).compile().memory_analysis().temp_size_in_bytes < 64 * 64 * 4 * 8
 
 
@@ -132,6 +133,8 @@ def test_codes_over_a_mesh(params, sizes):
     text = jax.jit(lambda p: MODEL.apply(p, TOKENS)).lower(placed).compile().as_text()
   assert not re.search(r"u8\[[\d,]*\]\S* all-gather", text)
   assert not re.search(r"u8\[[\d,]*\]\S* all-to-all", text)
+  if "tensor" not in sizes:
+    assert " all-gather(" not in text and len(re.findall(r" all-reduce(?:-start)?\(", text)) == 2
 
 
 def test_what_a_mesh_cannot_split_is_refused(params, tiny):
