@@ -30,6 +30,15 @@ _MAPPINGS = 40_000
 """Memory mappings above which compiled programs are dropped; Linux allows 65,530 and each program takes a few."""
 
 
+LONGEST = ("test_every_architecture.py", "test_training.py", "test_docs.py", "test_smollm2.py", "test_processes.py")
+"""Files that begin first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts by file; the order within each stays."""
+  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def _forget() -> None:
   """Before the mappings run out, in which case XLA crashes, forgets what was compiled."""
   maps = Path("/proc/self/maps")
