@@ -95,7 +95,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
 
   model, params, tokenizer = load(source)
   rows = windows(tokenizer, load_text("books"), 4 * batch, length)
-  shapes = MIXTURE if any(f"/{tree.EXPERTS}/" in path for path in tree.flatten(params)) else SHAPES
+  shapes = MIXTURE if any(map(tree.in_mixture, tree.flatten(params))) else SHAPES
   alone = jobs(model, params, rows, steps, batch)
   result: dict[str, Any] = {
     "format": 1, "model": source, "steps": steps, "batch": batch, "length": length, "devices": jax.device_count(),

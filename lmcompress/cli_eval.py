@@ -45,6 +45,8 @@ def evaluate(
     raise ConfigError("--task goes without --text and --against; call twice")
   if not task and (include or shots is not None or limit is not None):
     raise ConfigError("--include, --shots and --limit go with --task")
+  if out is not None:
+    out.parent.mkdir(parents=True, exist_ok=True)
   net, params, tokenizer = load(model)
   if tokenizer is None:
     raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from lmcompress import tree
@@ -26,7 +25,7 @@ from lmcompress.distributed.sharding import (
   require_division,
   shardings,
 )
-from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds
+from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds, share
 from lmcompress.training import Training, compiled_step
 from lmcompress.types import ConfigError, Evidence, Params, WeightError
 
@@ -281,28 +280,25 @@ def _operations(model: Any, params: Params, tokens: int, length: int, seen: int 
   head = "head/table" if "head" in params else "embed/table"
   weights = tree.weights(params)
   adds = sum(
-    multiply_adds(leaf) * share(model, params, path)
+    multiply_adds(leaf) * share(weights, path, _chosen(model))
     for path, leaf in weights.items() if path == head or not path.endswith("/table")
   )  # fmt: skip
   attended = sum(leaf.shape[-1] for path, leaf in weights.items() if path.endswith("attn/q/kernel"))
   return 2.0 * tokens * (adds + 2 * attended * ((length + 1) / 2 if seen is None else seen))
 
 
-def share(model: Any, params: Params, path: str) -> float:
-  """The share of tokens that a weight is multiplied with: less than 1 for that of an expert, or of a stack of them."""
-  if f"/{tree.EXPERTS}/" not in path:
-    return 1.0
-  experts = tree.get(params, path.partition(f"/{tree.EXPERTS}/")[0] + f"/{tree.EXPERTS}")
-  count = len(experts) if "0" in experts else tree.get(params, path).shape[0]
-  return model.config.experts_per_token / count
-
-
 def _unread(model: Any, params: Params, local: Params, rows: int) -> float:
   """Bytes of experts that so many tokens do not go to, in the mean, if all are as likely."""
+  weights = tree.weights(params)
   return sum(
-    leaf_bytes(leaf) * (1 - share(model, params, path)) ** rows
-    for path, leaf in tree.weights(local).items() if f"/{tree.EXPERTS}/" in path
+    leaf_bytes(leaf) * (1 - share(weights, path, _chosen(model))) ** rows
+    for path, leaf in tree.weights(local).items() if tree.in_mixture(path)
   )  # fmt: skip
+
+
+def _chosen(model: Any) -> int:
+  """How many experts a token goes to."""
+  return getattr(model.config, "experts_per_token", 1)
 
 
 def _messages(
@@ -322,13 +318,18 @@ def _messages(
   for block in _blocks(model, params):
     for stage in block.stages:
       paths = [p for linear in stage.linears if (p := f"{block.path}/{linear}/kernel") in leaves]
+      if any(map(tree.in_mixture, paths)):
+        continue  # below, apart and stacked alike
       forward += [float(tokens * leaves[p].shape[-1] * width) for p in paths if specs[p][-2] == "tensor"]
       if paths and specs[paths[0]][-1] == "tensor":
         backward.append(float(tokens * leaves[paths[0]].shape[-2] * width))
   embed = leaves["embed/table"].shape[-1]
-  downs = [p for p in leaves if f"/{tree.EXPERTS}/down/" in p]  # of stacks; each sends every choice of a token
-  chosen = getattr(model.config, "experts_per_token", 0)
-  forward += [float(tokens * chosen * embed * 4) for p in downs if specs[p][-2] == "tensor"]
+  downs = [p for p in leaves if tree.in_mixture(p) and p.endswith("/down/kernel")]
+  for p in downs:  # rows of an expert, or of all that are in a stack
+    rows = tokens * share(leaves, p, _chosen(model)) * (leaves[p].shape[0] if len(leaves[p].shape) == 3 else 1)
+    if specs[p][-2] == "tensor":
+      forward.append(rows * embed * 4.0)
+      backward.append(rows * embed * 4.0)
   sums = [float(tokens * embed * 4) for p in downs if specs[p][0] == "expert"]
   table = float(tokens * leaves["embed/table"].shape[-1] * width)
   if specs["embed/table"][-2] == "tensor":
@@ -366,9 +367,3 @@ def _speed(device: Accelerator, axis: str, sizes: Mapping[str, int]) -> float:
   names = list(AXES)
   inner = math.prod(sizes.get(name, 1) for name in names[names.index(axis) :])
   return device.link if inner <= device.group else device.network
-
-
-def mean_bits(params: Params) -> float:
-  """Bits per weight as stored."""
-  weights = tree.weights(params).values()
-  return sum(8 * leaf_bytes(leaf) for leaf in weights) / sum(np.prod(leaf.shape, dtype=float) for leaf in weights)

@@ -214,22 +214,43 @@ EXPERTS = "experts"
 """The subtree of the experts of a mixture: one for each by its number, or one whose leaves have an axis of experts."""
 
 
+def in_mixture(path: str) -> bool:
+  """Whether a leaf is an expert's, or of a stack of experts.
+
+  >>> in_mixture("layers/0/mlp/experts/3/up/kernel"), in_mixture("tasks/experts/kernel")
+  (True, False)
+  """
+  return "/" in path.partition(f"/{EXPERTS}/")[2]
+
+
+def is_stacked(experts: Mapping[str, Any]) -> bool:
+  """Whether the leaves of a mixture's experts have an axis of experts; else each expert has a subtree of its number."""
+  return not any(name.isdigit() for name in experts)
+
+
 def stack_experts(params: Params) -> Params:
   """Gives the experts of each mixture one subtree with a leading axis, to be split over the axis `expert` of a mesh.
 
   Raises:
-    WeightError: two experts of a mixture differ in structure or shape; their mixture's path is named.
+    WeightError: two experts of a mixture differ in structure or shape, or refer to values that lie elsewhere; says
+      which.
   """
+  from lmcompress.arrays.shared import SharedRef
 
   def stacked(path: str, experts: Params) -> Params:
     names = sorted(experts, key=int)
+    for below, leaf in flatten(experts).items():
+      parts = jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, SharedRef))
+      if any(isinstance(part, SharedRef) for part in parts):
+        raise WeightError(f"{path}/{below} refers to values that the whole model shares, which a stack cannot; cluster "
+                          "each weight by itself (kmeans), or leave experts apart")  # fmt: skip
     forms = [_form(experts[name]) for name in names]
     for name, form in zip(names, forms, strict=True):
       if form != forms[0]:
         raise WeightError(f"{path}/{name} differs from {path}/{names[0]} in form, shape or dtype; only alike stack")
     return jax.tree.map(lambda *xs: jnp.stack(xs), *(experts[name] for name in names))
 
-  return _over_experts(params, stacked, "0" in _first_mixture(params))
+  return _over_experts(params, stacked, bool(first := _first_mixture(params)) and not is_stacked(first))
 
 
 def unstack_experts(params: Params) -> Params:
@@ -244,15 +265,15 @@ def unstack_experts(params: Params) -> Params:
 
 def has_stacked_experts(params: Params) -> bool:
   """Whether there are mixtures whose experts are stacked."""
-  return bool(first := _first_mixture(params)) and "0" not in first
+  return bool(first := _first_mixture(params)) and is_stacked(first)
 
 
 def _over_experts(params: Params, fn: Callable[[str, Params], Params], due: bool) -> Params:
   def walk(path: str, node: Any) -> Any:
     if is_leaf(node):
       return node
-    visit = lambda name: fn if name == EXPERTS else walk  # noqa: E731
-    return {name: visit(name)(f"{path}/{name}".lstrip("/"), child) for name, child in node.items()}
+    visit = lambda name, child: fn if _is_mixture(name, child) else walk  # noqa: E731
+    return {name: visit(name, child)(f"{path}/{name}".lstrip("/"), child) for name, child in node.items()}
 
   return walk("", params) if due else params
 
@@ -261,9 +282,14 @@ def _first_mixture(node: Any) -> Params:
   """The experts of the first mixture of a tree; empty where it has none."""
   if is_leaf(node):
     return {}
-  if EXPERTS in node:
+  if EXPERTS in node and _is_mixture(EXPERTS, node[EXPERTS]):
     return node[EXPERTS]
   return next((found for child in node.values() if (found := _first_mixture(child))), {})
+
+
+def _is_mixture(name: str, node: Any) -> bool:
+  """Subtrees are what a mixture has; a head of a task that is called so has leaves."""
+  return name == EXPERTS and not is_leaf(node) and not any(is_leaf(child) for child in node.values())
 
 
 def _form(subtree: Any) -> Any:

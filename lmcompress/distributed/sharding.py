@@ -185,16 +185,15 @@ def as_on(params: Params, sizes: Mapping[str, int]) -> Params:
   if sizes.get("expert", 1) == 1 or tree.has_stacked_experts(params):
     return params
   leaves = tree.flatten(params)
-  inside = f"/{tree.EXPERTS}/"
-  if not any(inside in path for path in leaves):
+  if not any(map(tree.in_mixture, leaves)):
     raise ConfigError(f"mesh expert={sizes['expert']} splits the experts of mixtures, and the model has none")
   shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
   own = {
     path: shape(leaf) if isinstance(leaf, StoredArray) and leaf.dense else fetch(leaf)
-    for path, leaf in leaves.items() if inside in path
+    for path, leaf in leaves.items() if tree.in_mixture(path)
   }  # fmt: skip
   stacked = jax.eval_shape(tree.stack_experts, tree.unflatten(own))
-  rest = {path: leaf for path, leaf in leaves.items() if inside not in path}
+  rest = {path: leaf for path, leaf in leaves.items() if not tree.in_mixture(path)}
   return tree.unflatten({**rest, **tree.flatten(stacked)})
 
 

@@ -105,12 +105,13 @@ def bench(
   note("measuring the machine")
   bandwidth, peak = _bandwidth(), _peak()
   slot = roofline.slot_bytes(init_cache(model, params, 1, 1, cache))
+  chosen = getattr(model.config, "experts_per_token", 1)
   rows = []
   for (phase, b, n), samples in found.items():
     if phase == "prefill":
-      work = roofline.prefill_work(params, batch=b, length=n, slot_bytes=slot, piece=PIECE)
+      work = roofline.prefill_work(params, batch=b, length=n, slot_bytes=slot, piece=PIECE, chosen=chosen)
     else:
-      work = roofline.decode_work(params, batch=b, depth=n + (decode + 1) / 2, slot_bytes=slot)
+      work = roofline.decode_work(params, batch=b, depth=n + (decode + 1) / 2, slot_bytes=slot, chosen=chosen)
     tokens = work.tokens * rounds * (decode if phase == "decode" else 1)
     rows.append(_row(phase, b, n, samples, work, tokens, counter, bandwidth, peak))
   return {

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 
 from lmcompress.calibration.token_loss import require_causal
@@ -72,7 +73,8 @@ class Harness(TemplateLM):
   def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
     """Of each `(texts, context, continuation)`, the continuation's log-likelihood and whether it is the greedy one."""
     found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-    rows = [((context + tail)[-(self._longest + 1) :], len(tail)) for _, context, tail in requests]
+    rows = [(([*context] or [self._first]) + tail, len(tail)) for _, context, tail in requests]
+    rows = [(tokens[-(self._longest + 1) :], count) for tokens, count in rows]
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), i))  # the longest first: memory fails at once
     for start in range(0, len(order), self._batch):
       some = order[start : start + self._batch]
@@ -121,7 +123,9 @@ class Harness(TemplateLM):
     Raises:
       ConfigError: the settings ask for more tokens than the context holds.
     """
-    from lmcompress.generation import generate
+    from lmcompress.generation.engine import Engine
+    from lmcompress.generation.generate import continued
+    from lmcompress.generation.sampling import Sampler
 
     found = []
     for n, request in enumerate(requests):
@@ -131,15 +135,12 @@ class Harness(TemplateLM):
       room = self._longest - count
       if room < 1:
         raise ConfigError(f"max_gen_toks is {count}, and the model's context is {self._longest}")
-      tokens = self.tok_encode(context)
-      if len(tokens) > room:
-        context = self._tokenizer.decode(tokens[-room:])
-      draws = bool(settings.get("do_sample")) and float(settings.get("temperature", 1.0)) > 0
-      found.append(generate(
-        self._model, self._params, self._tokenizer, context, count,
-        temperature=float(settings.get("temperature", 1.0)) if draws else 0.0, top_p=float(settings.get("top_p", 1.0)),
-        key=jax.random.key(n) if draws else None, stop=[until] if isinstance(until, str) else list(until),
-      ))  # fmt: skip
+      tokens = (self.tok_encode(context) or [self._first])[-room:]
+      heat = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
+      stop = [until] if isinstance(until, str) else list(until)
+      sampler = Sampler(heat, int(settings.get("top_k", 0)), float(settings.get("top_p", 1.0)))
+      engine = Engine(self._model, self._params, sampler, ahead=not stop)
+      found += continued(engine, self._tokenizer, [tokens], count, jax.random.key(n) if heat else None, stop)
       self._tell("texts", n + 1, len(requests))
     return found
 
@@ -188,7 +189,7 @@ def evaluate(
       model=harness, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
       bootstrap_iters=1000,
     )  # fmt: skip
-  except (OSError, ConnectionError, ValueError, KeyError) as error:
+  except (OSError, ValueError, LookupError, jinja2.TemplateError) as error:
     lines = str(error).strip().splitlines()
     raise ConfigError(f"{', '.join(tasks)}: {type(error).__name__}: {lines[0] if lines else 'no data'}") from error
   counts = result["n-samples"]

@@ -6,6 +6,7 @@ program runs faster than `max(bytes / bandwidth, operations / peak)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,24 +43,28 @@ class Work(NamedTuple):
     return self.operations / self.nbytes
 
 
-def decode_work(params: Params, *, batch: int, depth: float, slot_bytes: float) -> Work:
+def decode_work(params: Params, *, batch: int, depth: float, slot_bytes: float, chosen: int = 1) -> Work:
   """One decode step of `batch` sequences that each see `depth` tokens, their own included.
 
-  Weights are read once for the whole batch. A token's keys and values are written once, and read with the others.
+  Weights are read once for the whole batch; of a mixture those of the experts that the batch goes to in the mean, if
+  all are as likely and each token goes to `chosen`. A token's keys and values are written once, and read with the
+  others.
   """
-  rows, body, head = _weights(params)
+  rows, body, head = _weights(params, chosen, batch)
   operations = 2.0 * batch * (body.multiply_adds + head.multiply_adds + 2 * _attended(params) * depth)
   weights = body.nbytes + head.nbytes + batch * rows
   return Work(batch, operations, weights, batch * slot_bytes * (depth + 1))
 
 
-def prefill_work(params: Params, *, batch: int, length: int, slot_bytes: float, piece: int = 512) -> Work:
+def prefill_work(
+  params: Params, *, batch: int, length: int, slot_bytes: float, piece: int = 512, chosen: int = 1
+) -> Work:
   """Reading prompts of `length` tokens into an empty cache, `piece` tokens at once.
 
   Each piece reads the weights once, the head included (which sees one row of each sequence), and the keys and
   values of all tokens up to its end.
   """
-  rows, body, head = _weights(params)
+  rows, body, head = _weights(params, chosen, batch * min(piece, length))
   ends = [min(begin + piece, length) for begin in range(0, length, piece)]
   pairs = length * (length + 1) / 2  # a query and a key that it sees
   operations = (
@@ -90,7 +95,25 @@ class _Count(NamedTuple):
   multiply_adds: float = 0
 
 
-def _weights(params: Params) -> tuple[float, _Count, _Count]:
+def share(leaves: Mapping[str, Any], path: str, chosen: int) -> float:
+  """The share of tokens that a weight is multiplied with: less than 1 for an expert's, or a stack's of them.
+
+  Args:
+    leaves: of the whole tree, by path.
+    chosen: how many experts a token goes to.
+  """
+  if not tree.in_mixture(path):
+    return 1.0
+  before, _, after = path.partition(f"/{tree.EXPERTS}/")
+  number, _, name = after.partition("/")
+  if not number.isdigit():
+    return min(1.0, chosen / leaves[path].shape[0])
+  start, end = f"{before}/{tree.EXPERTS}/", f"/{name}"
+  count = sum(p.startswith(start) and p.endswith(end) and p[len(start) : -len(end)].isdigit() for p in leaves)
+  return min(1.0, chosen / count)
+
+
+def _weights(params: Params, chosen: int, tokens: int) -> tuple[float, _Count, _Count]:
   """Bytes of an embedding's row, what the layers read, and what the head reads.
 
   A table that is the head too is read whole as the head, and its gathered rows are not counted again.
@@ -104,8 +127,10 @@ def _weights(params: Params) -> tuple[float, _Count, _Count]:
     if path.endswith("/table"):  # rows of it are gathered
       rows += leaf_bytes(leaf) / leaf.shape[-2]
     else:
-      adds = multiply_adds(leaf) if tree.is_weight(path) else 0
-      body = _Count(body.nbytes + leaf_bytes(leaf), body.multiply_adds + adds)
+      part = share(leaves, path, chosen)
+      adds = part * multiply_adds(leaf) if tree.is_weight(path) else 0
+      read = leaf_bytes(leaf) * (1 - (1 - part) ** tokens)
+      body = _Count(body.nbytes + read, body.multiply_adds + adds)
   return rows, body, _Count(leaf_bytes(leaves[head]), multiply_adds(leaves[head]))
 
 

@@ -74,9 +74,10 @@ def generate(
     raise ValueError("generate(on_text=...) streams one prompt; found a sequence")
   if chat:
     prompts = [tokenizer.chat(p if talk else [{"role": "user", "content": p}]) for p in prompts]
-  ids = [tokenizer.encode(text, parse_special=chat) for text in prompts]
-  bos = getattr(tokenizer, "bos_id", None)
-  ids = [row or ([bos] if bos is not None else []) for row in ids]
+  ids = [list(tokenizer.encode(text, parse_special=chat)) for text in prompts]
+  bos, begins = getattr(tokenizer, "bos_id", None), getattr(tokenizer, "wants_bos", False)
+  if bos is not None:  # what is empty begins with it, and all does where the model was trained so
+    ids = [[bos, *row] if not row or (begins and row[0] != bos) else row for row in ids]
   if not all(ids):
     raise ValueError("generate: a prompt has no tokens; give it some text")
   engine = Engine(
@@ -89,8 +90,24 @@ def generate(
     prefix_cache=prefix_cache,
     ahead=not stop,  # a stop text is found here, not on the device
   )
-  streams = [tokenizer.stream() for _ in prompts]
-  texts, done = ["" for _ in prompts], [False] * len(prompts)
+  texts = continued(engine, tokenizer, ids, max_new_tokens, key, stop, on_text)
+  if on_stats is not None:
+    on_stats(engine.stats)
+  return texts[0] if single else texts
+
+
+def continued(
+  engine: Engine,
+  tokenizer: Any,
+  ids: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  key: jax.Array | None = None,
+  stop: Sequence[str] = (),
+  on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+  """What an engine writes after each prompt of token ids, as `generate` does; `on_text` hears of the first."""
+  streams = [tokenizer.stream() for _ in ids]
+  texts, done = ["" for _ in ids], [False] * len(ids)
   sent = 0
   for rows in engine.stream(ids, max_new_tokens, key, tokenizer.stop_ids):
     for i, row in enumerate(rows):
@@ -117,9 +134,7 @@ def generate(
       texts[i] += stream.flush()
   if on_text is not None and len(texts[0]) > sent:
     on_text(texts[0][sent:])
-  if on_stats is not None:
-    on_stats(engine.stats)
-  return texts[0] if single else texts
+  return texts
 
 
 def decode(

@@ -125,7 +125,7 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
 
 def _mixed(paths: Iterable[str]) -> bool:
   """Whether a layer with such leaves is a mixture of experts; layers with and without one are of two kinds."""
-  return any(f"/{tree.EXPERTS}/" in path for path in paths)
+  return any(map(tree.in_mixture, paths))
 
 
 def _closed_up(params: Params, stacks: Iterable[str]) -> Params:

@@ -11,7 +11,8 @@ import jax
 from lmcompress import ops
 from lmcompress.models.base import linear_axes
 from lmcompress.models.layers import Linear, linears
-from lmcompress.ops.experts import chosen, is_stacked, mixture, seen_by
+from lmcompress.ops.experts import chosen, mixture, seen_by
+from lmcompress.tree import is_stacked
 from lmcompress.types import Stage
 
 AXES: Mapping[str, tuple[Any, ...]] = {

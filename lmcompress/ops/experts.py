@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.ops.backend import use_backend
+from lmcompress.tree import is_stacked
 
 BLOCK = 128
 """Rows of one expert that are multiplied together, at most."""
@@ -36,11 +37,6 @@ def chosen(logits: jax.Array, count: int, normalize: bool) -> tuple[jax.Array, j
   """
   weights, ids = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), count)
   return ids, weights / jnp.sum(weights, axis=-1, keepdims=True) if normalize else weights
-
-
-def is_stacked(experts: Mapping[str, Any]) -> bool:
-  """Whether the leaves of a subtree have an axis of experts, rather than each expert a subtree of its number."""
-  return "0" not in experts and not any(name.isdigit() for name in experts)
 
 
 def mixture(

@@ -21,6 +21,7 @@ import optax
 from lmcompress import tree
 from lmcompress.distributed.parameter_server import Clock, DroppedError, Host, Shard, Threads, parts_of
 from lmcompress.evaluate.roofline import leaf_bytes
+from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.whole import write_text
 from lmcompress.training.durable import Metrics
 from lmcompress.training.loop import batches, checked_rows
@@ -129,7 +130,8 @@ def _served(
   trained, kept = {_path(where): x for where, x in jax.tree_util.tree_leaves_with_path(state.trained)}, state.kept
   optimizer = dataclasses.replace(training, clip=None).transformation()
   parts = parts_of(trained, how.shards)
-  _own(folder, [repr(training), seed, how.shards, parts, hashlib.sha256(rows.tobytes()).hexdigest()])
+  begun = [repr(model), tree_hash(params), hashlib.sha256(rows.tobytes()).hexdigest()]
+  _own(folder, [repr(training), seed, how.shards, parts, *begun])
   host = host or Threads()
   served = [
     host.serve(Shard, {p: np.asarray(trained[p]) for p in part}, optimizer, folder, f"shard-{i}", how.save_every)

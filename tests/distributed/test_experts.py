@@ -106,6 +106,18 @@ def test_an_expert_that_no_token_goes_to_is_solved_too():
   assert np.abs(np.asarray(tree.get(done, "layers/0/mlp/experts/5/up/kernel").materialize())).max() > 0.1
 
 
+def test_what_a_mixture_is_not(params, tmp_path):
+  """A head of a task called experts stays as it is; values that the model shares are refused in a stack."""
+  head = {"kernel": jnp.ones((32, 3)), "bias": jnp.zeros(3)}
+  told = {**params, "tasks": {"experts": head}}
+  assert not tree.has_stacked_experts(told) and "0" in tree.unstack_experts(told)["layers"]["0"]["mlp"]["experts"]
+  assert tree.unstack_experts(tree.stack_experts(told))["tasks"]["experts"].keys() == head.keys()
+  shared = compress(MODEL, params, lmc.at("layers/*/mlp/experts", lmc.share(16)))[0]
+  for act in (tree.stack_experts, lambda p: shard(MODEL, p, make_mesh(expert=2))):
+    with pytest.raises(WeightError, match="refers to values that the whole model shares"):
+      act(shared)
+
+
 SHAPES = [{"expert": 8}, {"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 8}]
 
 

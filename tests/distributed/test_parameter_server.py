@@ -187,6 +187,8 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
   assert sorted(row["batch"] for row in history) == list(range(TRAINING.steps))
   with pytest.raises(FormatError, match="holds another run"):
     fit_async(MODEL, PARAMS, ROWS, TRAINING, how, seed=1, folder=tmp_path)
+  with pytest.raises(FormatError, match="holds another run"):
+    fit_async(MODEL, MODEL.init(jax.random.key(1)), ROWS, TRAINING, how, folder=tmp_path)
 
 
 def test_states_of_different_ages_come_to_have_every_batch_once(tmp_path):

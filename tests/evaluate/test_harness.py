@@ -92,6 +92,21 @@ def test_likelihoods(place, pair):
   assert got == pytest.approx(want, abs=2e-4) and greedy == greedily
 
 
+def test_contexts_that_are_nothing_or_too_much(place):
+  """Of spaces alone, as without one; a cut within a character's bytes; none at all."""
+  from lm_eval.api.instance import Instance
+
+  _, model, params, tokenizer, _ = place
+  harness = Harness(model, params, tokenizer)
+  pairs = ((" ", "red"), ("", " red"))
+  spaces, none = harness.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+  assert spaces[0] == pytest.approx(none[0], abs=1e-4)
+  asked = {"until": [], "max_gen_toks": 9}
+  prompts = [*("日本" * 60 + "a" * k for k in range(4)), ""]
+  texts = harness.generate_until([Instance("generate_until", {}, (prompt, asked), 0) for prompt in prompts])
+  assert len(texts) == 5
+
+
 def test_what_is_not_there_is_said_in_a_line(place):
   folder, model, params, tokenizer, _ = place
   harness = Harness(model, params, tokenizer)

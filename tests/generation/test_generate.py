@@ -177,3 +177,18 @@ def test_the_cache_is_a_tree(tiny):
   model, params = tiny
   cache = init_cache(model, params, 1, 16)
   chex.assert_trees_all_equal(cache, jax.tree.map(lambda x: x, cache))
+
+
+def test_a_model_that_was_trained_so_sees_where_a_text_begins(tiny):
+  """With and without the token that begins a text, said by the tokenizer; a prompt that has it keeps one."""
+  model, params = tiny
+
+  class Beginning(Letters):
+    bos_id, wants_bos = 5, True
+
+    def encode(self, text, *, parse_special=False):
+      return [5, *super().encode(text[1:])] if text.startswith("^") else super().encode(text)
+
+  want = generate(model, params, Letters(), "abc", 6)
+  begun, again = (generate(model, params, Beginning(), text, 6) for text in ("abc", "^abc"))
+  assert begun == again and begun != want

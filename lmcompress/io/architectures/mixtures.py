@@ -96,6 +96,9 @@ def write(model: Llama, params: Params) -> dict[str, Any]:
     inner = layers[str(dense[0])]["mlp"]["up"]["kernel"].shape[-1] if dense else width
     told |= {"num_experts": count, "moe_intermediate_size": width, "intermediate_size": inner, "mlp_only_layers": dense}
     told |= {"norm_topk_prob": model.config.normalize_experts, "decoder_sparse_step": 1}
+  if kind != "qwen2_moe" and any("bias" in attention[part] for part in "qkvo"):
+    raise FormatError(f"config.json: a mixture with biases of queries and keys and no shared expert is none of {KINDS}")
   if kind == "qwen2_moe":
-    told |= {"shared_expert_intermediate_size": first["shared"]["up"]["kernel"].shape[-1], "qkv_bias": True}
+    told["shared_expert_intermediate_size"] = first["shared"]["up"]["kernel"].shape[-1]
+    told["qkv_bias"] = "bias" in attention["q"]
   return told
