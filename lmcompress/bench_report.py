@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcompress.evaluate.roofline import attainable
-from lmcompress.report import _COLORS, _MARKERS, Result, Row, _figure, _legend, _show, _style, _svg, _table
+from lmcompress.figures import COLORS, MARKERS, figure_of, legend, style, svg
+from lmcompress.report import Result, Row, _show, _table
 
 if TYPE_CHECKING:
   from rich.table import Table
@@ -92,8 +93,8 @@ def roofline_svg(found: Result, name: str = "") -> str:
   ridge = peak / bandwidth
   xs = [row["operations_per_byte"] for row in rows]
   low, high = min(*xs, ridge) / 3, max(*xs, ridge) * 3
-  with _style():
-    figure, axes = _figure(4.2)
+  with style():
+    figure, axes = figure_of(4.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     line: dict[str, Any] = {"color": "#444444", "linewidth": 1.4}
@@ -124,8 +125,8 @@ def roofline_svg(found: Result, name: str = "") -> str:
         [row["operations_per_byte"]],
         [row["operations_per_s"] / 1e9],
         linestyle="",
-        marker=_MARKERS[batches.index(row["batch"]) % len(_MARKERS)],
-        color=_COLORS[0 if row["phase"] == "prefill" else 1],
+        marker=MARKERS[batches.index(row["batch"]) % len(MARKERS)],
+        color=COLORS[0 if row["phase"] == "prefill" else 1],
         label=label if label not in labels else None,
         markersize=6,
       )
@@ -140,5 +141,5 @@ def roofline_svg(found: Result, name: str = "") -> str:
       )
     axes.set(xlabel="operations a byte read", ylabel="GFLOP/s")
     axes.set_title(f"{name}: {m['backend']}, {m['activations']} activations, {m['cache']} keys and values".lstrip(": "))
-    _legend(axes)
-    return _svg(figure, "roofline")
+    legend(axes)
+    return svg(figure, "roofline")

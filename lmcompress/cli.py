@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lmcompress.cli_eval import evaluate
+from lmcompress.cli_explain import explain
 from lmcompress.cli_plan import plan
 from lmcompress.cli_sweep import sweep
 from lmcompress.cli_talk import ModelName, chat, classify, generate
@@ -372,7 +373,7 @@ def cp(config: ConfigFile, target: Annotated[Path, typer.Argument(help="The new 
   typer.echo(f"{target} written; run it with: lmcompress run {target}")
 
 
-for _verb in (generate, chat, classify, plan, sweep):
+for _verb in (generate, chat, classify, explain, plan, sweep):
   app.command()(_verb)
 app.command(name="eval")(evaluate)
 

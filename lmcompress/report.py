@@ -6,31 +6,37 @@ that is missing shows as `-`, and one that is not finite as `nan` or `inf`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lmcompress.figures import (
+  COLORS,
+  LINES,
+  MARKERS,
+  drawn_at,
+  figure_of,
+  legend,
+  log_if_wide,
+  number_points,
+  plain_ticks,
+  style,
+  svg,
+)
+
 if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
   from rich.table import Table
 
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 MAX_HISTOGRAMS = 24
-MAX_PERPLEXITY = 1e7
-"""Worse is not drawn: an even guess over any vocabulary does better, and the scale would hide the rest."""
 
 _HASH_LENGTH = 8
 _LAYER = re.compile(r"^(?P<prefix>.*?)(?:^|/)layers/(?P<depth>\d+)/(?P<linear>.+)$")
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # Okabe and Ito
-_MARKERS = "osD^vPX"
-_LINES = ("-", "--", ":")
 
 
 def table(result: Result) -> Table:
@@ -105,7 +111,7 @@ def html(result: Result) -> str:
       (_text(row.get("operation", "-")), _text(row.get("calls", "-")), *(_show(row.get(k), 3) for k in ("ms", "share")))
       for row in result.get("profile") or []
     ],
-    not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not _drawn(x, y)],
+    not_drawn=[f"{n} ({text})" for text, line in _quality(stages).items() for n, x, y in line if not drawn_at(x, y)],
     outside=[f"{path} {_show(row.get('weight_error'), 4)}" for path, row in weights.items() if not _LAYER.match(path)],
     histograms=histograms,
     histograms_left_out=max(0, len(result.get("histograms") or {}) - MAX_HISTOGRAMS),
@@ -218,12 +224,12 @@ def _plot_curves(stages: Sequence[Row]) -> str:
     axes = figure.add_subplot(rows, columns, n)
     for c, (word, rates) in enumerate(zip(task["classes"], task["roc"], strict=True)):
       across = [i / (len(rates) - 1) for i in range(len(rates))]
-      axes.plot(across, rates, label=_text(word), color=_COLORS[c % len(_COLORS)], linewidth=1.2)
+      axes.plot(across, rates, label=_text(word), color=COLORS[c % len(COLORS)], linewidth=1.2)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, linestyle=":")
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title=name)
     if len(task["classes"]) <= 12:
-      _legend(axes)
-  return _svg(figure, "roc")
+      legend(axes)
+  return svg(figure, "roc")
 
 
 def _speed(phase: str) -> _Column:
@@ -319,7 +325,7 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 
 def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, ...]:
   """SVG of perplexity against size, of both errors against depth, the loss, weights' values, and ROC; "" for none."""
-  with _style():
+  with style():
     errors = _plot_errors(weights, "weight"), _plot_errors(weights, "output")
     histograms = _plot_histograms(result.get("histograms") or {})
     return _plot_quality(stages), *errors, _plot_training(_history(result)), histograms, _plot_curves(stages)
@@ -352,41 +358,15 @@ def _plot_training(history: Sequence[Row]) -> str:
   drawn = [(n, loss) for n, loss in losses if math.isfinite(loss)]
   if not drawn:
     return ""
-  figure, axes = _figure(3.2)
-  axes.plot([n for n, _ in drawn], [loss for _, loss in drawn], color=_COLORS[0], linewidth=1.4)
+  figure, axes = figure_of(3.2)
+  axes.plot([n for n, _ in drawn], [loss for _, loss in drawn], color=COLORS[0], linewidth=1.4)
   held = [(n, _float(row["held_out"])) for n, row in enumerate(history, 1) if "held_out" in row]
   if held:
-    axes.plot([n for n, _ in held], [loss for _, loss in held], color=_COLORS[1], marker=_MARKERS[1], label="held out")
-    _legend(axes)
+    axes.plot([n for n, _ in held], [loss for _, loss in held], color=COLORS[1], marker=MARKERS[1], label="held out")
+    legend(axes)
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")
-  return _svg(figure, "training")
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-  """How every plot looks; not the reader's matplotlibrc, or equal results would give unequal bytes."""
-  import matplotlib
-
-  with matplotlib.rc_context():
-    matplotlib.rcdefaults()
-    matplotlib.rcParams.update(
-      {
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e4e4e4",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "axes.edgecolor": "#888888",
-        "legend.frameon": False,
-      }
-    )
-    yield
+  return svg(figure, "training")
 
 
 def _quality(stages: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]:
@@ -401,52 +381,32 @@ def _quality(stages: Sequence[Row]) -> dict[str, list[tuple[int, float, float]]]
   }
 
 
-def _drawn(bits: float, perplexity: float) -> bool:
-  return 0 < bits < math.inf and 0 < perplexity < MAX_PERPLEXITY
-
-
 def _plot_quality(stages: Sequence[Row]) -> str:
-  lines = {text: [(n, x, y) for n, x, y in line if _drawn(x, y)] for text, line in _quality(stages).items()}
+  lines = {text: [(n, x, y) for n, x, y in line if drawn_at(x, y)] for text, line in _quality(stages).items()}
   points = [point for line in lines.values() for point in line]
   if not points:
     return ""
-  figure, axes = _figure(4.2)
+  figure, axes = figure_of(4.2)
   for n, (text, line) in enumerate(lines.items()):
     axes.plot(
       [x for _, x, _ in line],
       [y for _, _, y in line],
       label=text,
-      color=_COLORS[n % len(_COLORS)],
-      marker=_MARKERS[n % len(_MARKERS)],
+      color=COLORS[n % len(COLORS)],
+      marker=MARKERS[n % len(MARKERS)],
       markersize=5,
       linewidth=1.4,
     )
-  _log_if_wide(axes, "x", [x for _, x, _ in points], 4, (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32))
+  log_if_wide(axes, "x", [x for _, x, _ in points], 4, (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32))
   values = [y for _, _, y in points]
   steps = (1, 2, 5) if max(values) < 1e3 * min(values) else (1,)
-  _log_if_wide(axes, "y", values, 10, [step * 10**n for n in range(8) for step in steps])
+  log_if_wide(axes, "y", values, 10, [step * 10**n for n in range(8) for step in steps])
   axes.margins(0.08)
   for line in lines.values():
-    _number_points(axes, line)
+    number_points(axes, line)
   axes.set(xlabel="bits per weight", ylabel="perplexity")
-  _legend(axes)
-  return _svg(figure, "quality")
-
-
-def scatter(x: Any, y: Any, front: list[int], limit: float | None, xlabel: str, ylabel: str) -> str:
-  """An SVG of points, those of a front joined, and a limit on x if there is one."""
-  with _style():
-    figure, axes = _figure(4.2)
-    drawn = [i for i in range(len(x)) if _drawn(float(x[i]), float(y[i]))]
-    axes.scatter([x[i] for i in drawn], [y[i] for i in drawn], s=16, color=_COLORS[1], label="measured")
-    line = [i for i in front if i in drawn]
-    axes.plot([x[i] for i in line], [y[i] for i in line], color=_COLORS[0], marker="o", markersize=4, label="front")
-    if limit is not None:
-      axes.axvline(limit, color="0.5", linewidth=1, linestyle="--", label="budget")
-    _log_if_wide(axes, "y", [float(y[i]) for i in drawn], 10, [s * 10**n for n in range(8) for s in (1, 2, 5)])
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(axes)
-    return _svg(figure, "pareto")
+  legend(axes)
+  return svg(figure, "quality")
 
 
 def _plot_errors(weights: Mapping[str, Row], of: str) -> str:
@@ -461,24 +421,24 @@ def _plot_errors(weights: Mapping[str, Row], of: str) -> str:
     return ""
   from matplotlib.ticker import MaxNLocator
 
-  figure, axes = _figure(max(3.6, 0.2 * len(lines)))
+  figure, axes = figure_of(max(3.6, 0.2 * len(lines)))
   for n, (linear, points) in enumerate(sorted(lines.items())):
     xs, ys = zip(*sorted(points), strict=True)
     axes.plot(
       xs,
       ys,
       label=linear,
-      color=_COLORS[n % len(_COLORS)],
-      marker=_MARKERS[n % len(_MARKERS)],
+      color=COLORS[n % len(COLORS)],
+      marker=MARKERS[n % len(MARKERS)],
       markersize=3.5,
       linewidth=1.2,
-      linestyle=_LINES[n // len(_COLORS) % len(_LINES)],
+      linestyle=LINES[n // len(COLORS) % len(LINES)],
     )
   axes.set(xlabel="layer", ylabel=f"relative {of} error")
   axes.set_ylim(0, 1.08 * max(error for points in lines.values() for _, error in points) or 1)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  _legend(axes)
-  return _svg(figure, f"{of} errors")
+  legend(axes)
+  return svg(figure, f"{of} errors")
 
 
 def _plot_histograms(histograms: Mapping[str, Row]) -> str:
@@ -498,82 +458,19 @@ def _plot_histograms(histograms: Mapping[str, Row]) -> str:
   grid = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axes, (path, edges, before, after) in zip(grid, shown, strict=False):
     was = axes.stairs(before, edges, fill=True, color="#c3c8cf")
-    now = axes.stairs(after, edges, color=_COLORS[0], linewidth=0.9)
+    now = axes.stairs(after, edges, color=COLORS[0], linewidth=0.9)
     axes.set_title(path)
     counts = [count for count in before + after if count > 0]
     if counts:
       axes.set_yscale("log", nonpositive="clip")
       axes.set_ylim(0.7 * min(counts), 1.6 * max(counts))
-      _plain_ticks(axes.yaxis, [10.0**n for n in range(-12, 16)])
+      plain_ticks(axes.yaxis, [10.0**n for n in range(-12, 16)])
     axes.tick_params(labelsize=7)
     axes.locator_params(axis="x", nbins=5)
   for axes in grid[len(shown) :]:
     axes.set_axis_off()
   figure.legend([was, now], ["before", "after"], loc="outside upper right", ncols=2)
-  return _svg(figure, "histograms")
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(8.6, height), layout="constrained")
-  return figure, figure.subplots()
-
-
-def _legend(axes: Axes) -> None:
-  axes.figure.legend(loc="outside right upper")
-
-
-def _log_if_wide(axes: Axes, which: str, values: Sequence[float], ratio: float, ticks: Iterable[float]) -> None:
-  """A logarithmic axis with plain numbers at those of `ticks` in view, where the values span over `ratio`."""
-  if max(values) > ratio * min(values):
-    getattr(axes, f"set_{which}scale")("log")
-    _plain_ticks(getattr(axes, f"{which}axis"), ticks)
-
-
-def _plain_ticks(axis: Any, ticks: Iterable[float]) -> None:
-  from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-  axis.set_major_locator(FixedLocator(list(ticks)))
-  axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-  axis.set_minor_locator(NullLocator())
-
-
-def _number_points(axes: Axes, line: Sequence[tuple[int, float, float]], near: float = 0.03) -> None:
-  """Writes each point's stage number beside it; points that would share a place share a label."""
-  axes.autoscale_view()
-  groups: list[tuple[list[int], Any]] = []
-  for n, x, y in line:
-    place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
-    beside = next((group for group, other in groups if max(abs(place - other)) < near), None)
-    if beside is None:
-      groups.append(([n], place))
-    else:
-      beside.append(n)
-  positions = {n: (x, y) for n, x, y in line}
-  for group, _ in groups:
-    axes.annotate(
-      ", ".join(map(str, group)),
-      positions[group[0]],
-      xytext=(5, 5),
-      textcoords="offset points",
-      fontsize=8,
-      color="#333333",
-    )
-
-
-def _svg(figure: Figure, salt: str) -> str:
-  """The figure's `<svg>` element, without dates, addresses or ids that a second figure could share."""
-  import io
-
-  import matplotlib
-
-  matplotlib.rcParams["svg.hashsalt"] = salt
-  file = io.StringIO()
-  figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-  element = file.getvalue()
-  element = element[element.index("<svg") :]
-  return re.sub(r'<g id="[^"]*"', "<g", element)
+  return svg(figure, "histograms")
 
 
 # Reading a result

@@ -258,9 +258,9 @@ def _best(config: configs.Config, links: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(measure: Measure, trials: Sequence[Trial], front: Sequence[int], budget: float) -> str:
   """An SVG: the cost of every choice against its perplexity, the Pareto front, and the budget."""
-  from lmcompress import report
+  from lmcompress import figures
 
   unit, label = (1.0, "ms per token") if measure.timed else (1e6, "MB on disk")
   x = np.array([measure.cost(t) for t in trials]) / unit
   y = np.array([t.perplexity for t in trials])
-  return report.scatter(x, y, list(front), budget / unit, label, "perplexity")
+  return figures.scatter(x, y, list(front), budget / unit, label, "perplexity")

@@ -162,10 +162,10 @@ def said(choice: dict[str, Any]) -> str:
 
 def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
   """Perplexity on the first text over megabytes, and the trials that no other beats in both."""
-  from lmcompress import report
+  from lmcompress import figures
 
   points = [(row["bytes_on_disk"] / 1e6, next(iter(row["perplexity"].values()))) for row in rows
             if not row["error"] and row["perplexity"]]  # fmt: skip
   if points:
     x, y = zip(*points, strict=True)
-    write_text(path, report.scatter(x, y, pareto(points), None, "MB on disk", "perplexity"))
+    write_text(path, figures.scatter(x, y, pareto(points), None, "MB on disk", "perplexity"))

@@ -97,7 +97,7 @@ def prune_entries(
     """`[*outer, entries]`, float64."""
     sizes = extents(evidence.structure, params, block.path)
     counted = [p for p in where if tree.is_weight(p.path) and (score != "activation" or p.reads)]
-    total = sum((_score(score, evidence, params, place, mine, sizes) for place in counted), jnp.zeros(()))
+    total = sum((entry_scores(score, evidence, params, place, mine, sizes) for place in counted), jnp.zeros(()))
     found = np.asarray(jnp.square(total) if score == "taylor" else total, np.float64)
     if not np.isfinite(found).all():
       raise WeightError(f"{name} at {block.path}: scores are not finite")
@@ -154,10 +154,10 @@ def global_counts(shares: Mapping[str, np.ndarray], fraction: float) -> dict[str
   return gone
 
 
-def _score(
+def entry_scores(
   score: str, evidence: Evidence, params: Params, place: Place, axis: str, sizes: Mapping[str, int]
 ) -> jax.Array:
-  """`[*outer, entries]` of one place."""
+  """`[*outer, entries]` of one place, as of `prune_neurons`; sums over places are squared for `taylor`."""
   leaf = tree.get(params, place.path)
   at = place.names.index(axis)
   outer = math.prod(sizes[n] for n in place.names[:at])
