@@ -85,7 +85,8 @@ def entries(model: Any, params: Params, tokens: Any) -> dict[str, dict[str, np.n
 def drift(model: Any, before: Params, after: Params, tokens: Any) -> list[dict[str, Any]]:
   """How far the input of each stage is from what it was, `||x' - x|| / ||x||` over real tokens: `block, stage, change`.
 
-  The stage after attention says how far what attention gives has drifted.
+  The stage after attention says how far what attention gives has drifted. Between a model and a rotation of it the
+  number says nothing: the stream lies on other axes.
 
   Args:
     before, after: two trees of the model; blocks and stages that both have are compared.
