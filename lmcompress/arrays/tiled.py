@@ -150,7 +150,8 @@ class TiledArray(CompressedArray):
       for name, extent in zip(self.along(field), getattr(self, field).shape, strict=True):
         if name is not None:
           extents[name].append(extent)
-    inputs, outputs = (math.gcd(*found) if found else 1 for found in extents.values())
+    held = self.along("codes")  # a single block or tile is not cut, however many groups it has
+    inputs, outputs = (math.gcd(*found) if name in held else 1 for name, found in extents.items())
     form, outer = self.form, self.outer
     if form.codes == "n_of_m":
       inputs //= 2  # windows are half blocks

@@ -213,3 +213,13 @@ def test_every_job_gives_what_one_device_gives(shape, alone, tmp_path):
     for a, b in zip(jax.tree.leaves(back), want, strict=True):
       np.testing.assert_array_equal(np.asarray(a), b)
 
+
+
+def test_a_single_block_stays_whole():
+  """Rows of one block of 32 inputs and two groups: neither is cut, for the kernel would read beyond its part."""
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=48, embed=32, mlp=32, layers=1, heads=4, kv_heads=4))
+  small, _ = lmc.compress(model, model.init(jax.random.key(0)), lmc.at("layers/*", lmc.round_to_nearest(4, 16)))
+  ready = lmc.prepare(small)
+  placed = shard(model, ready, make_mesh(tensor=2))
+  tokens = np.random.default_rng(0).integers(0, 48, (2, 8)).astype(np.int32)
+  np.testing.assert_allclose(model.apply(placed, tokens), model.apply(ready, tokens), atol=2e-5)
