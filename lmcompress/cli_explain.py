@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lmcompress.cli_talk import ModelName
-from lmcompress.errors import SourceError
+from lmcompress.errors import ConfigError, SourceError
 
 
 def explain(
@@ -42,6 +42,7 @@ def explain(
   net, params, tokenizer = load(model)
   if tokenizer is None:
     raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
+  before = None if against is None else _before(against, model, net, params)
   tokens = texts.windows(tokenizer, texts.load_text(text), windows, length)
   console, found = _console(), {"format": 1, "model": model, "against": against, "text": text}
   with _Progress(console) as progress:
@@ -52,9 +53,8 @@ def explain(
     found["entries"] = {block: {axis: x.tolist() for axis, x in axes.items()} for block, axes in scores.items()}
     progress.note("looking for outlier channels")
     found["outliers"] = importance.outliers(net, params, tokens)
-    if against is not None:
+    if before is not None:
       progress.note(f"comparing with {against}")
-      before = load(against)[1]
       found["drift"] = importance.drift(net, before, params, tokens)
       kl = importance.token_kl(net, before, params, tokens)
       found["tokens"] = [[[tokenizer.decode([int(t)]), float(k)] for t, k in zip(row[1:], ks, strict=True)]
@@ -72,6 +72,24 @@ def explain(
     console.print("most changed after: " + ", ".join(f"{word!r} {kl:.2f}" for word, kl in worst), markup=False)
   for path in written:
     console.print(f"plot: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _before(against: str, model: str, net: Any, params: Any) -> Any:
+  """The tree to compare with.
+
+  Raises:
+    ConfigError: it is of another architecture or vocabulary.
+  """
+  from lmcompress.io.load import load
+
+  other, before, _ = load(against)
+  (theirs, other_name), (ours, name) = (
+    (p["embed"]["table"].shape[-2], type(m).__name__) for p, m in ((before, other), (params, net))
+  )
+  if other_name != name or theirs != ours:
+    told = f"a {other_name} with a vocabulary of {theirs}; {model} is a {name} with {ours}"
+    raise ConfigError(f"--against {against}: {told}")
+  return before
 
 
 def _cells(found: dict[str, Any], axes: dict[str, Any], block: str) -> list[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import tree
+from lmcompress.arrays import resolve
 from lmcompress.calibration.gradients import gradients
 from lmcompress.calibration.sequential import batches_of
 from lmcompress.calibration.token_loss import cross_entropy, head_loss, require_causal
@@ -72,6 +73,7 @@ def entries(model: Any, params: Params, tokens: Any) -> dict[str, dict[str, np.n
   require_causal(model, "what a head or a neuron is worth")
   found = gradients(model, params, batches_of(tokens), frozenset({"grads"}))
   evidence = Evidence(structure=model, grads=found["grads"])
+  params = tree.map_leaves(lambda _, leaf: resolve(params, leaf), params)  # values that the whole model shares
   scores: dict[str, dict[str, np.ndarray]] = {}
   for block in model.blocks(params):
     sizes = extents(model, params, block.path)

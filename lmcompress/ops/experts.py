@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def mixture(
   stacked, mesh = is_stacked(experts), jax.sharding.get_abstract_mesh()
   size = lambda name: 1 if mesh.empty else mesh.shape.get(name, 1)  # noqa: E731
   rows = tuple(name for name in ROWS if size(name) > 1)
-  if x.shape[0] % functools.reduce(lambda n, name: n * size(name), rows, 1):
+  if x.shape[0] % math.prod(map(size, rows)):
     rows = ()
   over = stacked and size("expert") > 1
   if not rows and not over:

@@ -59,6 +59,12 @@ def test_neurons_are_scored_by_the_slope_of_the_loss(tiny):
     assert found["mlp"][neuron] == pytest.approx(abs(slope), rel=0.05, abs=1e-5)
 
 
+def test_values_that_the_model_shares_are_scored(tiny):
+  model, params = tiny
+  shared, _ = lmc.compress(model, params, lmc.at("layers/*", lmc.share(16)))
+  assert entries(model, shared, TOKENS)["layers/0"]["mlp"].max() > 0
+
+
 def test_what_changed(tiny):
   """Nothing where nothing did; else the norms and divergences that NumPy has of logits."""
   model, params = tiny
@@ -92,6 +98,10 @@ def test_the_command_tells_and_draws(tmp_path):
                "--windows", "2", "--length", "16", "--out", str(tmp_path / "out")]  # fmt: skip
   result = CliRunner().invoke(app, arguments)
   assert result.exit_code == 0, result.output
+  other = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=300, embed=16, mlp=32, layers=1, heads=2, kv_heads=2))
+  lmc.save(tmp_path / "o", other, other.init(jax.random.key(0)), byte_level())
+  refused = CliRunner().invoke(app, [*arguments[:3], str(tmp_path / "o"), *arguments[4:]])
+  assert "with a vocabulary of 300" in str(refused.exception)
   names = {path.name for path in (tmp_path / "out").iterdir()}
   plots = ("drift", "layers", "tokens", "axis_kv", "axis_group", "axis_mlp")
   assert names == {"explain.json", *(f"{plot}.svg" for plot in plots)}

@@ -28,18 +28,14 @@ from lmcompress.ops.kernels.gpu_tiles import (
   tiled_call,
   window_of,
 )
-from lmcompress.ops.kernels.opaque import quantized_reason
+from lmcompress.ops.kernels.opaque import quantized_reason, two_of_four_reason
 
 TILES = Tiles(rows=FEW_ROWS, outputs=128, inputs=32, warps=4, stages=4, programs=264)
 
 
 def sparse_reason(w: NMSparseArray) -> str:
-  if (w.n, w.m) != (2, 4):
-    return f"{w.n}:{w.m} sparsity"
-  if w.indices.data.ndim != 3:
-    return f"a stack of {w.indices.data.ndim - 3} leading axes"
-  if w.indices.axis != -2:
-    return "a table where a kernel is read"
+  if reason := two_of_four_reason(w):
+    return reason
   if isinstance(w.values, QuantizedArray):
     return quantized_reason(w.values, -2)
   return "" if isinstance(w.values, jax.Array) else f"values in a {type(w.values).__name__}"

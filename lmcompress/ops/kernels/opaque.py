@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays.grids import Float8, Integer
+from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.quantized import QuantizedArray
 
 Product = Callable[[jax.Array, Any], jax.Array]
@@ -83,3 +84,12 @@ def quantized_reason(w: QuantizedArray, axis: int) -> str:
   if w.scale.shape[axis] > 1 and w.group_size % codes.block:
     return f"groups of {w.group_size} cut packing blocks of {codes.block}"
   return ""
+
+
+def two_of_four_reason(w: NMSparseArray) -> str:
+  """Why `w` is no 2:4 kernel, whatever its values are stored in, or ''."""
+  if (w.n, w.m) != (2, 4):
+    return f"{w.n}:{w.m} sparsity"
+  if w.indices.data.ndim != 3:
+    return f"a stack of {w.indices.data.ndim - 3} leading axes"
+  return "a table where a kernel is read" if w.indices.axis != -2 else ""

@@ -27,7 +27,7 @@ from lmcompress.arrays.grids import Grid, Integer
 from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.packing import fields
 from lmcompress.arrays.quantized import QuantizedArray, affine
-from lmcompress.ops.kernels.opaque import Product, around, dtype_reason, quantized_reason
+from lmcompress.ops.kernels.opaque import Product, around, dtype_reason, quantized_reason, two_of_four_reason
 from lmcompress.ops.linear import gathered_embed, tiled_attend, tiled_linear
 
 
@@ -310,12 +310,8 @@ def _halves(codes: jax.Array, bits: int, table: bool) -> list[jax.Array]:
 
 
 def _sparse_reason(w: NMSparseArray) -> str:
-  if (w.n, w.m) != (2, 4):
-    return f"{w.n}:{w.m} sparsity"
-  if w.indices.data.ndim != 3:
-    return f"a stack of {w.indices.data.ndim - 3} leading axes"
-  if w.indices.axis != -2:
-    return "a table where a kernel is read"
+  if reason := two_of_four_reason(w):
+    return reason
   lengths = [w.indices.data.shape[-2]]
   if isinstance(w.values, QuantizedArray):
     if reason := quantized_reason(w.values, -2):
