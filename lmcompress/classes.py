@@ -103,6 +103,7 @@ def heads_of(folder: Path, params: Params, chosen: Sequence[str] | None = None) 
   from lmcompress.io import checkpoint
 
   known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
+  known = {name: task for name, task in known.items() if task.get("kind", "labels") == "labels"}
   heads = {name: Head(tuple(task["classes"]), task["length"]) for name, task in known.items()}
   heads = {name: head for name, head in heads.items() if name in params.get("tasks", {})}
   if not heads and params.get("tasks"):

@@ -52,6 +52,15 @@ class Generate(_Table):
   chat: bool = False
 
 
+class Samples(_Table):
+  """What the model makes of its own accord, judged at every stage; it was trained on the text of that name."""
+
+  judge: Literal["digits", "tunes"]
+  count: int = pydantic.Field(200, ge=10)
+  temperature: float = pydantic.Field(1.0, gt=0)
+  top_k: int = pydantic.Field(0, ge=0)
+
+
 class MeshSizes(_Table):
   """Devices that share the work; one size may be -1.
 
@@ -141,7 +150,7 @@ class GeneratedTable(_Table):
 
 
 class TaskTable(_Table):
-  """A classification that the model learns; its rows are cut or padded to `length` tokens."""
+  """What the model learns of a labelled data set; its rows are cut or padded to `length` tokens."""
 
   name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)
   data: str
@@ -248,6 +257,7 @@ class Config(_Table):
   evaluate: Evaluate = pydantic.Field(default_factory=lambda: Evaluate.model_validate({}))
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
+  samples: Samples | None = None
   mesh: MeshSizes | None = None
   gates: Gates | None = None
   stream: bool = False
@@ -257,7 +267,7 @@ class Config(_Table):
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    silent = ("gates", "stream", "search", "train", "tasks", "finish")  # what says nothing changes nothing
+    silent = ("gates", "stream", "search", "train", "tasks", "finish", "samples")  # what says nothing changes nothing
     without = {name for name in silent if not getattr(self, name)}
     table = self.model_dump(mode="json", exclude=without)
     if self.mesh:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
 from lmcompress.io.whole import write_text
-from lmcompress.learning import score_tasks, task_data, train_tasks, train_text
+from lmcompress.judged_tasks import Judged, judged_task
+from lmcompress.learning import judge_samples, score_tasks, train_tasks, train_text
 from lmcompress.ops.backend import threads
 from lmcompress.run_folder import (
   BLOCKS,
@@ -50,6 +52,7 @@ from lmcompress.run_folder import (
   read_result,
 )
 from lmcompress.stages import Silent, Stage, Watcher, key
+from lmcompress.training.heads import with_start
 from lmcompress.types import ConfigError, FormatError, Params, SourceError, Transform
 
 _HISTOGRAM_BINS = 80
@@ -128,11 +131,8 @@ def run(
     name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
     for name in config.evaluate.texts
   }
-  calibration = None
-  if config.calibration is not None:
-    c = config.calibration
-    calibration = windows(tokenizer, load_text(c.text), c.windows, c.length)
-  tasks = {table.name: task_data(table, tokenizer, special=encoder) for table in config.tasks}
+  tasks = {table.name: judged_task(table, model, tokenizer) for table in config.tasks}
+  calibration = _calibration(config, model, tokenizer, tasks)
   vocab = params["embed"]["table"].shape[0]
   for name, tokens in texts.items():
     if int(tokens.max()) >= vocab:
@@ -175,13 +175,15 @@ def run(
   if not (folder / MODEL / checkpoint.MANIFEST).is_file():
     watcher.note("saving the model")
     heads = _heads(config) | {
-      t.name: {"classes": tasks[t.name][0].classes, "length": t.length} for t in config.tasks
-    }
+      t.name: {"classes": tasks[t.name].train.classes, "length": t.length, "kind": tasks[t.name].train.kind}
+      for t in config.tasks if tasks[t.name].train.has_head
+    }  # fmt: skip
     checkpoint.save(folder / MODEL, model, stages[-1].params, tokenizer, recipe=list(config.recipe), tasks=heads)
 
   ready = [stage.params for stage in stages] if config.stream else _ready(config, model, stages, mesh)
   scores = _scores(Streamed(model) if config.stream else model, stages, ready, texts, records, watcher)
-  judged = score_tasks(model, stages, ready, tasks, records, watcher)
+  judged = score_tasks(model, tokenizer, stages, ready, tasks, records, watcher)
+  drawn = judge_samples(config, model, tokenizer, stages, ready, records, watcher)
   speeds, generation = {}, None
   if not config.stream:  # decoding needs all weights at once
     speeds = _speeds(config, model, stages, ready, records, watcher)
@@ -206,7 +208,7 @@ def run(
     "config": config.model_dump(mode="json"),
     "stages": [
       _stage_row(stage, stages[0], ready[i], scores[key(stages, i)], speeds.get(key(stages, i), {}))
-      | {"tasks": judged.get(key(stages, i), {})}
+      | {"tasks": judged.get(key(stages, i), {}) | drawn.get(key(stages, i), {})}
       for i, stage in enumerate(stages)
     ],
     "weights": rows,
@@ -274,6 +276,30 @@ def _at_home(stages: list[Stage]) -> list[Stage]:
   ]
 
 
+def _calibration(config: Config, model: Any, tokenizer: Any, tasks: Mapping[str, Judged]) -> Any:
+  """Windows of the text, or of an encoder-decoder the training rows of the task that `text` names; None if not asked.
+
+  Raises:
+    ConfigError: too few tokens or rows.
+  """
+  c = config.calibration
+  if c is None or not hasattr(model, "encode"):
+    return None if c is None else windows(tokenizer, load_text(c.text), c.windows, c.length)
+  if c.text not in tasks:
+    named = ", ".join(tasks) or "none"
+    raise ConfigError(f"calibration.text: {c.text!r}: an encoder-decoder is calibrated on one of its tasks: {named}")
+  train = tasks[c.text].train
+  if len(train.labels) < c.windows:
+    raise ConfigError(f"calibration.windows: {c.windows} of {len(train.labels)} rows of task {c.text}; use fewer")
+  chosen = np.linspace(0, len(train.labels) - 1, c.windows).astype(int)
+  written = with_start(model, train.labels[chosen])
+  return {
+    "tokens": train.tokens[chosen, : c.length], "attention_mask": train.mask[chosen, : c.length] != 0,
+    "decoder_input_ids": np.asarray(written["tokens"])[:, : c.length],
+    "decoder_attention_mask": np.asarray(written["attention_mask"])[:, : c.length],
+  }  # fmt: skip
+
+
 def _heads(config: Config) -> dict[str, Any]:
   """The heads that the model came with, as `checkpoint.save` takes them."""
   folder = Path(hub.resolve_model(config.model))
@@ -282,26 +308,24 @@ def _heads(config: Config) -> dict[str, Any]:
 
 def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> None:
   """Raises ConfigError where a run asks an encoder for what only predictions of next tokens give."""
-  if hasattr(model, "encode"):
-    raise ConfigError(
-      f"{config.model} is an encoder-decoder, for whose texts a run has no score; experiments/titles.py and "
-      "experiments/phonemes.py compare such models"
-    )
+  writes = hasattr(model, "encode")
   asked = {
     "evaluate.texts: []": config.evaluate.texts, "bench.rounds: 0": config.bench.rounds,
     "generate: null": config.generate is not None, "no --profile": profile and config.train is None,
+    "samples: null": config.samples,
   }  # fmt: skip
   wants = [word for word, value in asked.items() if value]
   if not config.tasks:
     wants.append("tasks, by which it is scored")
-  headless = [table.name for table in config.tasks if table.name not in params.get("tasks", {})]
+  headless = [] if writes else [t.name for t in config.tasks if t.name not in params.get("tasks", {})]
   if headless and config.train is None:
     wants.append(f"train, since the model has no head for {headless[0]}")
   if config.train is not None and config.train.held_out is not None:
     wants.append("train.held_out: null")
   if wants:
+    what = "an encoder-decoder, which writes texts" if writes else "an encoder, which predicts no next token"
     raise ConfigError(
-      f"{config.model} is an encoder, which predicts no next token; its run needs {', '.join(wants)} "
+      f"{config.model} is {what}; its run needs {', '.join(wants)} "
       "(vectors of sentences are compared by experiments/sentences.py)"
     )
 
@@ -314,8 +338,13 @@ def _decides(config: Config, calibration: Any) -> dict[str, Any]:
     "config": config.hash,
     "versions": versions(),
     "model": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-    "calibration": None if calibration is None else hashlib.sha256(np.asarray(calibration).tobytes()).hexdigest(),
+    "calibration": None if calibration is None else _digest(calibration),
   }
+
+
+def _digest(calibration: Any) -> str:
+  parts = [calibration[name] for name in sorted(calibration)] if isinstance(calibration, Mapping) else [calibration]
+  return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def _mesh(config: Config) -> Any:
@@ -356,7 +385,7 @@ def _compress(
     reset_peak()
 
   if calibration is not None:
-    rows, length = calibration.shape
+    rows, length = (calibration["tokens"] if isinstance(calibration, Mapping) else calibration).shape
     links = recipe.links or (recipe,)
     beside = [expected_bytes(params, rows, length, link.needs) for link in links if link.needs & set(STATISTICS)]
     if beside:

@@ -12,18 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lmcompress import recipe as recipes
 from lmcompress import tree
-from lmcompress.config import Config, TaskTable, Train, rules_of
+from lmcompress.config import Config, Train, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.evaluate import profiling
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
+from lmcompress.evaluate.samples import JUDGES
+from lmcompress.generation import generate
 from lmcompress.io.load import load
+from lmcompress.judged_tasks import Judged, scored
 from lmcompress.run_folder import TENSORBOARD, TRAINING, Records
 from lmcompress.stages import Stage, Watcher, key
 from lmcompress.types import ConfigError, LmcompressError, Params
+
+HELD_OUT = 256
+"""Held-out rows of a task that are scored on the way; at the end all are."""
+
+SAMPLES_AT_ONCE = 50
+"""Samples that are drawn together."""
 
 
 @contextlib.contextmanager
@@ -123,39 +131,23 @@ def train_text(
   }
 
 
-def task_data(table: TaskTable, tokenizer: Any, special: bool = False) -> tuple[Any, Any]:
-  """What a task trains on and what it is judged by; `special` as of `encode_rows`."""
-  from lmcompress.data.labelled import encode_rows, load_labelled
-  from lmcompress.training import Task
-
-  data = load_labelled(table.data)
-  parts = []
-  for documents, labels in (data.train, data.test):
-    chosen = np.arange(len(labels))
-    if table.rows is not None and not parts:  # spread over the data, whatever its order
-      chosen = chosen[np.linspace(0, len(chosen) - 1, min(table.rows, len(chosen))).astype(int)]
-    some = documents[chosen] if isinstance(documents, np.ndarray) else [documents[i] for i in chosen.tolist()]
-    parts.append(Task(*encode_rows(some, tokenizer, table.length, special), labels[chosen], data.classes))
-  return parts[0], parts[1]
-
-
 def train_tasks(
   config: Config,
   train: Train,
   model: Any,
-  tasks: dict[str, tuple[Any, Any]],
+  tasks: dict[str, Judged],
   stages: list[Stage],
   watcher: Watcher,
   folder: Path,
   decides: dict[str, Any],
 ) -> dict[str, Any]:
-  """Appends the stage `trained`, whose tree has a head for each task; returns what the result says of the training."""
+  """Appends the stage `trained`, whose tree has the heads of tasks; returns what the result says of the training."""
   from lmcompress.training import Weighting, fit_tasks
 
   trains = _selector(train.trainable, stages[-1].params)
   weighting = Weighting(**train.weighting.model_dump()) if train.weighting else Weighting()
   during = recipes.build(train.during, "train.during") if train.during else None
-  learned = {name: part[0] for name, part in tasks.items()}
+  learned = {name: judged.train for name, judged in tasks.items()}
   reset_peak()
   begun = time.perf_counter()
   with _settings():
@@ -171,10 +163,12 @@ def train_tasks(
       folder=folder / TRAINING,
       decides=decides,
       save_every=train.save_every,
+      held_out={name: judged.test.spread(HELD_OUT) for name, judged in tasks.items()},
+      evaluate_every=train.evaluate_every,
       on_step=functools.partial(_told, watcher, train.steps),
     )
   stages.append(Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
-  heads = jax.tree.leaves(params["tasks"])
+  heads = jax.tree.leaves(params.get("tasks", {}))
   return {
     "rows": sum(len(task.labels) for task in learned.values()),
     "tokens": None,
@@ -188,36 +182,69 @@ def train_tasks(
 def _told(watcher: Watcher, steps: int, step: int, metrics: dict[str, float]) -> None:
   """Tells of a step of training."""
   watcher.step("training", step, steps)
-  if step % max(1, steps // 10) == 0 or "held_out" in metrics:
-    held_out = f", held out {metrics['held_out']:.4f}" if "held_out" in metrics else ""
+  if step % max(1, steps // 10) == 0 or any(name.startswith("held_out") for name in metrics):
+    held_out = "".join(
+      f", {name.replace('held_out', 'held out').replace('/', ' ')} {value:.4f}"
+      for name, value in metrics.items() if name.partition("/")[0] in ("held_out", "accuracy")
+    )  # fmt: skip
     watcher.note(f"step {step} of {steps}: loss {metrics['loss']:.4f}{held_out}, {metrics['seconds']:.1f} s a step")
 
 
 def score_tasks(
   model: Any,
+  tokenizer: Any,
   stages: list[Stage],
   ready: list[Params],
-  tasks: dict[str, tuple[Any, Any]],
+  tasks: dict[str, Judged],
   records: Records,
   watcher: Watcher,
 ) -> dict[str, dict[str, Any]]:
-  """Each task's scores at each stage that has its head, on the rows that are held out."""
-  from lmcompress.evaluate.classification import scores
-  from lmcompress.training import probabilities
-
+  """Each task's scores at each stage that can do it, on the rows that are held out."""
   found = {row["stage"]: row["scores"] for row in records.found("tasks")}
   for i, params in enumerate(ready):
     heads = params.get("tasks", {})
-    if key(stages, i) not in found and any(name in heads for name in tasks):
+    able = {name: judged for name, judged in tasks.items() if name in heads or not judged.test.has_head}
+    if key(stages, i) not in found and able:
       with _settings():
-        judged = {
-          name: scores(held.labels, probabilities(model, params, name, held), held.classes)
-          for name, (_, held) in tasks.items()
-          if name in heads
-        }
-      records.add({"kind": "tasks", "stage": key(stages, i), "scores": judged})
-      found[key(stages, i)] = judged
+        outcomes = {name: scored(model, params, tokenizer, name, judged) for name, judged in able.items()}
+      records.add({"kind": "tasks", "stage": key(stages, i), "scores": outcomes})
+      found[key(stages, i)] = outcomes
       watcher.step("tasks", i + 1, len(stages))
+  return found
+
+
+def judge_samples(
+  config: Config,
+  model: Any,
+  tokenizer: Any,
+  stages: list[Stage],
+  ready: list[Params],
+  records: Records,
+  watcher: Watcher,
+) -> dict[str, dict[str, Any]]:
+  """What each stage makes of its own accord, judged as the config says."""
+  table = config.samples
+  found = {row["stage"]: row["scores"] for row in records.found("samples")}
+  if table is None:
+    return found
+  judge, texts = JUDGES[table.judge], []
+  prompts = [judge.prompts()[i % len(judge.prompts())] for i in range(table.count)]
+  for i, params in enumerate(ready):
+    if key(stages, i) in found:
+      continue
+    texts = []
+    for first in range(0, table.count, SAMPLES_AT_ONCE):
+      some = prompts[first : first + SAMPLES_AT_ONCE]
+      drawn = jax.random.fold_in(jax.random.key(config.seed), first)
+      with _settings():
+        texts += generate(
+          model, params, tokenizer, some, judge.max_new_tokens, temperature=table.temperature, top_k=table.top_k,
+          key=drawn, stop=("\n\n",),
+        )  # fmt: skip
+      watcher.step(f"samples of {stages[i].name}", len(texts), table.count)
+    outcome = judge.judge([f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)], config.seed)
+    records.add({"kind": "samples", "stage": key(stages, i), "scores": {table.judge: outcome}})
+    found[key(stages, i)] = {table.judge: outcome}
   return found
 
 

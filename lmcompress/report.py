@@ -88,7 +88,7 @@ def html(result: Result) -> str:
   ).from_string(source)
   stages, columns = _stages(result), _stage_columns(result, agreement=True)
   weights = _last_rows(result)
-  quality, errors, output_errors, training, histograms, curves = _plots(result, stages, weights)
+  quality, errors, output_errors, training, histograms, curves, images = _plots(result, stages, weights)
   return template.render(
     name=_run_name(result),
     description=_text(result.get("description", "")),
@@ -105,6 +105,8 @@ def html(result: Result) -> str:
     trained=_trained(result),
     needs=_needs(result),
     tasks=_task_rows(stages),
+    examples=_examples(stages),
+    images=images,
     confusions=_confusions(stages),
     curves=curves,
     profile=[
@@ -136,7 +138,7 @@ def write_html(result: Result, path: str | os.PathLike[str]) -> None:
 def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
   """Writes one event file.
 
-  The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>`, `<task>/accuracy` and `tokens_per_s/<phase>` is the
+  The step of `bits_per_weight`, `perplexity/<text>`, `kl/<text>`, `<task>/<score>` and `tokens_per_s/<phase>` is the
   stage's index; the step of `weight_error/<linear>` is the layer's number, 0 for a weight outside the layers; the step
   of `training/loss`, `training/grad_norm`, `training/learning_rate` and `training/held_out` is the update. Numbers
   that are missing or NaN are skipped. A second call in the same folder adds a second file, and TensorBoard shows both.
@@ -156,8 +158,9 @@ def write_tensorboard(result: Result, folder: str | os.PathLike[str]) -> None:
         for key, value in (stage.get(measure) or {}).items():
           scalar(f"{measure}/{key}", value, step)
       for name, task in (stage.get("tasks") or {}).items():
-        for key in ("accuracy", "f1", "auc"):
-          scalar(f"{name}/{key}", task.get(key), step)
+        for key, value in task.items():
+          if key != "n" and isinstance(value, float):
+            scalar(f"{name}/{key}", value, step)
     for path, row in _last_rows(result).items():
       linear, depth = _split(path)
       scalar(f"weight_error/{linear}", row.get("weight_error"), depth or 0)
@@ -185,29 +188,79 @@ def _score(measure: str, text: str) -> _Column:
   return _Column(f"{head}\n{text}", lambda stage: _show((stage.get(measure) or {}).get(text), digits))
 
 
-def _accuracy(task: str) -> _Column:
+def _headline(task: str, measure: str) -> _Column:
   of = lambda stage: (stage.get("tasks") or {}).get(task) or {}  # noqa: E731
-  return _Column(f"accuracy\n{task}", lambda stage: _show(of(stage).get("accuracy"), 3))
+  return _Column(f"{measure}\n{task}", lambda stage: _show(of(stage).get(measure), 1 if measure == "bleu" else 3))
 
 
-def _task_rows(stages: Sequence[Row]) -> list[list[str]]:
-  """Stage, task and its scores, with the interval in which 95 % of resamples lie."""
-  rows = []
+def _measures(stages: Sequence[Row]) -> dict[str, str]:
+  """The score that says most of each task, or of samples."""
+  tasks = [item for stage in stages for item in (stage.get("tasks") or {}).items()]
+  return {name: _text(task.get("measure", "accuracy")) for name, task in tasks}
+
+
+def _task_rows(stages: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+  """A table for each set of scores: their names, and a row for each stage and task, intervals in brackets."""
+  tables: dict[tuple[str, ...], list[list[str]]] = {}
   for stage in stages:
     for name, task in (stage.get("tasks") or {}).items():
+      keys = tuple(key for key, value in task.items() if key != "n" and (value is None or isinstance(value, float)))
       cells = [_text(stage.get("name", "-")), name, _text(task.get("n", "-"))]
-      for key in ("accuracy", "f1"):
+      for key in keys:
         low, high = (task.get("interval") or {}).get(key) or (None, None)
-        cells.append(f"{_show(task.get(key), 3)} ({_show(low, 3)} to {_show(high, 3)})")
-      rows.append([*cells, *(_show(task.get(key), 3) for key in ("precision", "recall", "auc"))])
-  return rows
+        digits = 1 if key in ("bleu", "chrf") else 3
+        around = "" if low is None else f" ({_show(low, digits)} to {_show(high, digits)})"
+        cells.append(f"{_show(task.get(key), digits)}{around}")
+      tables.setdefault(keys, []).append(cells)
+  return [(list(keys), rows) for keys, rows in tables.items()]
 
 
 def _confusions(stages: Sequence[Row]) -> list[tuple[str, list[str], list[tuple[str, list[int]]]]]:
   """Of the last stage: each task's classes, and a row of counts for each."""
   tasks = (stages[-1].get("tasks") or {}) if stages else {}
+  tasks = {name: task for name, task in tasks.items() if "confusion" in task}
   rows = {name: list(zip(task["classes"], task["confusion"], strict=True)) for name, task in tasks.items()}
   return [(name, task["classes"], rows[name]) for name, task in tasks.items()]
+
+
+def _examples(stages: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
+  """Of the last stage: what was written for each task beside what a person wrote, or samples alone."""
+  tasks = (stages[-1].get("tasks") or {}) if stages else {}
+  shown = {name: task["examples"] for name, task in tasks.items() if task.get("examples") and not _are_images(task)}
+  return [
+    (name, [(one, "") if isinstance(one, str) else (_text(one[0]), _text(one[1])) for one in examples])
+    for name, examples in shown.items()
+  ]
+
+
+def _are_images(task: Row) -> bool:
+  return "recognised" in task
+
+
+def _plot_images(stages: Sequence[Row]) -> str:
+  """The images that the first stage to draw any and the last one drew, a row each, the digit that was asked above."""
+  from matplotlib.figure import Figure
+
+  drawn = [(_text(stage.get("name", "-")), task["examples"]) for stage in stages
+           for task in (stage.get("tasks") or {}).values() if _are_images(task)]  # fmt: skip
+  drawn = drawn[:1] + drawn[-1:] if len(drawn) > 1 else drawn
+  if not drawn:
+    return ""
+  columns = max(len(examples) for _, examples in drawn)
+  figure = Figure(figsize=(0.5 * columns, 0.75 * len(drawn)), layout="constrained")
+  for row, (name, examples) in enumerate(drawn):
+    for n, image in enumerate(examples):
+      axes = figure.add_subplot(len(drawn), columns, row * columns + n + 1)
+      levels = [ord(letter) - ord("A") for letter in image[1:65]]
+      if len(levels) == 64 and min(levels) >= 0 and max(levels) <= 16:
+        pixels = [levels[i : i + 8] for i in range(0, 64, 8)]
+        axes.pcolormesh(pixels, cmap="gray_r", vmin=0, vmax=16)
+        axes.invert_yaxis()
+      axes.set(xticks=[], yticks=[], aspect="equal")
+      axes.set_title(image[:1], fontsize=7)
+      if n == 0:
+        axes.set_ylabel(name, fontsize=6)
+  return svg(figure, "images")
 
 
 def _plot_curves(stages: Sequence[Row]) -> str:
@@ -251,7 +304,7 @@ def _stage_columns(result: Result, agreement: bool = False) -> list[_Column]:
     _SIZE,
     _SAVED,
     *scores,
-    *(_accuracy(task) for task in dict.fromkeys(name for stage in stages for name in stage.get("tasks") or {})),
+    *(_headline(task, measure) for task, measure in _measures(stages).items()),
     _speed("prefill"),
     _DECODE,
     _number("time\ns", "seconds", 1),
@@ -324,11 +377,12 @@ def _origin(result: Result) -> list[tuple[str, str]]:
 
 
 def _plots(result: Result, stages: Sequence[Row], weights: Mapping[str, Row]) -> tuple[str, ...]:
-  """SVG of perplexity against size, of both errors against depth, the loss, weights' values, and ROC; "" for none."""
+  """SVG of perplexity against size, errors against depth, the loss, weights' values, ROC and images; "" for none."""
   with style():
     errors = _plot_errors(weights, "weight"), _plot_errors(weights, "output")
     histograms = _plot_histograms(result.get("histograms") or {})
-    return _plot_quality(stages), *errors, _plot_training(_history(result)), histograms, _plot_curves(stages)
+    loss, curves = _plot_training(_history(result)), _plot_curves(stages)
+    return _plot_quality(stages), *errors, loss, histograms, curves, _plot_images(stages)
 
 
 def _history(result: Result) -> list[Row]:
@@ -360,9 +414,12 @@ def _plot_training(history: Sequence[Row]) -> str:
     return ""
   figure, axes = figure_of(3.2)
   axes.plot([n for n, _ in drawn], [loss for _, loss in drawn], color=COLORS[0], linewidth=1.4)
-  held = [(n, _float(row["held_out"])) for n, row in enumerate(history, 1) if "held_out" in row]
-  if held:
-    axes.plot([n for n, _ in held], [loss for _, loss in held], color=COLORS[1], marker=MARKERS[1], label="held out")
+  names = [key for key in dict.fromkeys(key for row in history for key in row) if key.partition("/")[0] == "held_out"]
+  for i, name in enumerate(names, 1):
+    held = [(n, _float(row[name])) for n, row in enumerate(history, 1) if name in row]
+    label, color = name.replace("held_out", "held out").replace("/", " "), COLORS[i % len(COLORS)]
+    axes.plot([n for n, _ in held], [loss for _, loss in held], color=color, marker=MARKERS[i % 7], label=label)
+  if names:
     legend(axes)
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats a token)")

@@ -18,7 +18,7 @@ from lmcompress.types import ConfigError, FormatError, SourceError
 RESULT, METRICS, CONFIG, MODEL, BLOCKS = "result.json", "metrics.jsonl", "config.yaml", "model", "blocks"
 TRAINING, FINISHED, TENSORBOARD = "training", "finished", "tensorboard"
 _FIELDS = {"tree": ("tree_hash",), "score": ("text", "window", "scores"), "latency": ("stage", "tokens_per_s"),
-           "tasks": ("stage", "scores")}  # fmt: skip
+           "tasks": ("stage", "scores"), "samples": ("stage", "scores")}  # fmt: skip
 
 
 class Records:

@@ -166,15 +166,23 @@ def _movies() -> Labelled:
   return _split([row["text"] for row in rows], labels, where, list(classes.values()))
 
 
-def _digits() -> Labelled:
+def load_images() -> tuple[np.ndarray, np.ndarray]:
+  """Images of digits, uint8 `[n, 64]` from 0 to 16, and the digits.
+
+  Raises:
+    ConfigError: scikit-learn is missing.
+  """
   try:
     from sklearn.datasets import load_digits
   except ImportError:
     raise ConfigError("the data set digits needs scikit-learn: pip install 'lmcompress[tasks]'") from None
   found = load_digits()
-  images = np.asarray(found.data, np.uint8)  # pyright: ignore[reportAttributeAccessIssue]
-  labels = np.asarray(found.target).tolist()  # pyright: ignore[reportAttributeAccessIssue]
-  return _split(images, labels, np.arange(len(images)) % _HELD_OUT == 0, [str(i) for i in range(10)])
+  return np.asarray(found.data, np.uint8), np.asarray(found.target)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _digits() -> Labelled:
+  images, labels = load_images()
+  return _split(images, labels.tolist(), np.arange(len(images)) % _HELD_OUT == 0, [str(i) for i in range(10)])
 
 
 _LOADERS: dict[str, Callable[[], Labelled]] = {

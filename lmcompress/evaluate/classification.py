@@ -27,8 +27,9 @@ def scores(
     seed: of the resampling.
 
   Returns:
-    `n`, `accuracy` and macro means `precision`, `recall`, `f1` and `auc` (one against the rest; None where a class is
-    absent), `roc` (for each class the true positive rates at `ROC_POINTS` even false positive rates; None likewise),
+    `measure`, which is `accuracy`, `n`, `accuracy` and macro means `precision`, `recall`, `f1` and `auc` (one against
+    the rest; None where a class is absent), `roc` (for each class the true positive rates at `ROC_POINTS` even false
+    positive rates; None likewise),
     `interval` (the middle 95 % of accuracy and F1 over resamples), `confusion` (rows are the truth) and `classes`.
 
   Raises:
@@ -59,7 +60,7 @@ def scores(
       roc = [_curve(*metrics.roc_curve(labels == c, probabilities[:, c])[:2]) for c in every]
   confusion = metrics.confusion_matrix(labels, said, labels=every)
   found = {
-    "n": len(labels), "accuracy": float(np.mean(labels == said)), "precision": float(precision),
+    "measure": "accuracy", "n": len(labels), "accuracy": float(np.mean(labels == said)), "precision": float(precision),
     "recall": float(recall), "f1": float(f1), "auc": auc, "roc": roc, "confusion": confusion.tolist(),
     "classes": list(classes),
   }  # fmt: skip

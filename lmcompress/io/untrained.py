@@ -22,6 +22,9 @@ from lmcompress.models import (
   LlamaSizes,
   LSTMConfig,
   LSTMSizes,
+  T5,
+  T5Config,
+  T5Sizes,
 )
 from lmcompress.types import ConfigError, Params
 
@@ -104,7 +107,22 @@ class UntrainedLSTM(_Untrained):
     return LSTM(LSTMConfig(max_length=self.max_length), LSTMSizes(**widths))
 
 
-UNTRAINED = {"llama": UntrainedLlama, "gpt2": UntrainedGPT2, "lstm": UntrainedLSTM}
+class UntrainedT5(_Untrained):
+  """An encoder-decoder, gated and without a head of its own; widths as of `models.T5Sizes`, `layers` on either side."""
+
+  architecture: Literal["t5"]
+  mlp: int = pydantic.Field(512, ge=1)
+  heads: int = pydantic.Field(4, ge=1)
+  head_dim: int = pydantic.Field(64, ge=1)
+
+  def model(self) -> Any:
+    """The model, with its sizes; its decoder begins with the token that ends a text, the vocabulary's first."""
+    widths = self.model_dump(include={"vocab", "embed", "mlp", "layers", "heads"})
+    config = T5Config(self.head_dim, activation="gelu_tanh", scaled=True, start=0, max_length=self.max_length)
+    return T5(config, T5Sizes(**widths, decoder_layers=self.layers, gated=True))
+
+
+UNTRAINED = {"llama": UntrainedLlama, "gpt2": UntrainedGPT2, "lstm": UntrainedLSTM, "t5": UntrainedT5}
 """The keys of a file by its architecture."""
 
 

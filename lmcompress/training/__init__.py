@@ -3,6 +3,7 @@
 from lmcompress.calibration.token_loss import mean_loss
 from lmcompress.training.asynchronous import Asynchronous, Local, fit_async, fit_local
 from lmcompress.training.generated import Generated
+from lmcompress.training.heads import Task
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
 from lmcompress.training.match import Match
@@ -10,7 +11,7 @@ from lmcompress.training.pipeline import fit_pipelined, merge_stages, split_stag
 from lmcompress.training.privacy import epsilon
 from lmcompress.training.step import Privacy, Training, TrainState, compiled_step, result, start, train_step
 from lmcompress.training.stored import StoredTeacher, store_predictions
-from lmcompress.training.tasks import Task, Weighting, fit_tasks, probabilities
+from lmcompress.training.tasks import Weighting, fit_tasks, probabilities
 
 __all__ = [
   "DIVERGENCES",

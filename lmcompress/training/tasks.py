@@ -13,33 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmcompress import ops, tree
-from lmcompress.calibration.token_loss import cross_entropy, forward
+from lmcompress import tree
+from lmcompress.calibration.token_loss import forward
 from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
-from lmcompress.training.loop import batches, checked_rows
+from lmcompress.training.heads import HEADS, Kind, Task, checked_task, loss, said
+from lmcompress.training.loop import batches
 from lmcompress.training.step import Training, TrainState, advance, result, start, whole_tree
 from lmcompress.types import Params, Transform
 
-HEADS = "tasks"
-"""Where a tree holds the heads of tasks, by name: `kernel [width, classes]` and `bias [classes]`."""
 _VARIANCE = "log_variance"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Labelled rows.
-
-  Attributes:
-    tokens, mask: int32 `[n, length]`; the mask is nonzero for real tokens.
-    labels: int `[n]`.
-    classes: names, by label.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
-  labels: np.ndarray
-  classes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +70,18 @@ def shares(sizes: Mapping[str, int], batch: int, temperature: float) -> dict[str
 
 
 def with_heads(model: Any, params: Params, tasks: Mapping[str, Task], key: jax.Array) -> Params:
-  """The tree with a head for each task that has none yet, near 0.
+  """The tree with a head, near 0, for each task that needs one and has none yet.
 
   Raises:
     ValueError: the tree has a head of that name for another number of classes.
   """
-  length = next(iter(tasks.values())).tokens.shape[1]
-  width = jax.eval_shape(functools.partial(_features, model), params, jnp.zeros((1, length), jnp.int32)).shape[-1]
   heads = dict(params.get(HEADS, {}))
-  for i, (name, task) in enumerate(sorted(tasks.items())):
+  needing = {name: task for name, task in sorted(tasks.items()) if task.has_head}
+  if not needing:
+    return params
+  length = next(iter(needing.values())).tokens.shape[1]
+  width = jax.eval_shape(functools.partial(_features, model), params, jnp.zeros((1, length), jnp.int32)).shape[-1]
+  for i, (name, task) in enumerate(needing.items()):
     if name in heads:
       _fits(name, heads, task)
     else:
@@ -123,13 +109,13 @@ def fit_tasks(
 ) -> tuple[Params, list[Metrics]]:
   """Trains one trunk and a head for each task; arguments as of `fit`.
 
-  A head reads the state of a row's last real token, of an encoder the mean of all. A task that other trees have trained
-  before keeps its head.
+  Heads read states as `heads.said` says; a task of texts has none, and trains the whole encoder-decoder. A task that
+  other trees have trained before keeps its head.
 
   Args:
     tasks: by name; each with at least one row.
     trainable: of the trunk; heads always train.
-    held_out: scored on the way: `accuracy/<task>`.
+    held_out: scored on the way: `accuracy/<task>` of classes, else `held_out/<task>`, the loss.
 
   Returns:
     The tree with heads under `tasks`, and the metrics of every step, `loss/<task>` and `weight/<task>` among them.
@@ -145,7 +131,7 @@ def fit_tasks(
     raise ValueError(f"fit_tasks learns labels: no {', no '.join(refused)}")
   if training.accumulate > 1:
     raise ValueError(f"fit_tasks(accumulate={training.accumulate}): a batch has rows of all tasks at once; use 1")
-  checked = {name: _checked(name, task, params) for name, task in sorted(tasks.items())}
+  checked = {name: checked_task(name, task, model, params) for name, task in sorted(tasks.items())}
   if not checked:
     raise ValueError("fit_tasks: no task")
   counts = shares({name: len(task.labels) for name, task in checked.items()}, training.batch, weighting.temperature)
@@ -157,8 +143,10 @@ def fit_tasks(
     for i, (name, task) in enumerate(checked.items())
   }
   whole = with_heads(model, params, checked, jax.random.key(seed))
-  heads = whole[HEADS]
+  heads = whole.get(HEADS, {})
   if weighting.kind == "uncertainty":
+    if texts := [name for name, task in checked.items() if not task.has_head]:
+      raise ValueError(f"Weighting(kind='uncertainty') is learned beside heads, and {texts[0]} has none; use another")
     heads = {name: {**head, _VARIANCE: jnp.zeros(())} if name in checked else head for name, head in heads.items()}
     whole = {**whole, HEADS: heads}
   trains = lambda path: tree.matches(HEADS, path) or trainable(path)  # noqa: E731
@@ -171,8 +159,7 @@ def fit_tasks(
     rows = {}
     for name, task in checked.items():
       chosen = np.asarray(sources[name][step])[:, 0]
-      some = {"tokens": task.tokens[chosen], "attention_mask": task.mask[chosen], "labels": task.labels[chosen]}
-      rows[name] = over_data(data_mesh(state.trained), some, counts[name])
+      rows[name] = over_data(data_mesh(state.trained), task.batch(chosen), counts[name])
     key, moving = jax.random.fold_in(jax.random.key(seed), step), state._replace(kept=None)
     new, found = tasks_step(model, moving, state.kept, rows, training, weighting, transform, key)
     metrics = {name: float(value) for name, value in found.items()}
@@ -181,16 +168,21 @@ def fit_tasks(
 
   def score(state: TrainState) -> Metrics:
     now = tree.combine(state.trained if state.average is None else state.average, state.kept)
-    return {
-      f"accuracy/{name}": float(np.mean(probabilities(model, now, name, task).argmax(1) == task.labels))
-      for name, task in sorted((held_out or {}).items())
-    }
+    found = {}
+    for name, task in sorted((held_out or {}).items()):
+      if task.kind == "labels":
+        found[f"accuracy/{name}"] = float(np.mean(probabilities(model, now, name, task).argmax(1) == task.labels))
+      else:
+        found[f"held_out/{name}"] = held_out_loss(model, now, name, task, counts[name])
+    return found
 
   about = [decides, seed, repr(training), repr(weighting), {name: list(t.tokens.shape) for name, t in checked.items()}]
   keeping = Keeping(folder, about, save_every, evaluate_every)
   changes = transform is not None
   state, history = run_steps(state, update, training, keeping, changes, score if held_out else None, on_step)
   done = result(state, whole)
+  if HEADS not in done:
+    return done, history
   bare = {name: {k: x for k, x in head.items() if k != _VARIANCE} for name, head in done[HEADS].items()}
   return {**done, HEADS: bare}, history
 
@@ -211,7 +203,7 @@ def tasks_step(
 
   def lost(trained: Params, name: str) -> jax.Array:
     whole = whole_tree(trained, kept, training)
-    return jnp.mean(cross_entropy(_logits(model, whole, name, rows[name], training.remat), rows[name]["labels"]))
+    return loss(model, whole, name, rows[name], training.remat, training.chunk)
 
   losses, grads = zip(*(jax.value_and_grad(lost)(moving.trained, name) for name in names), strict=True)
   losses, state = jnp.stack(losses), moving.links
@@ -219,7 +211,7 @@ def tasks_step(
   first = jnp.where(moving.step == 0, losses, state["first"])
   weights = state["weights"]
   if weighting.kind == "fixed":
-    sizes = jnp.asarray([rows[name]["labels"].shape[0] for name in names], jnp.float32)
+    sizes = jnp.asarray([rows[name]["tokens"].shape[0] for name in names], jnp.float32)
     used = sizes / jnp.sum(sizes)
   elif weighting.kind == "uncertainty":
     spread = jnp.stack([moving.trained[HEADS][name][_VARIANCE] for name in names])
@@ -230,6 +222,8 @@ def tasks_step(
   mix = agreed(gram, used, key) if weighting.surgery else used
   total = jax.tree.map(lambda *g: sum(m * x for m, x in zip(mix, g, strict=True)), *grads)
   for i, name in enumerate(names):  # a head has one task, whose gradient is left alone
+    if name not in grads[i].get(HEADS, {}):
+      continue
     own = jax.tree.map(lambda x, i=i: used[i] * x, grads[i][HEADS][name])
     if weighting.kind == "uncertainty":
       own = {**own, _VARIANCE: 0.5 - used[i] * losses[i]}
@@ -278,7 +272,10 @@ def agreed(gram: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def probabilities(model: Any, params: Params, name: str, task: Task, batch: int = 16) -> np.ndarray:
-  """A task's predictions, float32 `[n, classes]`, a batch at a time.
+  """A task's predictions, float32, a batch at a time.
+
+  Returns:
+    `[n, classes]`, of `tags` `[n, length, classes]`, of `spans` `[n, 2, length]`: where it begins and where it ends.
 
   Raises:
     ValueError: the tree has no head of that name, or one for another number of classes.
@@ -288,30 +285,31 @@ def probabilities(model: Any, params: Params, name: str, task: Task, batch: int 
   _fits(name, params[HEADS], task)
   found = []
   for i in range(0, len(task.labels), batch):
-    tokens, mask = task.tokens[i : i + batch], task.mask[i : i + batch]
-    short = batch - len(tokens)
-    rows = {"tokens": np.pad(tokens, ((0, short), (0, 0))), "attention_mask": np.pad(mask, ((0, short), (0, 0)))}
-    found.append(np.asarray(_said(model, params, name, rows))[: batch - short])
+    chosen = np.arange(i, min(i + batch, len(task.labels)))
+    rows = task.batch(np.resize(chosen, batch))  # one shape: the last batch is filled with its own rows again
+    seen = {key: rows[key] for key in ("tokens", "attention_mask")}
+    found.append(np.asarray(_said(model, params, name, seen, task.kind))[: len(chosen)])
   return np.concatenate(found)
 
 
+def held_out_loss(model: Any, params: Params, name: str, task: Task, batch: int = 16) -> float:
+  """The mean loss of a task's rows, nats, a batch at a time, each row as much as it has labels."""
+  total, counted = 0.0, 0
+  for i in range(0, len(task.labels), batch):
+    rows = task.batch(np.arange(i, min(i + batch, len(task.labels))))
+    some = int((rows[task.kind] >= 0).sum()) if task.kind in ("tags", "texts") else len(rows[task.kind])
+    total, counted = total + some * float(_lost(model, params, name, rows)), counted + some
+  return total / max(counted, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "name", "kind"))
+def _said(model: Any, params: Params, name: str, rows: Mapping[str, jax.Array], kind: Kind) -> jax.Array:
+  return jax.nn.softmax(said(model, params, name, rows, kind), axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "name"))
-def _said(model: Any, params: Params, name: str, rows: Mapping[str, jax.Array]) -> jax.Array:
-  return jax.nn.softmax(_logits(model, params, name, rows, remat=False), axis=-1)
-
-
-def _logits(model: Any, params: Params, name: str, rows: Mapping[str, Any], remat: bool) -> jax.Array:
-  """`[batch, classes]` float32: from the state of a row's last real token, or where all see all from their mean."""
-  carry, _ = forward(model, params, rows, remat)
-  states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
-  head = params[HEADS][name]
-  if getattr(model, "causal", True):
-    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    read = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-  else:
-    counts = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
-    read = (jnp.sum(states.astype(jnp.float32) * real[..., None], axis=1) / counts).astype(states.dtype)
-  return ops.linear(read, head["kernel"]).astype(jnp.float32) + head["bias"]
+def _lost(model: Any, params: Params, name: str, rows: Mapping[str, jax.Array]) -> jax.Array:
+  return loss(model, params, name, rows, remat=False)
 
 
 def _fits(name: str, heads: Params, task: Task) -> None:
@@ -328,15 +326,3 @@ def _product(a: Params, b: Params) -> jax.Array:
   """Of two gradients of the trunk, which the tasks share."""
   pairs = zip(*(jax.tree.leaves({k: x for k, x in g.items() if k != HEADS}) for g in (a, b)), strict=True)
   return sum((jnp.vdot(x, y) for x, y in pairs), jnp.zeros(()))
-
-
-def _checked(name: str, task: Task, params: Params) -> Task:
-  tokens = checked_rows(f"task {name}", task.tokens, params)
-  mask, labels = np.asarray(task.mask), np.asarray(task.labels)
-  if mask.shape != tokens.shape or labels.shape != tokens.shape[:1] or not mask.any(axis=1).all():
-    found = f"tokens {list(tokens.shape)}, mask {list(mask.shape)}, labels {list(labels.shape)}"
-    raise ValueError(f"task {name}: {found}: a mask like the tokens, a real token in each row and a label for it")
-  if len(task.classes) < 2 or labels.min() < 0 or labels.max() >= len(task.classes):
-    count = len(task.classes)
-    raise ValueError(f"task {name}: labels from {labels.min()} to {labels.max()} of {count} classes; two or more")
-  return Task(tokens, mask.astype(np.int32), labels.astype(np.int32), tuple(task.classes))

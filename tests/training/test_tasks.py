@@ -213,7 +213,7 @@ def changed(**what):
     (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, accumulate=2)), "accumulate=2"),
     (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, batch=900)), "a batch takes"),
     (lambda: fit_tasks(MODEL, PARAMS, changed(labels=np.arange(48)), SHORT), "task two: labels from 0 to 47 of 2"),
-    (lambda: fit_tasks(MODEL, PARAMS, changed(labels=np.zeros(3, int)), SHORT), "a label for it"),
+    (lambda: fit_tasks(MODEL, PARAMS, changed(labels=np.zeros(3, int)), SHORT), "labels for it"),
     (lambda: fit_tasks(MODEL, PARAMS, changed(mask=np.zeros((48, 12))), SHORT), "a real token in each row"),
     (lambda: fit_tasks(MODEL, PARAMS, changed(tokens=np.full((48, 12), 99)), SHORT), "task two.*the vocabulary"),
     (lambda: probabilities(MODEL, PARAMS, "two", TASKS["two"]), "no head for task two"),

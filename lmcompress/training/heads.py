@@ -1,0 +1,152 @@
+"""What a task teaches: a class for a row or for each of its tokens, where a span lies in it, or a text to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmcompress import ops
+from lmcompress.calibration.token_loss import cross_entropy, forward, head_loss
+from lmcompress.training.loop import checked_rows, vocabulary_of
+from lmcompress.types import Params
+
+HEADS = "tasks"
+"""Where a tree holds the heads of tasks, by name: `kernel [width, classes]` and `bias [classes]`."""
+
+Kind = Literal["labels", "tags", "spans", "texts"]
+"""What `Task.labels` are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Rows and what is to be said of them.
+
+  Attributes:
+    tokens, mask: int32 `[n, length]`; the mask is nonzero for real tokens.
+    labels: by `kind`: `labels` int `[n]`, a class of each row; `tags` int `[n, length]`, a class of each token, -1 for
+      those that have none; `spans` int `[n, 2]`, the first and the last token of a part of the row; `texts` int
+      `[n, target]`, the tokens that the decoder of an encoder-decoder is to write, -1 after the last.
+    classes: names, by label; `("start", "end")` of spans, nothing of texts.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  labels: np.ndarray
+  classes: tuple[str, ...] = ()
+  kind: Kind = "labels"
+
+  @property
+  def has_head(self) -> bool:
+    """Whether a head beside the model says it; a text is written by the model itself."""
+    return self.kind != "texts"
+
+  def spread(self, count: int) -> Task:
+    """At most `count` of the rows, spread over them."""
+    chosen = np.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).astype(int)
+    return dataclasses.replace(
+      self, tokens=self.tokens[chosen], mask=self.mask[chosen], labels=self.labels[chosen]
+    )
+
+  def batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows as `loss` takes them; the name of the labels says their kind."""
+    return {"tokens": self.tokens[chosen], "attention_mask": self.mask[chosen], self.kind: self.labels[chosen]}
+
+
+def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: Kind, remat: bool = False) -> jax.Array:
+  """Logits of a task's head, float32.
+
+  A class of a row is read from the state of its last real token, or where all see all from the mean of their states.
+
+  Returns:
+    `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -inf at padding.
+  """
+  carry, _ = forward(model, params, rows, remat)
+  states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
+  head = params[HEADS][name]
+  if kind == "labels":
+    states = _read(states, real, getattr(model, "causal", True))
+  logits = ops.linear(states, head["kernel"]).astype(jnp.float32) + head["bias"]
+  if kind == "spans":
+    return jnp.where(real[:, None, :], jnp.swapaxes(logits, 1, 2), -jnp.inf)
+  return logits
+
+
+def _read(states: jax.Array, real: jax.Array, causal: bool) -> jax.Array:
+  """The state `[batch, width]` by which a row is judged."""
+  if causal:
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+  counts = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+  return (jnp.sum(states.astype(jnp.float32) * real[..., None], axis=1) / counts).astype(states.dtype)
+
+
+def loss(
+  model: Any, params: Params, name: str, rows: Mapping[str, Any], remat: bool = True, chunk: int = 64
+) -> jax.Array:
+  """The mean cross entropy of what the rows teach, nats.
+
+  Args:
+    rows: as of `Task.batch`.
+    chunk: of texts: tokens whose logits are in memory at a time.
+  """
+  if "texts" in rows:
+    given = with_start(model, rows["texts"])
+    beside = {"decoder_input_ids": given["tokens"], "decoder_attention_mask": given["attention_mask"]}
+    carry, _ = forward(model, params, {**{k: rows[k] for k in ("tokens", "attention_mask")}, **beside}, remat)
+    total, count = head_loss(model, params, carry, given, cross_entropy, None, chunk)
+    return total / jnp.maximum(count, 1)
+  if "tags" in rows:
+    tags = jnp.asarray(rows["tags"])
+    each = cross_entropy(said(model, params, name, rows, "tags", remat), jnp.maximum(tags, 0))
+    return jnp.sum(jnp.where(tags >= 0, each, 0.0)) / jnp.maximum(jnp.sum(tags >= 0), 1)
+  kind: Kind = "spans" if "spans" in rows else "labels"
+  return jnp.mean(cross_entropy(said(model, params, name, rows, kind, remat), jnp.asarray(rows[kind])))
+
+
+def with_start(model: Any, texts: Any) -> dict[str, jax.Array]:
+  """Texts `[batch, target]` with the token before them that a decoder begins with: `tokens` and `attention_mask`."""
+  texts = jnp.asarray(texts)
+  first = jnp.full((texts.shape[0], 1), model.config.start, jnp.int32)
+  whole = jnp.concatenate([first, texts], axis=1)
+  real = jnp.pad(texts >= 0, ((0, 0), (1, 0)), constant_values=True)
+  return {"tokens": jnp.maximum(whole, 0), "attention_mask": real}
+
+
+def checked_task(name: str, task: Task, model: Any, params: Params) -> Task:
+  """The task as arrays that fit together and fit the model.
+
+  Raises:
+    ValueError: they do not; says which and why.
+  """
+  tokens = checked_rows(f"task {name}", task.tokens, params)
+  mask, labels = np.asarray(task.mask), np.asarray(task.labels)
+  n, length = tokens.shape
+  second = {"labels": (), "tags": (length,), "spans": (2,), "texts": labels.shape[1:2]}[task.kind]
+  if mask.shape != tokens.shape or labels.shape != (n, *second) or not mask.any(axis=1).all():
+    found = f"tokens {list(tokens.shape)}, mask {list(mask.shape)}, {task.kind} {list(labels.shape)}"
+    raise ValueError(f"task {name}: {found}: a mask like the tokens, a real token in each row and {task.kind} for it")
+  if task.kind == "texts":
+    if not hasattr(model, "encode"):
+      raise ValueError(f"task {name}: a {type(model).__name__} has no decoder beside an encoder to write texts with")
+    vocabulary = vocabulary_of(params)
+    if not (labels >= 0).any(axis=1).all() or labels.max() >= vocabulary or labels.min() < -1:
+      raise ValueError(f"task {name}: a text to write has no token, or one outside the vocabulary of {vocabulary}")
+  elif hasattr(model, "encode"):
+    raise ValueError(f"task {name}: a {type(model).__name__} learns to write texts; give it a data set of pairs")
+  elif task.kind == "spans":
+    where = np.arange(n)
+    inside = (labels >= 0).all() and (labels < length).all() and (labels[:, 0] <= labels[:, 1]).all()
+    if not inside or not mask[where[:, None], labels].all():
+      raise ValueError(f"task {name}: a span that ends before it begins, or outside the row's tokens")
+  else:
+    known = labels[labels >= 0] if task.kind == "tags" else labels
+    count = len(task.classes)
+    if count < 2 or not known.size or labels.min() < (-1 if task.kind == "tags" else 0) or labels.max() >= count:
+      found = f"{task.kind} from {labels.min()} to {labels.max()} of {count} classes"
+      raise ValueError(f"task {name}: {found}; two or more are needed, and a class for each label")
+  return Task(tokens, mask.astype(np.int32), labels.astype(np.int32), tuple(task.classes), task.kind)
