@@ -57,21 +57,21 @@ def parse(text: str) -> Tagged:
   Raises:
     FormatError: a line without a tag, or a tag that is neither `O` nor `B-...` nor `I-...`.
   """
-  texts: dict[tuple[tuple[str, str], ...], None] = {}
+  texts: dict[tuple[str, ...], list[tuple[str, str]]] = {}
   rows: list[tuple[str, str]] = []
   for number, line in enumerate([*text.splitlines(), ""], 1):
     if not line.strip():
       if rows:
-        texts[tuple(rows)] = None
+        texts.setdefault(tuple(word for word, _ in rows), rows)
       rows = []
       continue
     word, _, tag = line.partition("\t")
     if not word.strip() or not (tag == "O" or (tag[:2] in ("B-", "I-") and len(tag) > 2)):
       raise FormatError(f"line {number}: {line[:60]!r}: a word, a tab, and O, B-type or I-type are needed")
     rows.append((word, tag))
-  types = sorted({tag[2:] for rows in texts for _, tag in rows if tag != "O"})
+  types = sorted({tag[2:] for rows in texts.values() for _, tag in rows if tag != "O"})
   classes = ("O", *(f"{place}-{kind}" for kind in types for place in "BI"))
-  whole = [([word for word, _ in rows], [classes.index(tag) for _, tag in rows]) for rows in texts]
+  whole = [([word for word, _ in rows], [classes.index(tag) for _, tag in rows]) for rows in texts.values()]
   test = whole[::_HELD_OUT]
   return Tagged(classes, [text for i, text in enumerate(whole) if i % _HELD_OUT], test)
 

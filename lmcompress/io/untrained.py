@@ -15,6 +15,7 @@ from lmcompress.models import (
   GPT2,
   LSTM,
   LSTM_DEPTH,
+  T5,
   GPT2Config,
   GPT2Sizes,
   Llama,
@@ -22,7 +23,6 @@ from lmcompress.models import (
   LlamaSizes,
   LSTMConfig,
   LSTMSizes,
-  T5,
   T5Config,
   T5Sizes,
 )
