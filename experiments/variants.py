@@ -1,7 +1,8 @@
 """One model compressed in several ways: a run for each variant of a config, all in one table and one plot.
 
 A variant is a run of its own under `results/`, so that a study that was interrupted goes on where it was. Of a config
-with `tasks` the rows are judged by those, beside a logistic regression on TF-IDF of the whole texts (scikit-learn).
+with `tasks` or `samples` the rows are judged by those, classes of texts beside a logistic regression on TF-IDF of the
+whole texts (scikit-learn).
 
   python experiments/variants.py --config configs/article/lstm_compress.yaml
 """
@@ -29,14 +30,13 @@ def baseline(names: dict[str, str]) -> dict[str, Any]:
   from sklearn.feature_extraction.text import TfidfVectorizer
   from sklearn.linear_model import LogisticRegression
 
-  from lmcompress.data.labelled import load_labelled
+  from lmcompress.data.labelled import DATASETS, load_labelled
   from lmcompress.evaluate.classification import scores
 
   found = {}
   for task, name in names.items():
-    data = load_labelled(name)
-    if isinstance(data.train[0], np.ndarray):
-      continue  # images
+    if name not in DATASETS or isinstance((data := load_labelled(name)).train[0], np.ndarray):
+      continue  # other tasks, and images
     texts = [list(part[0]) for part in (data.train, data.test)]
     vectors = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit(texts[0])
     model = LogisticRegression(C=10, max_iter=2000).fit(vectors.transform(texts[0]), data.train[1])
@@ -62,31 +62,43 @@ def study(path: Path, only: list[str], overrides: list[str]) -> dict[str, Any]:
     rows = rows or [{"name": "original", "recipe": [], **{key: first[key] for key in KEPT}}]
     seconds = sum(stage["seconds"] for stage in result["stages"][1:])
     methods = [*result["config"]["recipe"], *result["config"]["finish"]]
-    rows.append({"name": variant.name, "recipe": methods, "seconds": seconds, **{key: last[key] for key in KEPT}})
+    row = {"name": variant.name, "recipe": methods, "seconds": seconds, **{key: last[key] for key in KEPT}}
+    rows.append(row | ({"training": variant.train.model_dump(mode="json")} if variant.train else {}))
   others = baseline({table.name: table.data for table in config.tasks}) if config.tasks else {}
   return {
     "format": 1, "name": config.name, "model": config.model, "texts": list(config.evaluate.texts),
-    "tasks": [table.name for table in config.tasks], "tf-idf": others, "versions": versions(), "device": device(),
-    "rows": rows,
+    "tasks": list(dict.fromkeys(task for row in rows for task in row["tasks"])), "tf-idf": others,
+    "versions": versions(), "device": device(), "rows": rows,
   }  # fmt: skip
+
+
+def measure_of(result: dict[str, Any], task: str) -> str:
+  """The score that says most of a task."""
+  return next(row["tasks"][task].get("measure", "accuracy") for row in result["rows"] if task in row["tasks"])
+
+
+def shown(value: Any) -> str:
+  """A score in a column; BLEU and rates have larger numbers."""
+  return "-" if value is None else f"{value:.1f}" if value >= 2 else f"{value:.3f}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
   """Megabytes on disk against perplexity or accuracy, a point for each variant, one panel a text or task."""
   from matplotlib.figure import Figure
 
-  panels = [(text, "perplexity") for text in result["texts"]] + [(task, "accuracy") for task in result["tasks"]]
+  panels = [(text, "perplexity") for text in result["texts"]]
+  panels += [(task, measure_of(result, task)) for task in result["tasks"]]
   figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
   for axes, (of, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     for row in result["rows"]:
-      if measure == "accuracy" and of not in row["tasks"]:
+      if of not in row["perplexity" if measure == "perplexity" else "tasks"]:
         continue  # a model before its head
       x = row["bytes_on_disk"] / 1e6
-      y = row["tasks"][of][measure] if measure == "accuracy" else row[measure][of]
+      y = row[measure][of] if measure == "perplexity" else row["tasks"][of][measure]
       axes.plot(x, y, "o", color="black" if row["name"] == "original" else "tab:blue")
       axes.annotate(row["name"], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     if of in result["tf-idf"]:
-      axes.axhline(result["tf-idf"][of]["accuracy"], color="gray", linestyle=":", label="TF-IDF")
+      axes.axhline(result["tf-idf"][of][measure], color="gray", linestyle=":", label="TF-IDF")
       axes.legend(fontsize=8)
     axes.set(xlabel="MB on disk", ylabel=measure, title=of, xscale="log")
   figure.savefig(path)
@@ -109,14 +121,18 @@ def main() -> int:
   out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   plot(result, out.with_suffix(".svg"))
   for task in result["tasks"]:
-    print(f"{task:<18}{'bits':>6}{'MB':>8}{'accuracy':>10}  95 % of resamples{'F1':>8}{'AUC':>8}")
+    measure = measure_of(result, task)
+    first = next(row["tasks"][task] for row in result["rows"] if task in row["tasks"])
+    others = [key for key, value in first.items() if key != measure and (value is None or isinstance(value, float))]
+    heads = "".join(f"{key:>12}" for key in others)
+    print(f"{task:<18}{'bits':>6}{'MB':>8}{measure:>12}  {'95 % of resamples':<18}{heads}")
     for row in [*result["rows"], {"name": "TF-IDF", "tasks": result["tf-idf"]}]:
       if task not in row["tasks"]:
         continue
-      t, (low, high) = row["tasks"][task], row["tasks"][task]["interval"]["accuracy"]
+      t, (low, high) = row["tasks"][task], row["tasks"][task]["interval"][measure]
       size = f"{row['bits_per_weight']:>6.2f}{row['bytes_on_disk'] / 1e6:>8.2f}" if "bytes_on_disk" in row else " " * 14
-      others = f"{t['f1']:>11.3f}{t['auc'] or 0:>8.3f}"
-      print(f"{row['name']:<18}{size}{t['accuracy']:>10.3f}  {low:.3f} to {high:.3f}{others}")
+      around, rest = f"{shown(low)} to {shown(high)}", "".join(f"{shown(t.get(key)):>12}" for key in others)
+      print(f"{row['name']:<18}{size}{shown(t[measure]):>12}  {around:<18}{rest}")
   if not result["texts"]:
     return 0
   print(f"{'variant':<14}{'bits':>6}{'MB':>8}  {'text':<12}{'ppl':>8}{'KL':>8}{'right':>7}{'decode':>8}")

@@ -389,9 +389,9 @@ def _require_rows(config: Config) -> None:
     raise ConfigError("train: give a text, or leave it out and give tasks")
   others = ("match", "generated", "privacy", "held_out", "teacher_top_k")
   alone = [key for key in others if getattr(train, key) is not None]
-  if names and (alone or train.loss.name != "labels" or train.accumulate > 1):
-    refused = ", ".join(alone) or "other loss, accumulate 1"
-    raise ConfigError(f"train: tasks are learned from their labels, all in each batch: no {refused}")
+  if names and (alone or train.accumulate > 1):
+    refused = ", ".join(alone) or "accumulate but 1"
+    raise ConfigError(f"train: tasks are learned from labels or a teacher, all in each batch: no {refused}")
   if train.weighting is not None and not names:
     raise ConfigError("train.weighting: it weighs tasks; there are none")
 

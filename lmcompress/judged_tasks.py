@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ KNOWN: dict[str, dict[str, str]] = {
 
 TEST_TEXTS = 500
 """Of held-out pairs are written at most, spread over them: writing takes longer than reading."""
+
+
+BATCH = 16
+"""Rows at once."""
+_ROUNDS = 3
 
 
 class Judged(NamedTuple):
@@ -134,9 +140,9 @@ def scored(model: Any, params: Params, tokenizer: Any, name: str, judged: Judged
     from lmcompress.generation.seq2seq import rewrite
 
     assert judged.pairs is not None
-    written = rewrite(model, params, tokenizer, judged.sources, test.labels.shape[1], batch=16)
+    written = rewrite(model, params, tokenizer, judged.sources, test.labels.shape[1], batch=BATCH)
     return texts.scores(written, judged.references, judged.pairs.measure, judged.pairs.language)
-  said = probabilities(model, params, name, test)
+  said = probabilities(model, params, name, test, BATCH)
   if test.kind == "tags":
     from lmcompress.evaluate import entities
 
@@ -148,3 +154,18 @@ def scored(model: Any, params: Params, tokenizer: Any, name: str, judged: Judged
   from lmcompress.evaluate import classification
 
   return classification.scores(test.labels, said, test.classes)
+
+
+def rows_per_s(model: Any, params: Params, tokenizer: Any, name: str, judged: Judged) -> float:
+  """Rows that are answered in a second, `BATCH` at once: the median of some rounds after what `scored` compiled."""
+  from lmcompress.generation.seq2seq import rewrite
+
+  test, times = judged.test.spread(BATCH), []
+  for _ in range(_ROUNDS):
+    begun = time.perf_counter()
+    if test.kind == "texts":
+      rewrite(model, params, tokenizer, judged.sources[:BATCH], test.labels.shape[1], batch=BATCH)
+    else:
+      probabilities(model, params, name, test, BATCH)
+    times.append(time.perf_counter() - begun)
+  return len(test.labels) / float(np.median(times))

@@ -22,7 +22,7 @@ from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.samples import JUDGES
 from lmcompress.generation import generate
 from lmcompress.io.load import load
-from lmcompress.judged_tasks import Judged, scored
+from lmcompress.judged_tasks import Judged, rows_per_s, scored
 from lmcompress.run_folder import TENSORBOARD, TRAINING, Records
 from lmcompress.stages import Stage, Watcher, key
 from lmcompress.types import ConfigError, LmcompressError, Params
@@ -148,6 +148,9 @@ def train_tasks(
   weighting = Weighting(**train.weighting.model_dump()) if train.weighting else Weighting()
   during = recipes.build(train.during, "train.during") if train.during else None
   learned = {name: judged.train for name, judged in tasks.items()}
+  settings, teacher = train.settings(), None
+  if settings.needs_teacher:
+    teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
   reset_peak()
   begun = time.perf_counter()
   with _settings():
@@ -155,10 +158,11 @@ def train_tasks(
       model,
       stages[-1].params,
       learned,
-      train.settings(),
+      settings,
       weighting,
       seed=config.seed,
       trainable=trains,
+      teacher=teacher,
       transform=during,
       folder=folder / TRAINING,
       decides=decides,
@@ -206,7 +210,13 @@ def score_tasks(
     able = {name: judged for name, judged in tasks.items() if name in heads or not judged.test.has_head}
     if key(stages, i) not in found and able:
       with _settings():
-        outcomes = {name: scored(model, params, tokenizer, name, judged) for name, judged in able.items()}
+        outcomes = {
+          name: {
+            **scored(model, params, tokenizer, name, judged),
+            "rows_per_s": rows_per_s(model, params, tokenizer, name, judged),
+          }
+          for name, judged in able.items()
+        }
       records.add({"kind": "tasks", "stage": key(stages, i), "scores": outcomes})
       found[key(stages, i)] = outcomes
       watcher.step("tasks", i + 1, len(stages))

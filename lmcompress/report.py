@@ -208,7 +208,7 @@ def _task_rows(stages: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]
       cells = [_text(stage.get("name", "-")), name, _text(task.get("n", "-"))]
       for key in keys:
         low, high = (task.get("interval") or {}).get(key) or (None, None)
-        digits = 1 if key in ("bleu", "chrf") else 3
+        digits = 1 if key in ("bleu", "chrf", "rows_per_s") else 3
         around = "" if low is None else f" ({_show(low, digits)} to {_show(high, digits)})"
         cells.append(f"{_show(task.get(key), digits)}{around}")
       tables.setdefault(keys, []).append(cells)

@@ -602,7 +602,7 @@ def test_tasks_are_learned_compressed_and_scored(place):
 @pytest.mark.parametrize(("over", "said"), [
   ({"train": {"text": "pydoc"}}, "give a text, or leave it out"),
   ({"train": {"match": {"hidden": 1.0}}}, "no match"),
-  ({"train": {"accumulate": 2}}, "accumulate 1"),
+  ({"train": {"accumulate": 2}}, "no accumulate but 1"),
   ({"tasks": []}, "give a text, or leave it out"),
   ({"tasks": [{"name": "a", "data": "bbc"}, {"name": "a", "data": "digits"}]}, "two have the name a"),
   ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),

@@ -214,6 +214,13 @@ def buckets_of(distance: jax.Array, buckets: int, most: int, both: bool) -> jax.
   return side + jnp.where(distance < exact, distance, far)
 
 
+def _scaled(layer: Mapping[str, Any], head: int) -> Params:
+  """A new layer, its queries smaller by the root of a head's width, by which attention does not divide."""
+  attentions = {name: part for name, part in layer.items() if "q" in part}
+  smaller = {name: {**part, "q": {"kernel": part["q"]["kernel"] * head**-0.5}} for name, part in attentions.items()}
+  return {**layer, **smaller}
+
+
 @dataclasses.dataclass(frozen=True)
 class T5(BlockModel):
   """The T5 architecture (Raffel et al. 2019, arXiv:1910.10683; v1.1 and Flan with gates).
@@ -250,7 +257,7 @@ class T5(BlockModel):
       "embed": {"table": draw(1.0)(keys[-1], (s.vocab, s.embed), jnp.float32)},
       **{
         side: {
-          "layers": {str(i): layer for i, layer in enumerate(layers)},
+          "layers": {str(i): _scaled(layer, c.head_dim) for i, layer in enumerate(layers)},
           "relative": {"bias": draw(s.embed**-0.5)(keys[-2 - n], (s.buckets, s.heads), jnp.float32)},
           "final_norm": dict(one),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import ops
-from lmcompress.calibration.token_loss import cross_entropy, forward, head_loss
+from lmcompress.calibration.token_loss import cross_entropy, forward, head_loss, predictions
 from lmcompress.training.loop import checked_rows, vocabulary_of
 from lmcompress.types import Params
 
@@ -63,7 +63,7 @@ def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: K
   A class of a row is read from the state of its last real token, or where all see all from the mean of their states.
 
   Returns:
-    `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -inf at padding.
+    `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -1e9 at padding.
   """
   carry, _ = forward(model, params, rows, remat)
   states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
@@ -72,7 +72,7 @@ def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: K
     states = _read(states, real, getattr(model, "causal", True))
   logits = ops.linear(states, head["kernel"]).astype(jnp.float32) + head["bias"]
   if kind == "spans":
-    return jnp.where(real[:, None, :], jnp.swapaxes(logits, 1, 2), -jnp.inf)
+    return jnp.where(real[:, None, :], jnp.swapaxes(logits, 1, 2), -1e9)
   return logits
 
 
@@ -86,26 +86,37 @@ def _read(states: jax.Array, real: jax.Array, causal: bool) -> jax.Array:
 
 
 def loss(
-  model: Any, params: Params, name: str, rows: Mapping[str, Any], remat: bool = True, chunk: int = 64
+  model: Any,
+  params: Params,
+  name: str,
+  rows: Mapping[str, Any],
+  remat: bool = True,
+  chunk: int = 64,
+  measure: Callable[..., jax.Array] = cross_entropy,
+  teacher: tuple[Any, Params] | None = None,
 ) -> jax.Array:
-  """The mean cross entropy of what the rows teach, nats.
+  """The mean loss of what the rows teach, nats.
 
   Args:
     rows: as of `Task.batch`.
     chunk: of texts: tokens whose logits are in memory at a time.
+    measure: `(logits [..., classes], labels [...], the teacher's logits or None) -> [...]`.
+    teacher: a model that does the same task, and its parameters; gradients do not reach them.
   """
   if "texts" in rows:
     given = with_start(model, rows["texts"])
     beside = {"decoder_input_ids": given["tokens"], "decoder_attention_mask": given["attention_mask"]}
-    carry, _ = forward(model, params, {**{k: rows[k] for k in ("tokens", "attention_mask")}, **beside}, remat)
-    total, count = head_loss(model, params, carry, given, cross_entropy, None, chunk)
+    read = {**{k: rows[k] for k in ("tokens", "attention_mask")}, **beside}
+    carry, _ = forward(model, params, read, remat)
+    guide = None if teacher is None else predictions(*teacher, forward(*teacher, read, remat=False)[0])
+    total, count = head_loss(model, params, carry, given, measure, guide, chunk)
     return total / jnp.maximum(count, 1)
-  if "tags" in rows:
-    tags = jnp.asarray(rows["tags"])
-    each = cross_entropy(said(model, params, name, rows, "tags", remat), jnp.maximum(tags, 0))
-    return jnp.sum(jnp.where(tags >= 0, each, 0.0)) / jnp.maximum(jnp.sum(tags >= 0), 1)
-  kind: Kind = "spans" if "spans" in rows else "labels"
-  return jnp.mean(cross_entropy(said(model, params, name, rows, kind, remat), jnp.asarray(rows[kind])))
+  kind: Kind = next(kind for kind in ("tags", "spans", "labels") if kind in rows)
+  labels = jnp.asarray(rows[kind])
+  shown = None if teacher is None else jax.lax.stop_gradient(said(*teacher, name, rows, kind))
+  each = measure(said(model, params, name, rows, kind, remat), jnp.maximum(labels, 0), shown)
+  counts = labels >= 0
+  return jnp.sum(jnp.where(counts, each, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def with_start(model: Any, texts: Any) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from lmcompress.calibration.token_loss import forward
 from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.heads import HEADS, Kind, Task, checked_task, loss, said
-from lmcompress.training.loop import batches
+from lmcompress.training.loop import batches, vocabulary_of
 from lmcompress.training.step import Training, TrainState, advance, result, start, whole_tree
 from lmcompress.types import Params, Transform
 
@@ -99,6 +99,7 @@ def fit_tasks(
   *,
   seed: int = 0,
   trainable: Callable[[str], bool] = lambda path: True,
+  teacher: tuple[Any, Params] | None = None,
   transform: Transform | None = None,
   folder: Path | None = None,
   decides: Any = None,
@@ -115,25 +116,27 @@ def fit_tasks(
   Args:
     tasks: by name; each with at least one row.
     trainable: of the trunk; heads always train.
+    teacher: for a loss that needs one: a model that reads the same tokens, and parameters with a head for each task.
     held_out: scored on the way: `accuracy/<task>` of classes, else `held_out/<task>`, the loss.
 
   Returns:
     The tree with heads under `tasks`, and the metrics of every step, `loss/<task>` and `weight/<task>` among them.
 
   Raises:
-    ValueError: no task, rows or labels that do not fit, or a setting that is of rows of text alone.
+    ValueError: no task, rows or labels that do not fit, a setting that is of rows of text alone, or no teacher for a
+      loss that needs one.
     WeightError, FormatError: as of `fit`.
   """
   weighting = weighting or Weighting()
   refused = [what for what in ("privacy", "match", "generated") if getattr(training, what) is not None]
-  refused += ["teacher"] if training.loss.needs_teacher else []
   if refused:
-    raise ValueError(f"fit_tasks learns labels: no {', no '.join(refused)}")
+    raise ValueError(f"fit_tasks learns tasks: no {', no '.join(refused)}")
   if training.accumulate > 1:
     raise ValueError(f"fit_tasks(accumulate={training.accumulate}): a batch has rows of all tasks at once; use 1")
   checked = {name: checked_task(name, task, model, params) for name, task in sorted(tasks.items())}
   if not checked:
     raise ValueError("fit_tasks: no task")
+  teacher = _checked_teacher(checked, params, teacher) if training.loss.needs_teacher else None
   counts = shares({name: len(task.labels) for name, task in checked.items()}, training.batch, weighting.temperature)
   for name, task in checked.items():
     if len(task.labels) < counts[name]:
@@ -161,7 +164,8 @@ def fit_tasks(
       chosen = np.asarray(sources[name][step])[:, 0]
       rows[name] = over_data(data_mesh(state.trained), task.batch(chosen), counts[name])
     key, moving = jax.random.fold_in(jax.random.key(seed), step), state._replace(kept=None)
-    new, found = tasks_step(model, moving, state.kept, rows, training, weighting, transform, key)
+    who, guide = teacher or (None, None)
+    new, found = tasks_step(model, moving, state.kept, rows, training, weighting, transform, key, who, guide)
     metrics = {name: float(value) for name, value in found.items()}
     kept = state.kept if new.kept is None else new.kept
     return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
@@ -187,7 +191,9 @@ def fit_tasks(
   return {**done, HEADS: bare}, history
 
 
-@functools.partial(jax.jit, static_argnames=("model", "training", "weighting", "transform"), donate_argnums=(1,))
+@functools.partial(
+  jax.jit, static_argnames=("model", "training", "weighting", "transform", "teacher_model"), donate_argnums=(1,)
+)
 def tasks_step(
   model: Any,
   moving: TrainState,
@@ -197,13 +203,16 @@ def tasks_step(
   weighting: Weighting,
   transform: Transform | None,
   key: jax.Array,
+  teacher_model: Any = None,
+  teacher: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch of every task, as of `train_step`; each task's gradient is made by itself."""
   names = sorted(rows)
+  guide = None if teacher is None else (teacher_model, teacher)
 
   def lost(trained: Params, name: str) -> jax.Array:
     whole = whole_tree(trained, kept, training)
-    return loss(model, whole, name, rows[name], training.remat, training.chunk)
+    return loss(model, whole, name, rows[name], training.remat, training.chunk, training.loss, guide)
 
   losses, grads = zip(*(jax.value_and_grad(lost)(moving.trained, name) for name in names), strict=True)
   losses, state = jnp.stack(losses), moving.links
@@ -316,6 +325,24 @@ def _fits(name: str, heads: Params, task: Task) -> None:
   found = heads[name]["kernel"].shape[-1]
   if found != len(task.classes):
     raise ValueError(f"task {name}: its head tells {found} classes apart, the data has {len(task.classes)}; rename one")
+
+
+def _checked_teacher(
+  tasks: Mapping[str, Task], params: Params, teacher: tuple[Any, Params] | None
+) -> tuple[Any, Params]:
+  if teacher is None:
+    raise ValueError("a distillation needs a teacher: fit_tasks(..., teacher=(model, params))")
+  ours, theirs = vocabulary_of(params), vocabulary_of(teacher[1])
+  if ours != theirs:
+    raise ValueError(f"the teacher's vocabulary has {theirs} entries, the student's {ours}; they must be the same")
+  for name, task in tasks.items():
+    if task.has_head and name not in teacher[1].get(HEADS, {}):
+      raise ValueError(f"the teacher has no head for task {name}; train it on that first")
+    if task.has_head:
+      _fits(name, teacher[1][HEADS], task)
+    elif not hasattr(teacher[0], "encode"):
+      raise ValueError(f"the teacher of task {name} has no decoder beside an encoder to write texts with")
+  return teacher
 
 
 def _features(model: Any, params: Params, row: jax.Array) -> jax.Array:

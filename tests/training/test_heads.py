@@ -1,12 +1,14 @@
 """What tasks teach: losses of tags, spans and texts in NumPy, and heads that learn them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmcompress.models import T5, Bert, BertConfig, BertSizes, T5Config, T5Sizes
-from lmcompress.training import Task, Training, Weighting, fit_tasks, probabilities
+from lmcompress.training import Distill, Task, Training, Weighting, fit_tasks, probabilities
 from lmcompress.training.heads import checked_task, loss, with_start
 from lmcompress.training.tasks import held_out_loss, with_heads
 
@@ -107,6 +109,29 @@ def test_each_kind_is_learned(model, make, steps):
   before = model.init(jax.random.key(0))
   tree, history = fit_tasks(model, before, {"it": task}, training, held_out={"it": task}, evaluate_every=steps)
   assert history[-1]["held_out/it"] < 0.4 * history[0]["loss/it"] and ("tasks" in tree) == task.has_head
+
+
+@pytest.mark.parametrize(("model", "make"), [(BERT, tags), (BERT, spans), (WRITER, texts)])
+def test_a_student_learns_from_a_teacher_what_no_label_says(model, make):
+  """Labels are all alike for the student: what it learns of the task it has from the teacher."""
+  task = make(64)
+  fast = Training(steps=80, batch=32, learning_rate=1e-2, schedule="constant")
+  teacher, _ = fit_tasks(model, model.init(jax.random.key(0)), {"it": task}, fast)
+  alike = {"tags": np.where(task.labels >= 0, 0, -1), "spans": np.zeros_like(task.labels)}
+  wrong = with_(task, labels=alike.get(task.kind, task.labels))  # a decoder has to read the right text
+  guided = dataclasses.replace(fast, loss=Distill(temperature=2.0))
+  student, _ = fit_tasks(model, model.init(jax.random.key(1)), {"it": wrong}, guided, teacher=(model, teacher))
+  losses = [held_out_loss(model, params, "it", task) for params in (teacher, student)]
+  assert losses[1] < 0.3 + 1.5 * losses[0]
+
+
+def test_a_teacher_has_what_it_teaches():
+  guided, params = Training(steps=2, batch=4, loss=Distill()), BERT.init(jax.random.key(0))
+  small = Bert(BERT.config, dataclasses.replace(BERT.sizes, vocab=31)).init(jax.random.key(0))
+  for teacher, message in ((None, "needs a teacher"), ((BERT, params), "no head for task it"),
+                           ((BERT, small), "31 entries, the student's 32")):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      fit_tasks(BERT, params, {"it": tags(8)}, guided, teacher=teacher)
 
 
 def test_two_kinds_share_a_trunk():

@@ -207,7 +207,7 @@ def changed(**what):
   ("run", "said"),
   [
     (lambda: fit_tasks(MODEL, PARAMS, {}, SHORT), "no task"),
-    (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, loss=Distill())), "no teacher"),
+    (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, loss=Distill())), "needs a teacher"),
     (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, match=Match())), "no match"),
     (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, privacy=Privacy(1.0))), "no privacy"),
     (lambda: fit_tasks(MODEL, PARAMS, TASKS, dataclasses.replace(SHORT, accumulate=2)), "accumulate=2"),
