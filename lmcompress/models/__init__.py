@@ -1,5 +1,6 @@
 """Pure Flax models, an architecture per file."""
 
+from lmcompress.models.bart import Bart, BartConfig, BartSizes
 from lmcompress.models.base import Decoding
 from lmcompress.models.bert import Bert, BertConfig, BertSizes, Encoded
 from lmcompress.models.gemma import Gemma, GemmaConfig, GemmaSizes
@@ -15,6 +16,7 @@ ARCHITECTURES = {
   "llama": (Llama, LlamaConfig),
   "gpt2": (GPT2, GPT2Config),
   "bert": (Bert, BertConfig),
+  "bart": (Bart, BartConfig),
   "lstm": (LSTM, LSTMConfig),
   "t5": (T5, T5Config),
   "gemma": (Gemma, GemmaConfig),
@@ -29,6 +31,9 @@ __all__ = [
   "LSTM",
   "LSTM_DEPTH",
   "T5",
+  "Bart",
+  "BartConfig",
+  "BartSizes",
   "Bert",
   "BertConfig",
   "BertSizes",

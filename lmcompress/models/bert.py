@@ -24,7 +24,7 @@ from lmcompress.models.base import (
   run_module,
   unturned,
 )
-from lmcompress.models.layers import ACTIVATIONS, LayerNorm, Linear, linears
+from lmcompress.models.layers import ACTIVATIONS, LayerNorm, Linear, PlainMlp, linears
 from lmcompress.types import Block, Params, Stage
 
 _HEADS = ("kv", "head")
@@ -115,18 +115,6 @@ class _Attention(nn.Module):
     return Linear(x.shape[-1], use_bias=True, name="o")(mixed)
 
 
-class _Mlp(nn.Module):
-  config: BertConfig
-  sizes: BertSizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    width = self.sizes.mlp if self.sizes else 0
-    hidden = ACTIVATIONS[self.config.activation](Linear(width, use_bias=True, name="up")(x))
-    self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], use_bias=True, name="down")(hidden)
-
-
 class _Layer(nn.Module):
   config: BertConfig
   sizes: BertSizes | None = None
@@ -137,7 +125,8 @@ class _Layer(nn.Module):
     self.sow("taps", "qkv_input", h)
     h = norm(name="attn_norm")(h + _Attention(self.config, self.sizes, name="attn")(h, view))
     self.sow("taps", "up_input", h)
-    return norm(name="mlp_norm")(h + _Mlp(self.config, self.sizes, name="mlp")(h))
+    mlp = PlainMlp(self.config.activation, self.sizes.mlp if self.sizes else 0, name="mlp")
+    return norm(name="mlp_norm")(h + mlp(h))
 
 
 class _Masked(nn.Module):

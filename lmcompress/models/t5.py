@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,18 +14,10 @@ import jax.numpy as jnp
 
 from lmcompress import ops
 from lmcompress.arrays import resolve
-from lmcompress.models.base import (
-  DECODER,
-  BlockModel,
-  Decoding,
-  checked_tokens,
-  numbered,
-  of_tokens,
-  positions_of,
-  run_module,
-)
+from lmcompress.models.base import run_module
+from lmcompress.models.encoder_decoder import EncoderDecoder, cross_stages, mask_of
 from lmcompress.models.layers import ACTIVATIONS, Linear, RMSNorm, linears
-from lmcompress.types import Block, Params, Stage, WeightError
+from lmcompress.types import Params, Stage
 
 
 def _attention_axes(at: str, heads: str) -> dict[str, tuple[Any, ...]]:
@@ -222,21 +214,14 @@ def _scaled(layer: Mapping[str, Any], head: int) -> Params:
 
 
 @dataclasses.dataclass(frozen=True)
-class T5(BlockModel):
-  """The T5 architecture (Raffel et al. 2019, arXiv:1910.10683; v1.1 and Flan with gates).
-
-  The encoder's layers come first, then its norm, a block without weights that hands over to the decoder, then the
-  decoder's layers. `apply` takes `decoder_input_ids` and gives logits for them; to write text a token at a time,
-  `encode` once and `decode` as often as needed.
-  """
+class T5(EncoderDecoder):
+  """The T5 architecture (Raffel et al. 2019, arXiv:1910.10683; v1.1 and Flan with gates)."""
 
   config: T5Config
   sizes: T5Sizes | None = None
 
   architecture = "t5"
   axes = AXES
-  takes = frozenset({"attention_mask", "decoder_input_ids"})
-  causal: ClassVar[bool] = False
 
   def init(self, key: jax.Array) -> Params:
     """Random parameters of `sizes`, layers apart.
@@ -268,159 +253,55 @@ class T5(BlockModel):
       params["head"] = {"table": draw(s.embed**-0.5)(keys[-4], (s.vocab, s.embed), jnp.float32)}
     return params
 
-  def _view(self, real: jax.Array, length: int, **other: Any) -> ops.View:
-    """What `length` tokens see of the slots that are `real`, in any order but for what `other` says."""
-    nothing = jnp.zeros((real.shape[0], length, 0), jnp.float32)
-    return ops.View(real, **{"slot": jnp.int32(0), "causal": False, **other}, cos=nothing, sin=nothing)
+  def encoder_layer(self) -> nn.Module:
+    """A layer of the encoder."""
+    return _EncoderLayer(self.config)
 
-  def _bias(self, params: Params, side: str, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """`[batch, heads, queries, keys]` float32 of positions `[batch, ...]`."""
+  def decoder_layer(self) -> nn.Module:
+    """A layer of the decoder."""
+    return _DecoderLayer(self.config)
+
+  def holder(self) -> nn.Module:
+    """What makes the keys and values of the source."""
+    return _Held(self.config)
+
+  def embedded(self, params: Params, side: str, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """The hidden stream `[batch, length, embed]` before a side's first layer."""
+    return ops.embed(ids, resolve(params, params["embed"]["table"]))
+
+  def biased(self, params: Params, side: str, queries: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+    """`bias: [batch, heads, queries, keys]` float32 of positions `[batch, ...]`."""
     table = resolve(params, params[side]["relative"]["bias"]).astype(jnp.float32)
     distance = keys[:, None, :] - queries[:, :, None]
     found = buckets_of(distance, table.shape[0], self.config.max_distance, side == "encoder")
-    return jnp.moveaxis(table[found], -1, 1)
+    return {"bias": jnp.moveaxis(table[found], -1, 1)}
 
-  def _embedded(self, params: Params, ids: Any) -> jax.Array:
-    tokens = checked_tokens(ids, params["embed"]["table"].shape[-2])
-    if tokens.shape[1] > self.config.max_length:
-      raise ValueError(f"{tokens.shape[1]} tokens are longer than the model's context of {self.config.max_length}")
-    return ops.embed(tokens, resolve(params, params["embed"]["table"]))
-
-  def _read(self, params: Params, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder's part of a carry."""
-    h = self._embedded(params, inputs["tokens"])
-    mask = inputs.get("attention_mask")
-    real = jnp.ones(h.shape[:2], bool) if mask is None else jnp.asarray(mask) != 0
-    at = positions_of(real)
-    view = self._view(real, h.shape[1], bias=self._bias(params, "encoder", at, at))
-    return {"h": h, "view": view, "memory": None, "written": None, "writes": None, "seen": None}
-
-  def start(self, params: Params, inputs: Any) -> Any:
-    """Embeds both sides; the carry holds the stream, first the encoder's, what it may see, and what comes later.
-
-    Raises:
-      ValueError: tokens are no `[batch, length]` integers, too many, or (a WeightError) there are none for the decoder.
-    """
-    inputs = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
-    if inputs.get("decoder_input_ids") is None:
-      raise WeightError(f"T5 takes decoder_input_ids, what its decoder has read, from token {self.config.start} on")
-    carry, written = self._read(params, inputs), self._embedded(params, inputs["decoder_input_ids"])
-    if written.shape[0] != carry["h"].shape[0]:
-      raise ValueError(f"decoder_input_ids have {written.shape[0]} rows and tokens {carry['h'].shape[0]}")
-    mask = inputs.get(DECODER)
-    real = jnp.ones(written.shape[:2], bool) if mask is None else jnp.asarray(mask) != 0
-    at = positions_of(real)
-    bias = self._bias(params, "decoder", at, at)
-    return {
-      **carry, "written": written, "writes": self._view(real, written.shape[1], bias=bias, causal=True),
-      "seen": self._view(carry["view"].real, written.shape[1]),
-    }  # fmt: skip
-
-  def blocks(self, params: Params) -> tuple[Block, ...]:
-    """The encoder's layers, the norm that hands over, and the decoder's layers."""
-    found = []
-    for side in ("encoder", "decoder"):
-      layers = params.get(side, {})
-      for i in numbered(layers, "layers"):
-        gated = "gate" in layers["layers"][i].get("mlp", {})
-        found.append(Block(f"{side}/layers/{i}", side, _stages(side, gated)))
-      if side == "encoder" and "final_norm" in layers:
-        found.append(Block("encoder/final_norm", "hands over", ()))
-    return tuple(found)
-
-  def run(self, block: Block, params: Params, carry: Any, taps: tuple[str, ...] = ()) -> tuple[Any, dict]:
-    """One layer, or the handing over; `taps` names stages whose inputs are returned."""
-    layer = params
-    for part in block.path.split("/"):
-      layer = layer[part]
-    layer = resolve(params, layer)
-    if block.kind == "encoder":
-      h, tapped = run_module(_EncoderLayer(self.config), layer, carry["h"], carry["view"], taps=tuple(taps))
-      return {**carry, "h": h}, tapped
-    if block.kind == "hands over":
-      memory, _ = run_module(RMSNorm(self.config.rms_epsilon), layer, carry["h"])
-      return {**carry, "memory": memory, "h": carry["written"], "written": None, "view": carry["writes"]}, {}
-    (h, _), tapped = run_module(
-      _DecoderLayer(self.config), layer, carry["h"], carry["writes"], carry["memory"], carry["seen"], None, None,
-      taps=tuple(taps),
-    )  # fmt: skip
-    return {**carry, "h": h}, tapped
-
-  def finish(self, params: Params, carry: Any, last: bool = False, span: tuple[Any, int] | None = None) -> Any:
-    """Logits of what the decoder reads (of the last token alone with `last`, of `span[1]` from `span[0]` on)."""
-    h = self.features(params, {**carry, "h": of_tokens(carry["h"], last, span)})
-    h = h * h.shape[-1] ** -0.5 if self.config.scaled else h
-    return _logits(resolve(params, params["head" if "head" in params else "embed"]["table"]), h)
+  def handed(self, layer: Params, h: jax.Array) -> jax.Array:
+    """The encoder's last states, normed."""
+    return run_module(RMSNorm(self.config.rms_epsilon), layer, h)[0]
 
   def features(self, params: Params, carry: Any) -> jax.Array:
     """What a head reads: the decoder's normed states `[batch, length, embed]`."""
     norm = resolve(params, params["decoder"]["final_norm"])
     return run_module(RMSNorm(self.config.rms_epsilon), norm, carry["h"])[0]
 
-  def extents(self, params: Params) -> dict[str, int]:
-    """Extents of logical axes that no array's shape tells by itself."""
-    return {"head": self.config.head_dim}
+  def logits(self, params: Params, h: jax.Array) -> jax.Array:
+    """float32 `[batch, length, vocab]` of normed states."""
+    h = h * h.shape[-1] ** -0.5 if self.config.scaled else h
+    return _logits(resolve(params, params["head" if "head" in params else "embed"]["table"]), h)
 
-  def cache_shapes(self, params: Params) -> dict[str, tuple[int, int]]:
-    """Per block path of the decoder, the heads and the head dimension that a cache must hold."""
-    head = self.config.head_dim
-    layers = params["decoder"]["layers"]
-    return {
-      f"decoder/layers/{i}": (layers[i]["attn"]["k"]["kernel"].shape[-1] // head, head)
-      for i in numbered(params["decoder"], "layers")
-    }
-
-  def encode(self, params: Params, tokens: Any, cache: Any, attention_mask: Any = None) -> Decoding:
-    """Reads `tokens: [batch, source]` once; `cache` is an empty one for the decoder's tokens."""
-    carry = self._read(params, {"tokens": tokens, "attention_mask": attention_mask})
-    held = {}
-    for block in self.blocks(params):
-      if block.kind != "decoder":
-        carry, _ = self.run(block, params, carry)
-      else:
-        layer = resolve(params, params["decoder"]["layers"][block.path.rpartition("/")[2]])
-        held[block.path], _ = run_module(_Held(self.config), {"cross": layer["cross"]}, carry["memory"])
-    # the encoder's own view was handed over as None: what is real of the source stands in `real`
-    real = jnp.ones(jnp.shape(tokens), bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
-    return Decoding(cache, held, real)
-
-  def decode(self, params: Params, ids: Any, state: Decoding) -> tuple[jax.Array, Decoding]:
-    """Logits `[batch, vocab]` of the last of `ids: [batch, length]`, which continue what the decoder has read."""
-    h = self._embedded(params, ids)
-    cache = state.cache.reserve(jnp.ones(h.shape[:2], bool))
-    slots = jnp.broadcast_to(jnp.arange(cache.real.shape[1]), cache.real.shape)
-    here = jnp.broadcast_to(cache.length + jnp.arange(h.shape[1]), h.shape[:2])
-    bias = self._bias(params, "decoder", here, slots)
-    view = self._view(cache.real, h.shape[1], slot=cache.length, bias=bias, causal=True)
-    seen, length = self._view(state.real, h.shape[1]), h.shape[1]
-    for block in self.blocks(params):
-      if block.kind == "decoder":
-        layer = resolve(params, params["decoder"]["layers"][block.path.rpartition("/")[2]])
-        (h, own), _ = run_module(
-          _DecoderLayer(self.config), layer, h, view, None, seen, cache.layer(block.path), state.held[block.path]
-        )
-        cache = cache.with_layer(block.path, own)
-    logits = self.finish(params, {"h": h}, last=True)[:, 0]
-    return logits, state._replace(cache=cache.advance(length))
+  def stages_of(self, side: str, layer: Params) -> tuple[Stage, ...]:
+    """The stages of a layer, with a gate or without."""
+    mask, gated = mask_of(side), "gate" in layer.get("mlp", {})
+    return (
+      Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm", mask=mask),
+      Stage("o", ("attn/o",), "attn/v", free=("head",), mask=mask),
+      *(cross_stages("cross_norm") if side == "decoder" else ()),
+      Stage("up", ("mlp/gate", "mlp/up") if gated else ("mlp/up",), "mlp_norm", mask=mask),
+      Stage("down", ("mlp/down",), "mlp/up" if gated else "", mask=mask),
+    )
 
 
 @jax.jit
 def _logits(table: Any, h: jax.Array) -> jax.Array:
   return ops.attend(h, table).astype(jnp.float32)
-
-
-def _stages(side: str, gated: bool) -> tuple[Stage, ...]:
-  mask = "attention_mask" if side == "encoder" else DECODER
-  wide = ("mlp/gate", "mlp/up") if gated else ("mlp/up",)
-  cross = (
-    Stage("cross_q", ("cross/q",), "cross_norm", mask=mask),
-    Stage("cross_kv", ("cross/k", "cross/v"), ""),
-    Stage("cross_o", ("cross/o",), "cross/v", free=("head",), mask=mask),
-  )
-  return (
-    Stage("qkv", ("attn/q", "attn/k", "attn/v"), "attn_norm", mask=mask),
-    Stage("o", ("attn/o",), "attn/v", free=("head",), mask=mask),
-    *(cross if side == "decoder" else ()),
-    Stage("up", wide, "mlp_norm", mask=mask),
-    Stage("down", ("mlp/down",), "mlp/up" if gated else "", mask=mask),
-  )

@@ -18,16 +18,27 @@ TOKENS = np.random.default_rng(0).integers(2, 29, (3, 14)).astype(np.int32)
 MASK = np.arange(14)[None] < np.array([[14], [9], [4]])
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+ENDS = {"vocab_size": 29, "d_model": 24, "pad_token_id": 0, "eos_token_id": 1}
+BART = {
+  **ENDS, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+  "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32, "bos_token_id": 2,
+  "decoder_start_token_id": 2, "forced_eos_token_id": None, "init_std": 0.4,
+}  # fmt: skip
+NETS = {
+  "T5": {**ENDS, "d_kv": 5, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+         "decoder_start_token_id": 0, "initializer_factor": 3.0},
+  "Bart": BART,
+  "MBart": {**BART, "init_std": 0.3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=NETS)
+def pair(request, tmp_path_factory):
   """`(net, model, params)`: likely to end soon, so that beams end at different times."""
   torch.manual_seed(3)
-  config = transformers.T5Config(
-    vocab_size=29, d_model=24, d_kv=5, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4, pad_token_id=0,
-    decoder_start_token_id=0, eos_token_id=1, initializer_factor=3.0,
-  )  # fmt: skip
-  net = transformers.T5ForConditionalGeneration(config).eval()
-  folder = tmp_path_factory.mktemp("t5")
+  config = getattr(transformers, f"{request.param}Config")(**NETS[request.param])
+  net = getattr(transformers, f"{request.param}ForConditionalGeneration")(config).eval()
+  folder = tmp_path_factory.mktemp(request.param)
   net.save_pretrained(folder)
   return net, *load_folder(folder)[:2]
 
@@ -76,7 +87,7 @@ def test_texts_in_batches(pair):
 
 
 @pytest.mark.parametrize(("given", "said"), [
-  ({"max_new_tokens": 0}, "at least 1"), ({"beams": 0}, "at least 1"), ({"max_new_tokens": 5000}, "context of 4096"),
+  ({"max_new_tokens": 0}, "at least 1"), ({"beams": 0}, "at least 1"), ({"max_new_tokens": 5000}, "context of (4096|32)"),
 ])  # fmt: skip
 def test_settings_out_of_range(pair, given, said):
   with pytest.raises(ValueError, match=said):

@@ -34,6 +34,11 @@ DISTILBERT = {"vocab_size": 97, "dim": 42, "hidden_dim": 70, "n_layers": 3, "n_h
 T5 = {"vocab_size": 97, "d_model": 42, "d_kv": 7, "d_ff": 70, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 5,
       "pad_token_id": 0, "decoder_start_token_id": 0, "relative_attention_num_buckets": 8,
       "relative_attention_max_distance": 12}  # fmt: skip
+BART = {
+  "vocab_size": 97, "d_model": 42, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 6,
+  "decoder_attention_heads": 6, "encoder_ffn_dim": 70, "decoder_ffn_dim": 70, "max_position_embeddings": 64,
+  "init_std": 0.3, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,9 @@ CASES = {
   "distilbert": Case("DistilBertModel", DISTILBERT),
   "distilbert masked": Case("DistilBertForMaskedLM", DISTILBERT),
   "t5": Case("T5ForConditionalGeneration", T5),
+  "bart": Case("BartForConditionalGeneration", BART),
+  "bart scaled": Case("BartForConditionalGeneration", {**BART, "scale_embedding": True, "activation_function": "relu"}),
+  "mbart": Case("MBartForConditionalGeneration", {**BART, "scale_embedding": True}),
   "t5 gated untied": Case(
     "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
   ),
@@ -213,6 +221,9 @@ def test_a_cache_continues_what_was_read(name, tmp_path):
   ("t5", {"feed_forward_proj": "gated-swoosh"}, "feed_forward_proj 'gated-swoosh' is not known here"),
   ("t5", {"num_decoder_layers": 4}, "the tensor 'decoder.block.3.layer.0.layer_norm.weight' is missing"),
   ("t5", {"d_kv": 4}, "no multiple of the head size 4"),
+  ("bart", {"tie_word_embeddings": False}, "a table for each side and the head is not known here"),
+  ("bart", {"decoder_attention_heads": 7}, "heads of 7 in the encoder and of 6 in the decoder"),
+  ("mbart", {"activation_function": "swoosh"}, "activation_function 'swoosh'"),
   ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1"),
   ("mistral", {"sliding_window": "wide"}, "sliding_window is 'wide'"),
   ("qwen2 with a window", {"max_window_layers": "x", "layer_types": None}, "max_window_layers is 'x'"),
