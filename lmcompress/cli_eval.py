@@ -37,9 +37,9 @@ def evaluate(
 
     lmcompress eval smollm2-135m --task titles --include mytasks --limit 100
   """
-  from lmcompress.cli import _console, _Progress
   from lmcompress.io.load import load
   from lmcompress.ops import prepare
+  from lmcompress.terminal import Progress, console
 
   if task and (text or against):
     raise ConfigError("--task goes without --text and --against; call twice")
@@ -50,22 +50,22 @@ def evaluate(
   net, params, tokenizer = load(model)
   if tokenizer is None:
     raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
-  console = _console()
+  screen = console()
   if task:
     from lmcompress.evaluate.harness import Harness
     from lmcompress.evaluate.harness import evaluate as run
 
-    with _Progress(console) as progress:
+    with Progress(screen) as progress:
       seen = Harness(net, prepare(params, consume=True), tokenizer, batch, progress.step)
       found: Any = run(seen, task, include, shots, limit)
-    _show_tasks(console, model, found)
+    _show_tasks(screen, model, found)
   else:
-    found = _texts(console, model, net, params, tokenizer, text or ["pydoc", "grimm"], windows, length, against)
+    found = _texts(screen, model, net, params, tokenizer, text or ["pydoc", "grimm"], windows, length, against)
   if out is not None:
     out.write_text(json.dumps({"format": 1, "model": model, "found": found}, indent=1) + "\n", "utf-8")
 
 
-def _show_tasks(console: Any, model: str, found: dict[str, dict[str, Any]]) -> None:
+def _show_tasks(screen: Any, model: str, found: dict[str, dict[str, Any]]) -> None:
   from rich.table import Table
 
   table = Table("task", "samples", "metric", "value", "standard error", title=model)
@@ -77,11 +77,11 @@ def _show_tasks(console: Any, model: str, found: dict[str, dict[str, Any]]) -> N
       error = row.get(f"{base}_stderr" + (f",{kind}" if kind else ""))
       shown = "" if not isinstance(error, float) else f"{error:.4f}"
       table.add_row(name, str(row["samples"]), metric, f"{value:.4f}", shown)
-  console.print(table)
+  screen.print(table)
 
 
 def _texts(
-  console: Any, model: str, net: Any, params: Any, tokenizer: Any, texts: list[str], windows: int, length: int,
+  screen: Any, model: str, net: Any, params: Any, tokenizer: Any, texts: list[str], windows: int, length: int,
   against: str | None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
   """Perplexity on each text, and what another model says of it."""
@@ -108,5 +108,5 @@ def _texts(
     total = sum((scores["model"] for _, scores in compare(net, original, {"model": params}, tokens)), Score(0, 0, 0, 0))
     s = found[name] = total.summary()
     table.add_row(name, f"{s['perplexity']:.4f}", f"{s['kl']:.5f}", f"{s['top1']:.1%}")
-  console.print(table)
+  screen.print(table)
   return found

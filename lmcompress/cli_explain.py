@@ -33,45 +33,34 @@ def explain(
   """
   from rich.table import Table
 
-  from lmcompress.cli import _console, _Progress
   from lmcompress.data import text as texts
   from lmcompress.evaluate import importance
   from lmcompress.importance_plots import plots
   from lmcompress.io.load import load
+  from lmcompress.terminal import Progress, console
 
   net, params, tokenizer = load(model)
   if tokenizer is None:
     raise SourceError(f"{model} has no tokenizer; put a tokenizer.json beside it")
   before = None if against is None else _before(against, model, net, params)
   tokens = texts.windows(tokenizer, texts.load_text(text), windows, length)
-  console, found = _console(), {"format": 1, "model": model, "against": against, "text": text}
-  with _Progress(console) as progress:
-    progress.note("leaving layers out, one after the other")
-    found["layers"] = importance.without_layers(net, params, tokens)
-    progress.note("scoring heads and neurons by gradients")
-    scores = importance.entries(net, params, tokens)
-    found["entries"] = {block: {axis: x.tolist() for axis, x in axes.items()} for block, axes in scores.items()}
-    progress.note("looking for outlier channels")
-    found["outliers"] = importance.outliers(net, params, tokens)
-    if before is not None:
-      progress.note(f"comparing with {against}")
-      found["drift"] = importance.drift(net, before, params, tokens)
-      kl = importance.token_kl(net, before, params, tokens)
-      found["tokens"] = [[[tokenizer.decode([int(t)]), float(k)] for t, k in zip(row[1:], ks, strict=True)]
-                         for row, ks in zip(tokens, kl, strict=True)]  # fmt: skip
+  screen = console()
+  with Progress(screen) as progress:
+    found = {"format": 1, "model": model, "against": against, "text": text}
+    found |= importance.explained(net, params, tokens, tokenizer, before, progress.note)
   out.mkdir(parents=True, exist_ok=True)
   (out / "explain.json").write_text(json.dumps(found) + "\n", "utf-8")
   written = plots(found, out)
   columns = ("block", "loss when left out", "axes: share of the largest fifth", "largest outlier", "drift")
   table = Table(*columns, title=model)
-  for block in scores:
-    table.add_row(block, *_cells(found, scores[block], block))
-  console.print(table)
+  for block, axes in found["entries"].items():
+    table.add_row(block, *_cells(found, axes, block))
+  screen.print(table)
   if against is not None:
     worst = sorted((token for row in found["tokens"] for token in row), key=lambda token: -token[1])[:10]
-    console.print("most changed after: " + ", ".join(f"{word!r} {kl:.2f}" for word, kl in worst), markup=False)
+    screen.print("most changed after: " + ", ".join(f"{word!r} {kl:.2f}" for word, kl in worst), markup=False)
   for path in written:
-    console.print(f"plot: {path}", markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"plot: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _before(against: str, model: str, net: Any, params: Any) -> Any:
@@ -97,7 +86,7 @@ def _cells(found: dict[str, Any], axes: dict[str, Any], block: str) -> list[str]
 
   shares = []
   for axis, x in axes.items():
-    flat = np.sort(x.reshape(-1))[::-1]
+    flat = np.sort(np.asarray(x))[::-1]
     top = flat[: max(1, round(flat.size / 5))].sum() / max(flat.sum(), 1e-300)
     shares.append(f"{axis} ({flat.size}): {top:.0%}")
   lost = found["layers"].get(block)

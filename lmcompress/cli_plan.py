@@ -51,10 +51,10 @@ def plan(
 
   if accelerator is not None and accelerator not in ACCELERATORS:
     raise ConfigError(f"--accelerator {accelerator}: none that is known here; those are {', '.join(ACCELERATORS)}")
-  from lmcompress.cli import _find_config
+  from lmcompress.terminal import find_config
 
   with contextlib.suppress(ConfigError):  # a config by its name
-    model = str(_find_config(model)) if model not in plan_request.PRESETS and not Path(model).exists() else model
+    model = str(find_config(model)) if model not in plan_request.PRESETS and not Path(model).exists() else model
   asked = plan_request.Asked.of(model, topology, serve, batch, length, compute)
   console = Console()
   console.width = console.width if console.is_terminal else max(console.width, 140)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,14 +29,14 @@ def sweep(
   """
   from rich.table import Table
 
-  from lmcompress.cli import _console, _find_config, _Progress, _wide
   from lmcompress.config import load_config
   from lmcompress.sweep import said
   from lmcompress.sweep import sweep as run
+  from lmcompress.terminal import Progress, console, find_config, wide
 
-  loaded = load_config(_find_config(config), overrides or [])
-  console: Any = _console()
-  with _Progress(console) as progress:
+  loaded = load_config(find_config(config), overrides or [])
+  screen = console()
+  with Progress(screen) as progress:
     folder, rows = run(loaded, grid or [], results, processes, progress)
   table = Table("run", "bits/weight", "MB", "perplexity", "KL", "s", "folder")
   for row in rows:
@@ -48,7 +48,7 @@ def sweep(
       said(row["choice"]), f"{row['bits_per_weight']:.2f}", f"{row['bytes_on_disk'] / 1e6:.1f}", *scores,
       f"{row['seconds']:.0f}", row["folder"],
     )  # fmt: skip
-  _wide(console).print(table)
-  console.print(f"table: {folder / 'sweep.json'}", markup=False, highlight=False, soft_wrap=True)
+  wide(screen).print(table)
+  screen.print(f"table: {folder / 'sweep.json'}", markup=False, highlight=False, soft_wrap=True)
   if any(row["error"] for row in rows):
     raise typer.Exit(1)

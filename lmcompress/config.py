@@ -61,6 +61,14 @@ class Samples(_Table):
   top_k: int = pydantic.Field(0, ge=0)
 
 
+class Explain(_Table):
+  """What matters to the loss on a text, and what the recipe changed, for the report."""
+
+  text: str = "grimm"
+  windows: int = pydantic.Field(4, ge=1)
+  length: int = pydantic.Field(256, ge=2)
+
+
 class MeshSizes(_Table):
   """Devices that share the work; one size may be -1.
 
@@ -258,6 +266,7 @@ class Config(_Table):
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   samples: Samples | None = None
+  explain: Explain | None = None
   mesh: MeshSizes | None = None
   gates: Gates | None = None
   stream: bool = False
@@ -267,8 +276,8 @@ class Config(_Table):
   @property
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
-    silent = ("gates", "stream", "search", "train", "tasks", "finish", "samples")  # what says nothing changes nothing
-    without = {name for name in silent if not getattr(self, name)}
+    silent = ("gates", "stream", "search", "train", "tasks", "finish", "samples", "explain")
+    without = {name for name in silent if not getattr(self, name)}  # what says nothing changes nothing
     table = self.model_dump(mode="json", exclude=without)
     if self.mesh:
       unsaid = {"fsdp": 1, "expert": 1, "rules": {}}

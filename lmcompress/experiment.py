@@ -25,7 +25,7 @@ from lmcompress.data.text import load_text, windows
 from lmcompress.distributed import processes
 from lmcompress.distributed.sharding import AXES, make_mesh, mesh_sizes, placements, require_division, shard
 from lmcompress.environment import device, exact_products, versions
-from lmcompress.evaluate import energy, profiling
+from lmcompress.evaluate import energy, importance, profiling
 from lmcompress.evaluate.latency import kernels, latency
 from lmcompress.evaluate.measures import compression_efficiency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
@@ -88,6 +88,8 @@ def run(
     raise ConfigError(f"{config.name} is a search; run it with: lmcompress search")
   if config.variants:
     raise ConfigError(f"{config.name} has variants: it is a study, run it by the command in its header")
+  if config.explain is not None and config.stream:
+    raise ConfigError("explain: a streamed model stays in its files; leave stream out")
   if config.train is not None and config.stream:
     raise ConfigError("train: a streamed model stays in its files; leave stream out")
   if config.tasks and config.stream:
@@ -119,6 +121,7 @@ def run(
   decodes = b.rounds > 0 or (profile and config.train is None)
   for what, length in (
     ("evaluate.length", config.evaluate.length if config.evaluate.texts else 0),
+    ("explain.length", config.explain.length if config.explain else 0),
     ("calibration.length", config.calibration.length if config.calibration else 0),
     ("train.length", config.train.length if config.train and not config.tasks else 0),
     ("tasks.length", max((table.length for table in config.tasks), default=0)),
@@ -192,6 +195,11 @@ def run(
     watcher.note("tracing a prompt and its continuation")
     with profiling.trace(folder / TENSORBOARD):
       latency(model, ready[-1], prefill=b.prefill, decode=b.decode, rounds=1)
+  explanation = None
+  if config.explain is not None:
+    e = config.explain
+    tokens = windows(tokenizer, load_text(e.text), e.windows, e.length)
+    explanation = importance.explained(model, stages[-1].params, tokens, tokenizer, stages[0].params, watcher.note)
   spent = None if counter is None else counter.read() - joules
   result = {
     "format": 1,
@@ -219,6 +227,7 @@ def run(
     },
     "histograms": {} if config.stream else _histograms(stages[0].params, stages[-1].params),
     "generation": generation,
+    "explain": explanation,
   }
   from lmcompress import report
 
@@ -312,7 +321,7 @@ def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> 
   asked = {
     "evaluate.texts: []": config.evaluate.texts, "bench.rounds: 0": config.bench.rounds,
     "generate: null": config.generate is not None, "no --profile": profile and config.train is None,
-    "samples: null": config.samples,
+    "samples: null": config.samples, "explain: null": config.explain,
   }  # fmt: skip
   wants = [word for word, value in asked.items() if value]
   if not config.tasks:

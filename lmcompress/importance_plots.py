@@ -1,4 +1,4 @@
-"""Plots of `lmcompress explain`."""
+"""Plots of what matters and what changed, for `lmcompress explain` and the report of a run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import numpy as np
 from lmcompress.figures import COLORS, figure_of, legend, style, svg
 
 
-def plots(found: Mapping[str, Any], folder: Path) -> list[Path]:
-  """Writes SVGs of what `explain` found: layers, a map of each axis, drift by stage, and the text by token."""
-  drawn = {"layers": _layers(found["layers"])}
+def drawn(found: Mapping[str, Any]) -> dict[str, str]:
+  """SVGs of what `importance.explained` found: layers, a map of each axis, drift by stage, and the text by token."""
+  pictures = {"layers": _layers(found["layers"])} if found["layers"] else {}
   for axis in dict.fromkeys(axis for axes in found["entries"].values() for axis in axes):
-    drawn[f"axis_{axis}"] = _map(found["entries"], axis)
+    pictures[f"axis_{axis}"] = _map(found["entries"], axis)
   if found.get("drift"):
-    drawn["drift"] = _drift(found["drift"])
+    pictures["drift"] = _drift(found["drift"])
   if found.get("tokens"):
-    drawn["tokens"] = _tokens(found["tokens"])
+    pictures["tokens"] = _tokens(found["tokens"])
+  return pictures
+
+
+def plots(found: Mapping[str, Any], folder: Path) -> list[Path]:
+  """Writes the plots into a folder."""
   paths = []
-  for name, picture in drawn.items():
+  for name, picture in drawn(found).items():
     paths.append(folder / f"{name}.svg")
     paths[-1].write_text(picture, "utf-8")
   return paths

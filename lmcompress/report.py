@@ -106,6 +106,7 @@ def html(result: Result) -> str:
     needs=_needs(result),
     tasks=_task_rows(stages),
     examples=_examples(stages),
+    explained=_explained(result),
     images=images,
     confusions=_confusions(stages),
     curves=curves,
@@ -231,6 +232,18 @@ def _examples(stages: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
     (name, [(one, "") if isinstance(one, str) else (_text(one[0]), _text(one[1])) for one in examples])
     for name, examples in shown.items()
   ]
+
+
+def _explained(result: Result) -> dict[str, str]:
+  """Plots of what matters and what changed, by what they show."""
+  if not (found := result.get("explain")):
+    return {}
+  from lmcompress.importance_plots import drawn
+
+  words = {"layers": "what the loss rises by when a layer is left out", "drift": "how far each stage's input has moved",
+           "tokens": "divergence from the original after each token of the text"}  # fmt: skip
+  shown = drawn(found).items()
+  return {words.get(name, name.replace("axis_", "what matters along ")): picture for name, picture in shown}
 
 
 def _are_images(task: Row) -> bool:

@@ -38,7 +38,7 @@ RECIPE = [
 STAGES = ["original", "magnitude at layers/*/mlp/down", "round_to_nearest at layers/*/mlp/down"]
 KEYS = {"format", "name", "description", "config_hash", "seed", "model", "original", "versions", "device",
         "tree_hash", "command",
-        "config", "stages", "weights", "training", "profile", "energy", "histograms", "generation"}
+        "config", "stages", "weights", "training", "profile", "energy", "histograms", "generation", "explain"}
 STAGE_KEYS = {"name", "parameters", "bits_per_weight", "bytes_on_disk", "bytes_in_memory",
               "compression_efficiency", "perplexity",
               "kl", "top1", "accuracy", "tasks", "tokens_per_s", "backend", "seconds", "peak_memory_bytes"}
@@ -756,6 +756,22 @@ def test_an_encoder_tags_words_and_finds_answers(encoder, place, monkeypatch, da
   result = experiment.run(check(table, "enc.yaml"), place / "encoders", "lmcompress run enc.yaml")
   found = result["stages"][2]["tasks"]["it"]
   assert found[found["measure"]] == 1 and found["n"] == 4 and result["stages"][0]["tasks"] == {}
+
+
+def test_a_report_explains_what_matters_and_what_changed(place):
+  table = load_config(place / "tiny.yaml").model_dump(mode="json") | {
+    "name": "explained", "explain": {"text": str(place / "text.txt"), "windows": 2, "length": 16}, "generate": None,
+    "bench": {"rounds": 0}, "evaluate": {"texts": []},
+  }  # fmt: skip
+  config = check(table, "explained.yaml")
+  result = experiment.run(config, place / "explained", "lmcompress run explained.yaml")
+  found = result["explain"]
+  assert list(found["layers"]) == ["layers/0", "layers/1"] and len(found["tokens"]) == 2
+  assert {row["block"] for row in found["drift"]} == {"layers/0", "layers/1"}
+  assert max(row["change"] for row in found["drift"]) > 0
+  page = (place / "explained" / config.folder / "report.html").read_text()
+  for words in ("What matters, and what changed", "a layer is left out", "what matters along mlp", "after each token"):
+    assert words in page
 
 
 def test_samples_are_drawn_and_judged_at_each_stage(place, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,49 @@ from lmcompress.evaluate.perplexity import checked, log_probabilities
 from lmcompress.transforms.prune_entries import entry_scores
 from lmcompress.transforms.structure import extents, local_axes, places
 from lmcompress.types import Evidence, Params
+
+
+def explained(
+  model: Any,
+  params: Params,
+  tokens: np.ndarray,
+  tokenizer: Any,
+  before: Params | None = None,
+  note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+  """All of it, as `lmcompress explain` and a run's report show it: JSON values, to four digits.
+
+  Args:
+    tokens: `[n, length]`.
+    before: the tree that compression began from; None leaves out what changed.
+    note: told what is measured next.
+
+  Returns:
+    `layers` (as of `without_layers`), `entries`, `outliers`, and with `before` `drift` and `tokens` (of each row the
+    texts of its tokens and the divergence after them).
+
+  Raises:
+    WeightError: the model predicts no next token.
+  """
+  short = lambda x: float(f"{x:.4g}")  # noqa: E731
+  note("leaving layers out, one after the other")
+  found: dict[str, Any] = {"layers": without_layers(model, params, tokens)}
+  note("scoring heads and neurons by gradients")
+  found["entries"] = {
+    block: {axis: [short(v) for v in x.reshape(-1)] for axis, x in axes.items()}
+    for block, axes in entries(model, params, tokens).items()
+  }
+  note("looking for outlier channels")
+  found["outliers"] = outliers(model, params, tokens)
+  if before is not None:
+    note("comparing with the model before")
+    found["drift"] = drift(model, before, params, tokens)
+    kl = token_kl(model, before, params, tokens)
+    found["tokens"] = [
+      [[tokenizer.decode([int(t)]), short(k)] for t, k in zip(row[1:], ks, strict=True)]
+      for row, ks in zip(tokens, kl, strict=True)
+    ]
+  return found
 
 
 def without_layers(model: Any, params: Params, tokens: Any) -> dict[str, float]:
