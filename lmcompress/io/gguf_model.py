@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,6 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import gguf, names
-from lmcompress.io.architectures.llama import NAMES
 from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.types import FormatError, Params
 
@@ -29,7 +31,7 @@ def describe(path: Path) -> str:
   return "float32" if kind == "F32" else f"float32, dequantized from {kind}"
 
 
-def load_gguf(path: Path) -> tuple[Llama, Params, Tokenizer]:
+def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   """Model, float32 parameters and tokenizer of a GGUF file.
 
   Raises:
@@ -37,25 +39,30 @@ def load_gguf(path: Path) -> tuple[Llama, Params, Tokenizer]:
   """
   header = gguf.read_header(path)
   kind = header.metadata.get("general.architecture")
-  if kind != "llama":
-    raise FormatError(f"{path}: architecture {kind!r} is not known here; known are llama")
-  config, heads, kv_heads, layers = _llama(header)
+  if kind not in KINDS:
+    raise FormatError(f"{path}: architecture {str(kind)[:80]!r} is not known here; known are {', '.join(KINDS)}")
+  data = _Metadata(header, str(kind))
+  word, config = KINDS[kind](data)
+  model = Llama(config) if isinstance(config, LlamaConfig) else names.foreign()[word].read(config, path)
   found = [name for name in header.tensors if name != _ROPE_FACTORS]
-  mapping = names.plan(NAMES, "gguf", found, {"": layers}, str(path))
+  theirs = [  # norms are as they are, and linears [out, in], in every architecture
+    dataclasses.replace(name, offset=0.0, turned=True)
+    for name in names.foreign()[word].names({"model_type": word})
+  ]
+  mapping = names.plan(theirs, "gguf", found, {"": data.number("block_count")}, str(path))
+  heads = data.number("attention.head_count")
+  pairs = {"q": heads, "k": data.number("attention.head_count_kv", heads)} if kind == "llama" else {}
 
   def read(path_: str) -> Any:
     name, tensor = mapping[path_]
-    array = gguf.read_tensor(header, tensor)
-    part = path_.split("/")[-2]
-    if part in ("q", "k"):
-      array = unpermute(array, heads if part == "q" else kv_heads, path_, path)
-    return name.read(array)
+    array, part = gguf.read_tensor(header, tensor), path_.split("/")[-2]
+    return name.read(unpermute(array, pairs[part], path_, path) if part in pairs else array)
 
   with ThreadPoolExecutor(max_workers=2) as pool:  # NumPy's loops release the lock
     leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
   params = tree.unflatten(leaves)
-  names.check_shapes(Llama(config), params, str(path))
-  return Llama(config), params, Tokenizer.from_gguf(header.metadata, str(path))
+  names.check_shapes(model, params, str(path))
+  return model, params, Tokenizer.from_gguf(header.metadata, str(path))
 
 
 def unpermute(array: np.ndarray, heads: int, name: str, where: Path) -> np.ndarray:
@@ -65,24 +72,40 @@ def unpermute(array: np.ndarray, heads: int, name: str, where: Path) -> np.ndarr
   return array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _llama(header: gguf.Header) -> tuple[LlamaConfig, int, int, int]:
-  """Config, query heads, KV heads and layers."""
-  data, where = header.metadata, header.path
+class _Metadata:
+  """The numbers of a file, by their keys after the architecture's word."""
 
-  def number(key: str, default: Any = None, kind: type = int) -> Any:
-    value = data.get(f"llama.{key}", default)
+  def __init__(self, header: gguf.Header, kind: str):
+    self.header, self.kind, self.where = header, kind, header.path
+
+  def number(self, key: str, default: Any = None, kind: type = int) -> Any:
+    """A positive number, `default` where the file does not say.
+
+    Raises:
+      FormatError: it is none, or is missing without a default.
+    """
+    value = self.header.metadata.get(f"{self.kind}.{key}", default)
     if (
       isinstance(value, bool)
       or not isinstance(value, (int, float))
       or not value > 0
       or (kind is int and not isinstance(value, int))
     ):
-      raise FormatError(f"{where}: llama.{key} is {str(value)[:80]!r}; a positive {kind.__name__} is needed")
+      raise FormatError(
+        f"{self.where}: {self.kind}.{key} is {str(value)[:80]!r}; a positive {kind.__name__} is needed"
+      )
     return kind(value)
 
-  heads, embed = number("attention.head_count"), number("embedding_length")
-  head_dim = number("attention.key_length", embed // heads)
-  if number("rope.dimension_count", head_dim) != head_dim or head_dim % 2:
+  @property
+  def head_dim(self) -> int:
+    """The width of a head."""
+    return self.number("attention.key_length", self.number("embedding_length") // self.number("attention.head_count"))
+
+
+def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
+  """Llama, and what differs from it by names alone."""
+  header, where, head_dim = data.header, data.where, data.head_dim
+  if data.number("rope.dimension_count", head_dim) != head_dim or head_dim % 2:
     raise FormatError(f"{where}: rotations over a part of the head ({head_dim}) are not known here")
   factors: tuple[float, ...] = ()
   if _ROPE_FACTORS in header.tensors:
@@ -91,18 +114,73 @@ def _llama(header: gguf.Header) -> tuple[LlamaConfig, int, int, int]:
       raise FormatError(
         f"{where}: {_ROPE_FACTORS} holds {len(factors)} factors, {head_dim // 2} positive ones expected"
       )
-  scaling = data.get("llama.rope.scaling.type", "none")
+  scaling = header.metadata.get(f"{data.kind}.rope.scaling.type", "none")
   if scaling not in ("none", "linear", "yarn"):
-    raise FormatError(f"{where}: llama.rope.scaling.type {scaling!r} is not known here; known are none, linear, yarn")
-  length = number("context_length", 2048)
+    known = "known are none, linear, yarn"
+    raise FormatError(f"{where}: {data.kind}.rope.scaling.type {str(scaling)[:80]!r} is not known here; {known}")
+  length = data.number("context_length", 2048)
   rope = Rope(
-    theta=number("rope.freq_base", 10000.0, float),
+    theta=data.number("rope.freq_base", 10000.0, float),
     kind="default" if scaling == "none" else scaling,
-    factor=number("rope.scaling.factor", 1.0, float),
-    original_length=number("rope.scaling.original_context_length", length),
+    factor=data.number("rope.scaling.factor", 1.0, float),
+    original_length=data.number("rope.scaling.original_context_length", length),
     high=32.0 if scaling == "yarn" else 4.0,
     factors=factors,
   )
-  epsilon = number("attention.layer_norm_rms_epsilon", 1e-5, float)
-  config = LlamaConfig(head_dim, rope, epsilon, length)
-  return config, heads, number("attention.head_count_kv", heads), number("block_count")
+  return word, LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
+
+
+def _gpt2(data: _Metadata) -> tuple[str, dict[str, Any]]:
+  return "gpt2", {
+    "n_embd": data.number("embedding_length"), "n_head": data.number("attention.head_count"),
+    "n_positions": data.number("context_length"),
+    "layer_norm_epsilon": data.number("attention.layer_norm_epsilon", 1e-5, float),
+  }  # fmt: skip
+
+
+def _phi(data: _Metadata) -> tuple[str, dict[str, Any]]:
+  head = data.head_dim
+  return "phi", {
+    "hidden_size": data.number("embedding_length"), "num_attention_heads": data.number("attention.head_count"),
+    "max_position_embeddings": data.number("context_length"),
+    "rope_theta": data.number("rope.freq_base", 10000.0, float),
+    "partial_rotary_factor": data.number("rope.dimension_count", head) / head,
+    "layer_norm_eps": data.number("attention.layer_norm_epsilon", 1e-5, float),
+  }  # fmt: skip
+
+
+def _gemma(data: _Metadata, word: str) -> tuple[str, dict[str, Any]]:
+  """Gemma; which layers see all, and the largest models' scale of queries, are llama.cpp's own rules."""
+  told, layers, head = data.header.metadata, data.number("block_count"), data.head_dim
+  embed, heads = data.number("embedding_length"), data.number("attention.head_count")
+  largest = layers == {"gemma2": 46, "gemma3_text": 62}.get(word)
+  theta = data.number("rope.freq_base", 1e6 if word == "gemma3_text" else 1e4, float)
+  config: dict[str, Any] = {
+    "model_type": word, "head_dim": head, "num_hidden_layers": layers, "rope_theta": theta,
+    "max_position_embeddings": data.number("context_length"),
+    "query_pre_attn_scalar": embed / heads if largest else head,
+    "rms_norm_eps": data.number("attention.layer_norm_rms_epsilon", 1e-6, float),
+  }  # fmt: skip
+  if word == "gemma":
+    return word, config
+  config["sliding_window"] = data.number("attention.sliding_window", 4096 if word == "gemma2" else 1024)
+  if word == "gemma2":
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return word, config | {key: data.number(key, default, float) for key, default in caps.items()}
+  if f"{data.kind}.rope.scaling.factor" in told:
+    factor = data.number("rope.scaling.factor", 1.0, float)
+    config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+  return word, config
+
+
+KINDS: dict[str, Callable[[_Metadata], tuple[str, Any]]] = {
+  "llama": _llama,
+  "qwen2": functools.partial(_llama, word="qwen2"),
+  "qwen3": functools.partial(_llama, word="qwen3"),
+  "gpt2": _gpt2,
+  "phi2": _phi,
+  "gemma": functools.partial(_gemma, word="gemma"),
+  "gemma2": functools.partial(_gemma, word="gemma2"),
+  "gemma3": functools.partial(_gemma, word="gemma3_text"),
+}
+"""By the file's word: metadata to the word of `config.json` and a config as that would say it, or Llama's own."""

@@ -49,7 +49,8 @@ def prune_entries(
 
   Args:
     words: what an entry is called.
-    find: picks axes among a block's own, with the first place of each; it is to find one, or `axis` says which.
+    find: picks axes among a block's own, with the first place of each; all of them lose entries (a decoder that looks
+      at an encoder has heads of two kinds); `axis` says another.
     axis, fraction, count, score, scope, compensate: as in `prune_neurons`.
   """
   if (fraction is None) == (count is None):
@@ -63,25 +64,22 @@ def prune_entries(
   if scope == "global" and fraction is None:
     raise ValueError(f"{name}(scope='global') takes a fraction")
 
-  def axis_of(model: Any, params: Params, block: Block) -> str:
+  def axes_of(model: Any, params: Params, block: Block) -> list[str]:
     axes = local_axes(model, params, block.path)
     if axis is None:
-      found = find(axes)
-      if len(found) == 1:
-        return found[0]
-      if not axes or (len(axes) == 1 and not found):
-        others = f"; of its others, {sorted(axes)}, say one with axis=" if axes else ""
-        raise WeightError(f"{name} at {block.path}: it has no axis of its own whose entries are {words}{others}")
-      raise WeightError(f"{name} at {block.path}: axes {sorted(axes)} may be meant; say which, with axis=")
+      if found := find(axes):
+        return found
+      others = f"; of its others, {sorted(axes)}, say one with axis=" if axes else ""
+      raise WeightError(f"{name} at {block.path}: it has no axis of its own whose entries are {words}{others}")
     if axis not in axes:
       raise WeightError(f"{name}(axis={axis!r}) at {block.path}: its own axes are {sorted(axes)}")
-    return axis
+    return [axis]
 
   def chosen(params: Params, evidence: Evidence) -> list[tuple[Block, str, list[Place]]]:
     """Blocks to prune: those of which the selection names weights with the axis."""
     model, found = evidence.structure, []
-    for block in (b for b in model.blocks(params) if b.stages):
-      mine = axis_of(model, params, block)
+    pairs = [(b, mine) for b in model.blocks(params) if b.stages for mine in axes_of(model, params, b)]
+    for block, mine in pairs:
       where = places(model, params, mine, block.path)
       weights = [p.path for p in where if tree.is_weight(p.path)]
       selected = [p for p in weights if evidence.selected is None or p in evidence.selected]
@@ -120,16 +118,18 @@ def prune_entries(
       params = remove(params, evidence, part, found, gone)
     return params, state
 
+  def key(part: Any) -> str:
+    return f"{part[0].path} {part[1]}"
+
   def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    return params, {**state, **{part[0].path: scores(params, evidence, *part) for part in chosen(params, evidence)}}
+    return params, {**state, **{key(part): scores(params, evidence, *part) for part in chosen(params, evidence)}}
 
   def plan(state: Mapping[str, np.ndarray]) -> Transform:
     counts = global_counts({path: s / max(float(s.sum()), 1e-300) for path, s in state.items()}, fraction or 0.0)
 
     def planned(params: Params, _: State, evidence: Evidence) -> tuple[Params, State]:
       for part in chosen(params, evidence):
-        path = part[0].path
-        params = remove(params, evidence, part, state[path], counts[path])
+        params = remove(params, evidence, part, state[key(part)], counts[key(part)])
       return params, _
 
     return transform(planned, frozenset({"hessian"}) if compensate else frozenset())
@@ -144,7 +144,7 @@ def prune_entries(
 
 
 def global_counts(shares: Mapping[str, np.ndarray], fraction: float) -> dict[str, int]:
-  """How many entries of each block go, if all are ranked together and one of each block stays."""
+  """How many entries of each axis go, if all are ranked together and one of each stays."""
   ranked = sorted(
     (float(value), path) for path, values in shares.items() for value in np.sort(values.reshape(-1))[:-1]
   )

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (its text part) in Hugging Face folders, which keep norms as their distance from 1."""
+"""Gemma 1, 2 and 3 (its text part) in Hugging Face folders, which keep norms as their distance from 1, and in GGUF."""
 
 from __future__ import annotations
 
@@ -11,31 +11,38 @@ from lmcompress.models import Gemma, GemmaConfig
 from lmcompress.types import FormatError, Params
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_AT = "model.layers.{i}"
+_AT, _BLOCK = "model.layers.{i}", "blk.{i}"
 
 
-def _norm(path: str, hf: str) -> Name:
-  return Name(f"{path}/scale", f"{hf}.weight", offset=1.0)
+def _norm(path: str, hf: str, gguf: str) -> Name:
+  return Name(f"{path}/scale", f"{hf}.weight", f"{gguf}.weight", offset=1.0)
 
 
 def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
   first = config["model_type"] == "gemma"
   before_mlp = "post_attention_layernorm" if first else "pre_feedforward_layernorm"
   after = (
-    _norm("layers/{i}/attn_after/norm", f"{_AT}.post_attention_layernorm"),
-    _norm("layers/{i}/mlp_after/norm", f"{_AT}.post_feedforward_layernorm"),
+    _norm("layers/{i}/attn_after/norm", f"{_AT}.post_attention_layernorm", f"{_BLOCK}.post_attention_norm"),
+    _norm("layers/{i}/mlp_after/norm", f"{_AT}.post_feedforward_layernorm", f"{_BLOCK}.post_ffw_norm"),
   )
-  normed = tuple(_norm(f"layers/{{i}}/attn/{x}_norm", f"{_AT}.self_attn.{x}_norm") for x in "qk")
+  normed = tuple(
+    _norm(f"layers/{{i}}/attn/{x}_norm", f"{_AT}.self_attn.{x}_norm", f"{_BLOCK}.attn_{x}_norm") for x in "qk"
+  )
+  attention = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
   return (
-    Name("embed/table", "model.embed_tokens.weight"),
-    _norm("layers/{i}/attn_norm", f"{_AT}.input_layernorm"),
-    *layer_names(*((f"layers/{{i}}/attn/{x}", f"{_AT}.self_attn.{x}_proj", "") for x in "qkvo")),
+    Name("embed/table", "model.embed_tokens.weight", "token_embd.weight"),
+    _norm("layers/{i}/attn_norm", f"{_AT}.input_layernorm", f"{_BLOCK}.attn_norm"),
+    *layer_names(
+      *((f"layers/{{i}}/attn/{x}", f"{_AT}.self_attn.{x}_proj", f"{_BLOCK}.{gguf}") for x, gguf in attention.items())
+    ),
     *(normed if config["model_type"] == "gemma3_text" else ()),
-    _norm("layers/{i}/mlp_norm", f"{_AT}.{before_mlp}"),
-    *layer_names(*((f"layers/{{i}}/mlp/{x}", f"{_AT}.mlp.{x}_proj", "") for x in ("gate", "up", "down"))),
+    _norm("layers/{i}/mlp_norm", f"{_AT}.{before_mlp}", f"{_BLOCK}.ffn_norm"),
+    *layer_names(
+      *((f"layers/{{i}}/mlp/{x}", f"{_AT}.mlp.{x}_proj", f"{_BLOCK}.ffn_{x}") for x in ("gate", "up", "down"))
+    ),
     *(() if first else after),
-    _norm("final_norm", "model.norm"),
-    Name("head/table", "lm_head.weight", optional=True),
+    _norm("final_norm", "model.norm", "output_norm"),
+    Name("head/table", "lm_head.weight", "output.weight", optional=True),
   )
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 in Hugging Face folders: linears are Conv1D, `[in, out]`, and queries, keys and values share one."""
+"""GPT-2 in Hugging Face folders, where linears are Conv1D, `[in, out]`, and in GGUF; q, k and v share one tensor."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu
                 "silu": "silu"}  # fmt: skip
 
 
-def _linear(path: str, hf: str, part: tuple[int, int] = (0, 1)) -> tuple[Name, Name]:
+def _linear(path: str, hf: str, gguf: str, part: tuple[int, int] = (0, 1)) -> tuple[Name, Name]:
+  at, theirs = f"layers/{{i}}/{path}", f"blk.{{i}}.{gguf}"
   return (
-    Name(f"layers/{{i}}/{path}/kernel", f"h.{{i}}.{hf}.weight", part=part, turned=False),
-    Name(f"layers/{{i}}/{path}/bias", f"h.{{i}}.{hf}.bias", part=part),
+    Name(f"{at}/kernel", f"h.{{i}}.{hf}.weight", f"{theirs}.weight", part=part, turned=False),
+    Name(f"{at}/bias", f"h.{{i}}.{hf}.bias", f"{theirs}.bias", part=part),
   )
 
 
-def _norm(path: str, hf: str) -> tuple[Name, Name]:
-  return Name(f"{path}/scale", f"{hf}.weight"), Name(f"{path}/bias", f"{hf}.bias")
+def _norm(path: str, hf: str, gguf: str) -> tuple[Name, ...]:
+  return tuple(Name(f"{path}/{x}", f"{hf}.{y}", f"{gguf}.{y}") for x, y in (("scale", "weight"), ("bias", "bias")))
 
 
 NAMES = (
-  Name("embed/table", "wte.weight"),
-  Name("positions/table", "wpe.weight"),
-  *_norm("layers/{i}/attn_norm", "h.{i}.ln_1"),
-  *(name for n, part in enumerate("qkv") for name in _linear(f"attn/{part}", "attn.c_attn", (n, 3))),
-  *_linear("attn/o", "attn.c_proj"),
-  *_norm("layers/{i}/mlp_norm", "h.{i}.ln_2"),
-  *_linear("mlp/up", "mlp.c_fc"),
-  *_linear("mlp/down", "mlp.c_proj"),
-  *_norm("final_norm", "ln_f"),
-  Name("head/table", "lm_head.weight", optional=True, outside=True),
+  Name("embed/table", "wte.weight", "token_embd.weight"),
+  Name("positions/table", "wpe.weight", "position_embd.weight"),
+  *_norm("layers/{i}/attn_norm", "h.{i}.ln_1", "blk.{i}.attn_norm"),
+  *(name for n, part in enumerate("qkv") for name in _linear(f"attn/{part}", "attn.c_attn", "attn_qkv", (n, 3))),
+  *_linear("attn/o", "attn.c_proj", "attn_output"),
+  *_norm("layers/{i}/mlp_norm", "h.{i}.ln_2", "blk.{i}.ffn_norm"),
+  *_linear("mlp/up", "mlp.c_fc", "ffn_up"),
+  *_linear("mlp/down", "mlp.c_proj", "ffn_down"),
+  *_norm("final_norm", "ln_f", "output_norm"),
+  Name("head/table", "lm_head.weight", "output.weight", optional=True, outside=True),
 )
 
 

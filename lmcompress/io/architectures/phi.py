@@ -1,4 +1,4 @@
-"""Phi-1, 1.5 and 2 in Hugging Face folders."""
+"""Phi-1, 1.5 and 2 in Hugging Face folders and in GGUF."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu
                 "silu": "silu"}  # fmt: skip
 
 
-def _norm(path: str, hf: str) -> tuple[Name, Name]:
-  return Name(f"{path}/scale", f"{hf}.weight"), Name(f"{path}/bias", f"{hf}.bias")
+def _norm(path: str, hf: str, gguf: str) -> tuple[Name, ...]:
+  return tuple(Name(f"{path}/{x}", f"{hf}.{y}", f"{gguf}.{y}") for x, y in (("scale", "weight"), ("bias", "bias")))
 
 
 NAMES = (
-  Name("embed/table", "model.embed_tokens.weight"),
-  *_norm("layers/{i}/norm", "model.layers.{i}.input_layernorm"),
+  Name("embed/table", "model.embed_tokens.weight", "token_embd.weight"),
+  *_norm("layers/{i}/norm", "model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
   *layer_names(
-    *((f"layers/{{i}}/attn/{x}", f"model.layers.{{i}}.self_attn.{x}_proj", "") for x in "qkv"),
-    ("layers/{i}/attn/o", "model.layers.{i}.self_attn.dense", ""),
-    ("layers/{i}/mlp/up", "model.layers.{i}.mlp.fc1", ""),
-    ("layers/{i}/mlp/down", "model.layers.{i}.mlp.fc2", ""),
+    *((f"layers/{{i}}/attn/{x}", f"model.layers.{{i}}.self_attn.{x}_proj", f"blk.{{i}}.attn_{x}") for x in "qkv"),
+    ("layers/{i}/attn/o", "model.layers.{i}.self_attn.dense", "blk.{i}.attn_output"),
+    ("layers/{i}/mlp/up", "model.layers.{i}.mlp.fc1", "blk.{i}.ffn_up"),
+    ("layers/{i}/mlp/down", "model.layers.{i}.mlp.fc2", "blk.{i}.ffn_down"),
     biases=True,
   ),
-  *_norm("final_norm", "model.final_layernorm"),
-  Name("head/table", "lm_head.weight"),
-  Name("head/bias", "lm_head.bias"),
+  *_norm("final_norm", "model.final_layernorm", "output_norm"),
+  Name("head/table", "lm_head.weight", "output.weight"),
+  Name("head/bias", "lm_head.bias", "output.bias"),
 )
 
 

@@ -1,0 +1,121 @@
+"""Models of GGUF files, written by the gguf package under its own names: logits as transformers', and errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+
+from lmcompress.io.gguf_model import load_gguf
+from lmcompress.types import FormatError
+
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 13)).astype(np.int32)
+QWEN = {
+  "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+  "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": None,
+}  # fmt: skip
+GEMMA = {**QWEN, "head_dim": 10, "tie_word_embeddings": True, "eos_token_id": 1, "bos_token_id": 0}
+LLAMA = {
+  "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+  "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+  "attention.head_count_kv": "num_key_value_heads",
+}  # fmt: skip
+CASES = {
+  "qwen2": (MODEL_ARCH.QWEN2, "Qwen2ForCausalLM", QWEN, LLAMA, {"attention.layer_norm_rms_epsilon": 1e-6}),
+  "qwen3": (MODEL_ARCH.QWEN3, "Qwen3ForCausalLM", {**QWEN, "head_dim": 10}, LLAMA,
+            {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10}),
+  "gpt2": (
+    MODEL_ARCH.GPT2, "GPT2LMHeadModel",
+    {"vocab_size": 97, "n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 70, "n_positions": 64,
+     "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0},
+    {"context_length": "n_positions", "embedding_length": "n_embd", "block_count": "n_layer",
+     "attention.head_count": "n_head"}, {"attention.layer_norm_epsilon": 1e-5},
+  ),
+  "phi2": (MODEL_ARCH.PHI2, "PhiForCausalLM",
+           {**QWEN, "num_key_value_heads": 6, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}, LLAMA,
+           {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4}),
+  "gemma": (MODEL_ARCH.GEMMA, "GemmaForCausalLM", GEMMA, LLAMA,
+            {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10}),
+  "gemma2": (MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM",
+             {**GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 5.0,
+              "final_logit_softcapping": 9.0}, LLAMA,
+             {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10, "attention.sliding_window": 8,
+              "attn_logit_softcapping": 5.0, "final_logit_softcapping": 9.0}),
+  "gemma3": (MODEL_ARCH.GEMMA3, "Gemma3ForCausalLM",
+             {**GEMMA, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 10}, LLAMA,
+             {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10, "attention.sliding_window": 8,
+              "rope.freq_base": 1e6}),
+}  # fmt: skip
+"""The package's word, the class of transformers and its config, keys of metadata by the config's, and others."""
+
+
+def write(path, kind, change=None):
+  """A file as llama.cpp's converter writes it: norms of Gemma one more, linears of GPT-2 turned; and the net."""
+  word, net, config, keys, more = CASES[kind]
+  torch.manual_seed(0)
+  cls = getattr(transformers, net)
+  net = cls._from_config(cls.config_class(**config), attn_implementation="eager").eval()
+  with torch.no_grad():
+    for x in net.parameters():
+      x.add_(torch.randn_like(x) * 0.1)
+  names = get_tensor_name_map(word, net.config.num_hidden_layers)
+  writer = GGUFWriter(path, kind)
+  numbers = {key: config[theirs] for key, theirs in keys.items()} | more | (change or {})
+  for key, value in numbers.items():
+    (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{kind}.{key}", value)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("gpt-2")
+  writer.add_token_list([*(chr(33 + i) for i in range(94)), "Ġ", "Ċ", "ab"])
+  writer.add_token_types([1] * 97)
+  writer.add_token_merges(["a b"])
+  writer.add_eos_token_id(0)
+  tied = net.config.tie_word_embeddings
+  for name, x in net.state_dict().items():
+    if name.endswith((".attn.bias", ".masked_bias", "inv_freq")) or (tied and name == "lm_head.weight"):
+      continue
+    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert theirs, name
+    if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+      x = x.T
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+      x = x + 1
+    writer.add_tensor(theirs, np.ascontiguousarray(x.float().numpy()))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return net
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_equal_transformers(kind, tmp_path):
+  net = write(tmp_path / "model.gguf", kind)
+  model, params, tokenizer = load_gguf(tmp_path / "model.gguf")
+  with torch.no_grad():
+    want = net(torch.tensor(TOKENS).long()).logits.numpy()
+  np.testing.assert_allclose(model.apply(params, TOKENS), want, atol=1e-4)
+  assert tokenizer.vocab_size == 97
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), [
+  ("gpt2", {"block_count": 4}, r"the tensor 'blk.3.attn_norm.weight' is missing"),
+  ("gemma2", {"attention.key_length": 7}, "head_dim is 7; an even integer is needed"),
+  ("phi2", {"rope.dimension_count": 3}, "partial_rotary_factor turns 3 of 8"),
+  ("qwen2", {"rope.dimension_count": 4}, "rotations over a part of the head"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(kind, change, message, tmp_path):
+  write(tmp_path / "model.gguf", kind, change)
+  with pytest.raises(FormatError, match=message):
+    load_gguf(tmp_path / "model.gguf")
+
+
+def test_an_unknown_architecture_is_named(tmp_path):
+  writer = GGUFWriter(tmp_path / "model.gguf", "mamba")
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(FormatError, match="architecture 'mamba' is not known here; known are llama, qwen2"):
+    load_gguf(tmp_path / "model.gguf")
