@@ -16,6 +16,9 @@ from lmcompress.models import (
   LSTM,
   LSTM_DEPTH,
   T5,
+  Bart,
+  BartConfig,
+  BartSizes,
   GPT2Config,
   GPT2Sizes,
   Llama,
@@ -122,7 +125,29 @@ class UntrainedT5(_Untrained):
     return T5(config, T5Sizes(**widths, decoder_layers=self.layers, gated=True))
 
 
-UNTRAINED = {"llama": UntrainedLlama, "gpt2": UntrainedGPT2, "lstm": UntrainedLSTM, "t5": UntrainedT5}
+class UntrainedBart(_Untrained):
+  """An encoder-decoder with learned positions and a norm before each part; widths as of `models.BartSizes`."""
+
+  architecture: Literal["bart"]
+  mlp: int = pydantic.Field(512, ge=1)
+  heads: int = pydantic.Field(4, ge=1)
+
+  @pydantic.model_validator(mode="after")
+  def _fits(self) -> UntrainedBart:
+    if self.embed % self.heads:
+      raise ValueError(f"embed {self.embed} over {self.heads} heads: each has a whole number of entries")
+    return self
+
+  def model(self) -> Any:
+    """The model, with its sizes; its decoder begins with the token that ends a text, the vocabulary's first."""
+    widths = self.model_dump(include={"vocab", "embed", "mlp", "layers", "heads"})
+    config = BartConfig(self.embed // self.heads, pre_norm=True, start=0, max_length=self.max_length)
+    return Bart(config, BartSizes(**widths, decoder_layers=self.layers))
+
+
+UNTRAINED = {
+  "llama": UntrainedLlama, "gpt2": UntrainedGPT2, "lstm": UntrainedLSTM, "t5": UntrainedT5, "bart": UntrainedBart,
+}  # fmt: skip
 """The keys of a file by its architecture."""
 
 

@@ -22,6 +22,7 @@ from lmcompress.models.base import (
   of_tokens,
   positions_of,
   run_module,
+  unturned,
 )
 from lmcompress.types import Block, Params, Stage, WeightError
 
@@ -80,8 +81,8 @@ class EncoderDecoder(BlockModel):
 
   def _view(self, real: jax.Array, length: int, **other: Any) -> ops.View:
     """What `length` tokens see of the slots that are `real`, in any order but for what `other` says."""
-    nothing = jnp.zeros((real.shape[0], length, 0), jnp.float32)
-    return ops.View(real, **{"slot": jnp.int32(0), "causal": False, **other}, cos=nothing, sin=nothing)
+    cos, sin = unturned(jnp.zeros((real.shape[0], length), jnp.int32), self.config.head_dim)
+    return ops.View(real, **{"slot": jnp.int32(0), "causal": False, **other}, cos=cos, sin=sin)
 
   def _checked(self, params: Params, ids: Any) -> jax.Array:
     tokens = checked_tokens(ids, params["embed"]["table"].shape[-2])

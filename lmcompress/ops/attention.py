@@ -147,7 +147,7 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, view: View, head: 
 
 def _native(q: jax.Array, head: int, view: View) -> bool:
   """Whether the kernel takes this: whole vectors in a head, turned as one, float32, nothing done to the scores."""
-  whole = view.cos.shape[-1] in (0, head // 2)
+  whole = 2 * view.cos.shape[-1] == head
   return backend.runs_native() and q.dtype == jnp.float32 and head % 32 == 0 and view.plain and whole
 
 
