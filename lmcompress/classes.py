@@ -103,9 +103,13 @@ def heads_of(folder: Path, params: Params, chosen: Sequence[str] | None = None) 
   from lmcompress.io import checkpoint
 
   known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
-  known = {name: task for name, task in known.items() if task.get("kind", "labels") == "labels"}
+  others = {name: task["kind"] for name, task in known.items() if task.get("kind", "labels") != "labels"}
+  known = {name: task for name, task in known.items() if name not in others}
   heads = {name: Head(tuple(task["classes"]), task["length"]) for name, task in known.items()}
   heads = {name: head for name, head in heads.items() if name in params.get("tasks", {})}
+  if asked := [name for name in chosen or others if name in others and (chosen or not heads)]:
+    told = f"head {asked[0]!r} is of {others[asked[0]]}, and classes of whole texts are told"
+    raise ConfigError(f"{folder}: its {told}; it has {', '.join(heads) or 'no other'}")
   if not heads and params.get("tasks"):
     names = ", ".join(sorted(params["tasks"]))
     raise ConfigError(f"{folder}: it does not say the classes of its heads {names}; save it with `tasks=`, as runs do")

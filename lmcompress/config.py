@@ -390,8 +390,10 @@ def check(table: Mapping[str, Any], where: str) -> Config:
 def _require_rows(config: Config) -> None:
   """Training has rows of a text or of tasks, not of both."""
   train, names = config.train, [task.name for task in config.tasks]
+  names += [config.samples.judge] if config.samples else []
   if len(set(names)) < len(names):
-    raise ConfigError(f"tasks: two have the name {max(names, key=names.count)}")
+    raise ConfigError(f"tasks and samples: two have the name {max(names, key=names.count)}; rename a task")
+  names = [task.name for task in config.tasks]
   if train is None:
     return
   if (train.text is None) == (not names):

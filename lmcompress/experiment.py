@@ -38,7 +38,7 @@ from lmcompress.io.load import load, origin
 from lmcompress.io.store import Store
 from lmcompress.io.whole import write_text
 from lmcompress.judged_tasks import Judged, judged_task
-from lmcompress.learning import judge_samples, score_tasks, train_tasks, train_text
+from lmcompress.learning import check_samples, judge_samples, score_tasks, train_tasks, train_text
 from lmcompress.ops.backend import threads
 from lmcompress.run_folder import (
   BLOCKS,
@@ -114,7 +114,7 @@ def run(
   stages = [Stage("original", params, time.perf_counter() - begun, peak_bytes())]
   if tokenizer is None:
     raise SourceError(f"{config.model} has no tokenizer, texts cannot be scored; put a tokenizer.json beside it")
-  encoder = not getattr(model, "causal", True)
+  encoder, writes = not getattr(model, "causal", True), hasattr(model, "encode")
   if encoder:
     _fits_encoder(config, model, params, profile)
   b, most = config.bench, model.config.max_length
@@ -124,7 +124,10 @@ def run(
     ("explain.length", config.explain.length if config.explain else 0),
     ("calibration.length", config.calibration.length if config.calibration else 0),
     ("train.length", config.train.length if config.train and not config.tasks else 0),
-    ("tasks.length", max((table.length for table in config.tasks), default=0)),
+    (  # a decoder reads a token more, the one that it begins with
+      "tasks.length + 1" if writes else "tasks.length",
+      max((table.length + writes for table in config.tasks), default=0),
+    ),
     ("train.held_out.length", config.train.held_out.length if config.train and config.train.held_out else 0),
     (f"bench.prefill {b.prefill} + decode", b.prefill + b.decode if decodes else 0),
   ):
@@ -134,6 +137,11 @@ def run(
     name: windows(tokenizer, load_text(name), config.evaluate.windows, config.evaluate.length)
     for name in config.evaluate.texts
   }
+  e, explained_on = config.explain, None
+  if e is not None:
+    explained_on = windows(tokenizer, load_text(e.text), e.windows, e.length)
+  if config.samples is not None:
+    check_samples(config.samples, model, tokenizer)
   tasks = {table.name: judged_task(table, model, tokenizer) for table in config.tasks}
   calibration = _calibration(config, model, tokenizer, tasks)
   vocab = params["embed"]["table"].shape[0]
@@ -196,10 +204,9 @@ def run(
     with profiling.trace(folder / TENSORBOARD):
       latency(model, ready[-1], prefill=b.prefill, decode=b.decode, rounds=1)
   explanation = None
-  if config.explain is not None:
-    e = config.explain
-    tokens = windows(tokenizer, load_text(e.text), e.windows, e.length)
-    explanation = importance.explained(model, stages[-1].params, tokens, tokenizer, stages[0].params, watcher.note)
+  if explained_on is not None:
+    before, after = stages[0].params, stages[-1].params
+    explanation = importance.explained(model, after, explained_on, tokenizer, before, watcher.note)
   spent = None if counter is None else counter.read() - joules
   result = {
     "format": 1,
@@ -343,6 +350,9 @@ def _decides(config: Config, calibration: Any) -> dict[str, Any]:
   """What decides the bits of a compression: finished blocks are used again only where all of it is the same."""
   path = Path(hub.resolve_model(config.model))
   files = sorted(path.iterdir()) if path.is_dir() else [path]
+  if config.train is not None and config.train.teacher is not None:
+    teacher = Path(hub.resolve_model(config.train.teacher))
+    files += sorted(teacher.iterdir()) if teacher.is_dir() else [teacher]
   return {
     "config": config.hash,
     "versions": versions(),

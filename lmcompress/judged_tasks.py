@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from lmcompress.data.labelled import DATASETS, encode_rows, load_labelled
 from lmcompress.data.pairs import PAIRS, Pairs, load_pairs
 from lmcompress.data.questions import QUESTIONS, encode_questions, load_questions
 from lmcompress.data.tagged import TAGGED, encode_tagged, load_tagged
+from lmcompress.io import checkpoint, hub
 from lmcompress.training import Task, probabilities
 from lmcompress.types import ConfigError, Params, SourceError
 
@@ -68,6 +71,14 @@ def judged_task(table: TaskTable, model: Any, tokenizer: Any) -> Judged:
     alike = PAIRS if writes else {known: 0 for names in KNOWN.values() if names is not PAIRS for known in names}
     raise ConfigError(f"{where}data {name}, and the model {fits}; give one of {', '.join(alike)}")
   special = writes or not getattr(model, "causal", True)
+  try:
+    return _read(table, tokenizer, special)
+  except ConfigError as error:
+    raise ConfigError(f"{where}{str(error).removeprefix(where)}") from None
+
+
+def _read(table: TaskTable, tokenizer: Any, special: bool) -> Judged:
+  name = table.data
   if name in PAIRS:
     return _pairs(table, tokenizer)
   if name in TAGGED:
@@ -84,7 +95,34 @@ def judged_task(table: TaskTable, model: Any, tokenizer: Any) -> Judged:
     ]
   else:
     parts = _labelled(table, tokenizer, special)
+  require_scorer(parts[0].kind)
   return Judged(parts[0], parts[1])
+
+
+def require_scorer(kind: str, measure: str = "") -> None:
+  """Raises ConfigError where a package that scores is missing, before anything is learned."""
+  package = {"tags": "seqeval", "labels": "sklearn", "texts": "sacrebleu" if measure == "bleu" else "rouge_score"}
+  if kind in package and importlib.util.find_spec(package[kind]) is None:
+    name = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}.get(package[kind], package[kind])
+    raise ConfigError(f"scores of {kind} need {name}: pip install 'lmcompress[tasks]'")
+
+
+def require_heads(model: str, tasks: Mapping[str, Judged]) -> None:
+  """Raises ConfigError where a saved model has a head of a task's name that tells something else.
+
+  Args:
+    model: as `load` takes it.
+  """
+  folder = Path(hub.resolve_model(model))
+  known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
+  for name, judged in tasks.items():
+    head, task = known.get(name), judged.train
+    if head is None or not task.has_head:
+      continue
+    told = head.get("kind", "labels"), tuple(head["classes"])
+    if told != (task.kind, tuple(task.classes)):
+      theirs, ours = (f"{kind} {', '.join(classes)[:80]}" for kind, classes in (told, (task.kind, task.classes)))
+      raise ConfigError(f"task {name}: the head of that name in {model} tells {theirs}; the data {ours}; rename one")
 
 
 def _spread(count: int, rows: int | None) -> np.ndarray:
@@ -108,6 +146,7 @@ def _labelled(table: TaskTable, tokenizer: Any, special: bool) -> list[Task]:
 def _pairs(table: TaskTable, tokenizer: Any) -> Judged:
   """Pairs of which either side has more than `length` tokens are left out; a text to write ends with a token."""
   pairs = load_pairs(table.data)
+  require_scorer("texts", pairs.measure)
   if tokenizer.eos_id is None:
     raise ConfigError(f"task {table.name}: the tokenizer has no token that ends a text")
   tasks: list[Task] = []

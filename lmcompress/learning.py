@@ -15,14 +15,14 @@ import jax
 
 from lmcompress import recipe as recipes
 from lmcompress import tree
-from lmcompress.config import Config, Train, rules_of
+from lmcompress.config import Config, Samples, Train, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.evaluate import profiling
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.evaluate.samples import JUDGES
 from lmcompress.generation import generate
 from lmcompress.io.load import load
-from lmcompress.judged_tasks import Judged, rows_per_s, scored
+from lmcompress.judged_tasks import Judged, require_heads, rows_per_s, scored
 from lmcompress.run_folder import TENSORBOARD, TRAINING, Records
 from lmcompress.stages import Stage, Watcher, key
 from lmcompress.types import ConfigError, LmcompressError, Params
@@ -35,14 +35,14 @@ SAMPLES_AT_ONCE = 50
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
-  """What a config asks and training cannot do is the config's error."""
+def _settings(section: str = "training") -> Iterator[None]:
+  """What a section of a config asks and cannot be done is the config's error."""
   try:
     yield
   except LmcompressError:
     raise
   except ValueError as error:
-    raise ConfigError(f"training: {error}") from None
+    raise ConfigError(f"{section}: {error}") from None
 
 
 def train_text(
@@ -151,6 +151,8 @@ def train_tasks(
   settings, teacher = train.settings(), None
   if settings.needs_teacher:
     teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher)[:2]
+    require_heads(train.teacher or config.model, tasks)
+  require_heads(config.model, tasks)
   reset_peak()
   begun = time.perf_counter()
   with _settings():
@@ -209,7 +211,7 @@ def score_tasks(
     heads = params.get("tasks", {})
     able = {name: judged for name, judged in tasks.items() if name in heads or not judged.test.has_head}
     if key(stages, i) not in found and able:
-      with _settings():
+      with _settings("tasks"):
         outcomes = {
           name: {
             **scored(model, params, tokenizer, name, judged),
@@ -221,6 +223,16 @@ def score_tasks(
       found[key(stages, i)] = outcomes
       watcher.step("tasks", i + 1, len(stages))
   return found
+
+
+def check_samples(table: Samples, model: Any, tokenizer: Any) -> None:
+  """Raises ConfigError where samples cannot be drawn or judged, before anything is done."""
+  judge = JUDGES[table.judge]
+  judge.require()
+  longest = max(len(tokenizer.encode(prompt)) for prompt in judge.prompts()) + judge.max_new_tokens
+  if longest > model.config.max_length:
+    what = f"a sample has up to {longest} tokens, prompt included"
+    raise ConfigError(f"samples.judge: {table.judge}: {what}; the model's context is {model.config.max_length}")
 
 
 def judge_samples(
@@ -237,8 +249,9 @@ def judge_samples(
   found = {row["stage"]: row["scores"] for row in records.found("samples")}
   if table is None:
     return found
-  judge, texts = JUDGES[table.judge], []
-  prompts = [judge.prompts()[i % len(judge.prompts())] for i in range(table.count)]
+  judge = JUDGES[table.judge]
+  begin = judge.prompts()
+  prompts = [begin[i % len(begin)] for i in range(table.count)]
   for i, params in enumerate(ready):
     if key(stages, i) in found:
       continue
@@ -246,7 +259,7 @@ def judge_samples(
     for first in range(0, table.count, SAMPLES_AT_ONCE):
       some = prompts[first : first + SAMPLES_AT_ONCE]
       drawn = jax.random.fold_in(jax.random.key(config.seed), first)
-      with _settings():
+      with _settings("samples"):
         texts += generate(
           model, params, tokenizer, some, judge.max_new_tokens, temperature=table.temperature, top_k=table.top_k,
           key=drawn, stop=("\n\n",),

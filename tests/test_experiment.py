@@ -606,6 +606,7 @@ def test_tasks_are_learned_compressed_and_scored(place):
   ({"tasks": []}, "give a text, or leave it out"),
   ({"tasks": [{"name": "a", "data": "bbc"}, {"name": "a", "data": "digits"}]}, "two have the name a"),
   ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),
+  ({"tasks": [{"name": "digits", "data": "digits"}], "samples": {"judge": "digits"}}, "two have the name digits"),
   ({"train": {"text": "pydoc", "weighting": {}}, "tasks": []}, "there are none"),
 ])  # fmt: skip
 def test_tables_of_tasks_are_checked(over, said):
@@ -726,6 +727,7 @@ def test_an_encoder_decoder_learns_to_write(writer, place, monkeypatch):
   ({"tasks": [{"name": "a", "data": "bbc", "length": 8}]}, "and the model writes texts; give one of bible-en-es"),
   ({"calibration": {"text": "grimm", "windows": 1, "length": 8}}, "calibrated on one of its tasks: es"),
   ({"calibration": {"text": "es", "windows": 13, "length": 8}}, "13 of 12 rows of task es"),
+  ({"tasks": [{"name": "es", "data": "bible-en-es", "length": 32}]}, r"tasks.length \+ 1: 33 tokens are more"),
   ({"tasks": [{"name": "es", "data": "bible-en-es", "length": 3}]}, "task es: length 3: no pair of bible-en-es"),
 ])  # fmt: skip
 def test_what_an_encoder_decoder_cannot_do_is_refused(writer, place, monkeypatch, change, message):
@@ -772,6 +774,32 @@ def test_a_report_explains_what_matters_and_what_changed(place):
   page = (place / "explained" / config.folder / "report.html").read_text()
   for words in ("What matters, and what changed", "a layer is left out", "what matters along mlp", "after each token"):
     assert words in page
+
+
+def test_what_comes_last_is_checked_first(place):
+  """Nothing is compressed before it is known that the samples can be drawn and the text that explains is there."""
+  table = load_config(place / "tiny.yaml").model_dump(mode="json") | {"name": "early"}
+  for over, message in (
+    ({"samples": {"judge": "tunes", "count": 10}}, "samples.judge: tunes: a sample has up to"),
+    ({"explain": {"text": "grim"}}, "did you mean grimm"),
+  ):
+    config = check({**table, **over}, "early.yaml")
+    with pytest.raises(LmcompressError, match=message):
+      experiment.run(config, place / "early", "lmcompress run early.yaml")
+    assert not (place / "early" / config.folder).exists()
+
+
+def test_a_head_is_not_taken_for_another(encoder, place, monkeypatch):
+  rows = (["a wolf", "kings"] * 4, np.arange(8) % 2)
+  monkeypatch.setattr("lmcompress.judged_tasks.load_labelled", lambda name: Labelled(("x", "y"), rows, rows))
+  config = check({**encoder, "name": "first"}, "enc.yaml")
+  experiment.run(config, place / "heads", "lmcompress run enc.yaml")
+  model = str(place / "heads" / config.folder / "model")
+  monkeypatch.setattr("lmcompress.judged_tasks.load_labelled", lambda name: Labelled(("x", "z"), rows, rows))
+  distil = {**encoder["train"], "teacher": model, "loss": {"name": "distill"}}
+  for over in ({"model": model}, {"train": distil}):
+    with pytest.raises(ConfigError, match=r"the head of that name in .* tells labels x, y; the data labels x, z"):
+      experiment.run(check({**encoder, "name": "second", **over}, "enc.yaml"), place / "heads", "again")
 
 
 def test_samples_are_drawn_and_judged_at_each_stage(place, monkeypatch):

@@ -20,7 +20,7 @@ PAIRS: dict[str, str] = {
   "bible-es-en": "the same from Spanish to English",
   "quran-en-zh": "verses of the Quran in English and Chinese, every tenth held out (needs npm)",
   "quran-zh-en": "the same from Chinese to English",
-  "headlines": "beginnings of BBC's articles and their headlines, split as the data set bbc",
+  "headlines": "beginnings of BBC's articles and their headlines, split as the data set bbc, less what stands twice",
 }
 """One line for each data set that has a name."""
 
@@ -67,6 +67,8 @@ _QURAN = tuple(
     ("zh", "0646a4794227cfbcd45f23b86328e7b9617bfbcce9571e91f87360495b11ef6c", 2309808),
   )
 )
+Columns = tuple[list[str], list[str]]
+"""Sources and targets."""
 _MAX_BLOCK_NBYTES = 4 << 20
 """Of a book of the Bible, unpacked; the largest has a tenth of it."""
 
@@ -99,11 +101,16 @@ def load_pairs(name: str) -> Pairs:
 
 def _split(pairs: Sequence[tuple[str, str]], every: int, language: str) -> Pairs:
   """Every so many pairs are held out, less those whose source or target is among the others, too."""
-  train = [pair for i, pair in enumerate(pairs) if i % every]
-  known = [{pair[side] for pair in train} for side in (0, 1)]
-  test = [p for p in pairs[::every] if p[0] not in known[0] and p[1] not in known[1]]
-  columns = [([s for s, _ in part], [t for _, t in part]) for part in (train, test)]
-  return Pairs(columns[0], columns[1], "bleu", language)
+  parts = ([pair for i, pair in enumerate(pairs) if i % every], pairs[::every])
+  train, test = (([s for s, _ in part], [t for _, t in part]) for part in parts)
+  return Pairs(train, _apart(train, test), "bleu", language)
+
+
+def _apart(train: Columns, test: Columns) -> Columns:
+  """The held-out pairs of which neither side is among the others."""
+  known = [set(side) for side in train]
+  kept = [p for p in zip(*test, strict=True) if p[0] not in known[0] and p[1] not in known[1]]
+  return [source for source, _ in kept], [target for _, target in kept]
 
 
 def _turned(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -190,13 +197,13 @@ def _verses(suras: list[dict]) -> Iterator[str]:
 def _headlines() -> Pairs:
   data = load_labelled("bbc")
 
-  def columns(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+  def columns(texts: Sequence[str]) -> Columns:
     articles = [text.split("\n", 1) for text in texts if "\n" in text.strip()]
     kept = [(body.strip(), head.strip()) for head, body in articles if head.strip() and body.strip()]
     return [body[:ARTICLE_CHARACTERS] for body, _ in kept], [head for _, head in kept]
 
   train, test = (columns([str(text) for text in part[0]]) for part in (data.train, data.test))
-  return Pairs(train, test, "rouge")
+  return Pairs(train, _apart(train, test), "rouge")
 
 
 _LOADERS: dict[str, Callable[[], Pairs]] = {

@@ -79,7 +79,9 @@ def parse(text: str) -> Tagged:
 def encode_tagged(
   texts: Sequence[Words], tokenizer: object, length: int, special: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Texts as tokens, mask and tags, int32 `[n, length]`, cut and padded on the right.
+  """Texts as tokens, mask and tags, int32 `[n, length]`, cut after the last word that fits and padded on the right.
+
+  Words that are cut off are in no score; a text of which not one word fits is left out.
 
   A word's tag stands at one of its tokens: the first, as encoders are trained, or the last, which alone has seen the
   word where each token sees those before it. All other tokens have -1.
@@ -88,14 +90,13 @@ def encode_tagged(
     special: adds the tokens that the tokenizer's template puts around a text; says that each token sees all.
 
   Raises:
-    ConfigError: no word of a text has a token, or not one fits.
+    ConfigError: of no text a word fits.
   """
   encode = tokenizer.encode  # type: ignore[attr-defined]
   around = list(encode("", add_special=True)) if special else []
   before, after = around[: (len(around) + 1) // 2], around[(len(around) + 1) // 2 :]
-  tokens, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
-  tags = np.full((len(texts), length), -1, np.int32)
-  for row, (words, classes) in enumerate(texts):
+  rows = []
+  for words, classes in texts:
     ids, said = list(before), [-1] * len(before)
     for i, (word, tag) in enumerate(zip(words, classes, strict=True)):
       own = list(encode(word if i == 0 else f" {word}"))
@@ -103,9 +104,12 @@ def encode_tagged(
         break
       at = 0 if special else len(own) - 1
       ids, said = [*ids, *own], [*said, *(tag if j == at else -1 for j in range(len(own)))]
-    if all(tag < 0 for tag in said):
-      raise ConfigError(f"text {row} has no word of {length - len(around)} tokens or fewer; raise length")
-    ids = [*ids, *after]
-    tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-    tags[row, : len(said)] = said
+    if any(tag >= 0 for tag in said):
+      rows.append(([*ids, *after], said))
+  if not rows:
+    raise ConfigError(f"length: {length} tokens are too few for a word of any of {len(texts)} texts; raise it")
+  tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
+  tags = np.full((len(rows), length), -1, np.int32)
+  for row, (ids, said) in enumerate(rows):
+    tokens[row, : len(ids)], mask[row, : len(ids)], tags[row, : len(said)] = ids, 1, said
   return tokens, mask, tags

@@ -45,8 +45,8 @@ TEXTS: dict[str, str] = {
   "movies": "reviews of films and plots of the data set movies, those to train on, 11,241 texts, 1.7 MB",
   "digits": "the 1,797 images of the data set digits, each its digit and 64 letters from A to Q, 0.1 MB",
   "tunes": "folk songs in ABC, metre, unit, key and notes of each, 8,446 tunes, 1.3 MB",
-  "bible": "verses in English and Spanish of the data set bible-en-es, those to train on, 60,094 verses, 8.1 MB",
-  "quran": "verses in English and Chinese of the data set quran-en-zh, those to train on, 11,224 verses, 1.4 MB",
+  "bible": "verses in English and Spanish of the data set bible-en-es, those to train on, 30,047 pairs, 7.7 MB",
+  "quran": "verses in English and Chinese of the data set quran-en-zh, those to train on, 5,612 pairs, 1.5 MB",
 }
 """One line for each text that has a name."""
 
@@ -214,10 +214,10 @@ def _tunes() -> list[str]:
 
 
 def _both_sides(name: str) -> list[str]:
-  """The training pairs of a data set, each source before its target."""
+  """The training pairs of a data set, a document each: the source, an empty line and the target."""
   from lmcompress.data.pairs import load_pairs
 
-  return [text for pair in zip(*load_pairs(name).train, strict=True) for text in pair]
+  return ["\n\n".join(pair) for pair in zip(*load_pairs(name).train, strict=True)]
 
 
 def _orange_column(path: Path) -> list[str]:

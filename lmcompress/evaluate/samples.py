@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,12 +28,20 @@ class Judge(NamedTuple):
     prompts: what samples begin with, in turn.
     max_new_tokens: of a sample.
     judge: samples with their prompts, and a seed, to their scores.
+    package, extra: that judges, and what installs it.
   """
 
   text: str
   prompts: Callable[[], Sequence[str]]
   max_new_tokens: int
   judge: Callable[[Sequence[str], int], dict[str, Any]]
+  package: str
+  extra: str
+
+  def require(self) -> None:
+    """Raises ConfigError where the package that judges is missing."""
+    if importlib.util.find_spec(self.package) is None:
+      raise ConfigError(f"judging {self.text} needs {self.package}: pip install 'lmcompress[{self.extra}]'")
 
 
 def judge_digits(samples: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -57,6 +66,7 @@ def judge_digits(samples: Sequence[str], seed: int = 0) -> dict[str, Any]:
   except ImportError:
     raise ConfigError("judging digits needs scikit-learn: pip install 'lmcompress[tasks]'") from None
   known = load_text("digits:rest").split("\n\n")
+  seen = set(known)
   learned = SVC(gamma="scale").fit([_pixels(image) for image in known], [int(image[0]) for image in known])
   held = load_text("digits:fifth").split("\n\n")
   real = learned.predict([_pixels(image) for image in held]) == [int(image[0]) for image in held]
@@ -66,7 +76,7 @@ def judge_digits(samples: Sequence[str], seed: int = 0) -> dict[str, Any]:
     ok and int(learned.predict([_pixels(sample)])[0]) == int(sample[0])
     for sample, ok in zip(samples, valid, strict=True)
   ]
-  novel = [sample not in set(known) for sample, ok in zip(samples, valid, strict=True) if ok]
+  novel = [sample not in seen for sample, ok in zip(samples, valid, strict=True) if ok]
   return _shares(samples, {"valid": valid, "recognised": right}, "recognised", seed) | {
     "new": float(np.mean(novel)) if novel else None, "real": float(np.mean(real))
   }  # fmt: skip
@@ -153,7 +163,7 @@ def _heads() -> list[str]:
 
 
 JUDGES: dict[str, Judge] = {
-  "digits": Judge("digits", lambda: [str(digit) for digit in range(10)], SIDE * SIDE + 2, judge_digits),
-  "tunes": Judge("tunes", _heads, 320, judge_tunes),
+  "digits": Judge("digits", lambda: list("0123456789"), SIDE * SIDE + 2, judge_digits, "sklearn", "tasks"),
+  "tunes": Judge("tunes", _heads, 320, judge_tunes, "music21", "music"),
 }
 """By name."""

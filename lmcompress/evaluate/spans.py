@@ -17,10 +17,14 @@ def likeliest(probabilities: np.ndarray, longest: int = 30) -> np.ndarray:
     longest: tokens that a span has at most.
   """
   n, _, length = probabilities.shape
-  both = probabilities[:, 0, :, None] * probabilities[:, 1, None, :]
-  apart = np.arange(length)[None, :] - np.arange(length)[:, None]
-  both = np.where((apart >= 0) & (apart < longest), both, -1.0)
-  return np.stack(np.unravel_index(both.reshape(n, -1).argmax(1), (length, length)), axis=1)
+  best, spans = np.full(n, -1.0), np.zeros((n, 2), np.int64)
+  for more in range(min(longest, length)):
+    both = probabilities[:, 0, : length - more] * probabilities[:, 1, more:]
+    first, value = both.argmax(1), both.max(1)
+    better = value > best
+    best[better] = value[better]
+    spans[better] = np.stack([first, first + more], axis=1)[better]
+  return spans
 
 
 def scores(spans: np.ndarray, said: np.ndarray, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:

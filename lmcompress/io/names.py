@@ -125,6 +125,18 @@ def plan(
   return mapping
 
 
+def one_width(what: str, widths: Sequence[int]) -> int:
+  """The width that all have.
+
+  Raises:
+    FormatError: they differ, as after pruning, and a `config.json` has one number for all.
+  """
+  if len(set(widths)) != 1:
+    found = ", ".join(map(str, sorted(set(widths))))
+    raise FormatError(f"{what} of {found} entries: config.json has one number for all; save with lmcompress.save")
+  return widths[0]
+
+
 def depth_of(path: str, layers: Mapping[str, int]) -> int:
   """How many parameters a path stands for: one, or one a layer of its stack."""
   if "{i}" not in path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,7 +137,7 @@ def fit_tasks(
   checked = {name: checked_task(name, task, model, params) for name, task in sorted(tasks.items())}
   if not checked:
     raise ValueError("fit_tasks: no task")
-  teacher = _checked_teacher(checked, params, teacher) if training.loss.needs_teacher else None
+  teacher = _checked_teacher(model, checked, params, teacher) if training.loss.needs_teacher else None
   counts = shares({name: len(task.labels) for name, task in checked.items()}, training.batch, weighting.temperature)
   for name, task in checked.items():
     if len(task.labels) < counts[name]:
@@ -180,7 +181,8 @@ def fit_tasks(
         found[f"held_out/{name}"] = held_out_loss(model, now, name, task, counts[name])
     return found
 
-  about = [decides, seed, repr(training), repr(weighting), {name: list(t.tokens.shape) for name, t in checked.items()}]
+  shown = {name: [list(t.tokens.shape), t.kind, t.classes, _digest(t.tokens, t.labels)] for name, t in checked.items()}
+  about = [decides, seed, repr(training), repr(weighting), shown]
   keeping = Keeping(folder, about, save_every, evaluate_every)
   changes = transform is not None
   state, history = run_steps(state, update, training, keeping, changes, score if held_out else None, on_step)
@@ -327,8 +329,12 @@ def _fits(name: str, heads: Params, task: Task) -> None:
     raise ValueError(f"task {name}: its head tells {found} classes apart, the data has {len(task.classes)}; rename one")
 
 
+def _digest(*arrays: np.ndarray) -> str:
+  return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()[:16]
+
+
 def _checked_teacher(
-  tasks: Mapping[str, Task], params: Params, teacher: tuple[Any, Params] | None
+  model: Any, tasks: Mapping[str, Task], params: Params, teacher: tuple[Any, Params] | None
 ) -> tuple[Any, Params]:
   if teacher is None:
     raise ValueError("a distillation needs a teacher: fit_tasks(..., teacher=(model, params))")
@@ -342,6 +348,9 @@ def _checked_teacher(
       _fits(name, teacher[1][HEADS], task)
     elif not hasattr(teacher[0], "encode"):
       raise ValueError(f"the teacher of task {name} has no decoder beside an encoder to write texts with")
+    elif teacher[0].config.start != model.config.start:
+      starts = f"{teacher[0].config.start}, the student's with {model.config.start}"
+      raise ValueError(f"the teacher's decoder begins with token {starts}; they must be the same")
   return teacher
 
 

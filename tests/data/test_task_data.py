@@ -39,7 +39,9 @@ def test_tags_stand_at_the_first_token_of_a_word_or_at_the_last():
   assert tokens[0].tolist() == [3, 4, 6, 12, 13] and tags[0].tolist() == [0, 0, 0, -1, 1]
   cut = tagged.encode_tagged(text, word_piece(), 6, special=True)  # half a word is none
   assert cut[0][0].tolist() == [0, 3, 4, 6, 1, 0]
-  with pytest.raises(ConfigError, match="text 0 has no word of 0 tokens or fewer"):
+  short = [(["paris"], [1]), (["wolf"], [0])]  # one that does not fit is left out
+  assert tagged.encode_tagged(short, word_piece(), 3, special=True)[0].tolist() == [[0, 4, 1]]
+  with pytest.raises(ConfigError, match="length: 2 tokens are too few for a word of any of 1 texts"):
     tagged.encode_tagged(text, word_piece(), 2, special=True)
 
 
@@ -95,10 +97,26 @@ def test_pairs_that_are_held_out_share_nothing_with_the_others():
 
 
 def test_headlines_are_the_first_lines(monkeypatch):
+  """A held-out article that stands among the others under another headline is left out."""
   part = (["One\n\nBody of it " + "x" * 700, "no body", "\nnothing"], np.zeros(3, np.int32))
-  monkeypatch.setattr(pairs, "load_labelled", lambda name: Labelled(("a",), part, part))
+  held = ([part[0][0].replace("One", "Two"), "Three\n\nAnother."], np.zeros(2, np.int32))
+  monkeypatch.setattr(pairs, "load_labelled", lambda name: Labelled(("a",), part, held))
   found = pairs.load_pairs("headlines")
   assert found.train[1] == ["One"] and len(found.train[0][0]) == pairs.ARTICLE_CHARACTERS and found.measure == "rouge"
+  assert found.test == (["Another."], ["Three"])
+
+
+def test_a_verse_and_its_translation_are_one_document(monkeypatch):
+  some = pairs.Pairs((["a", "b", "c"], ["x", "y", "z"]), ([], []), "bleu", "es")
+  monkeypatch.setattr(pairs, "load_pairs", lambda name: some)
+  assert load_text("bible:even") == "a\n\nx\n\nc\n\nz" and load_text("bible:odd") == "b\n\ny"
+
+
+def test_questions_that_are_held_out_are_new(monkeypatch):
+  part = ([ARTICLE], np.zeros(1, np.int32))
+  monkeypatch.setattr(questions, "load_labelled", lambda name: Labelled(("a",), part, part))
+  found = questions.load_questions("gaps")
+  assert len(found.train) == 3 and found.test == []
 
 
 def sword(books):

@@ -246,3 +246,24 @@ def test_windows_stay_with_their_layers_where_others_are_removed(tmp_path):
   back, read, _ = load_folder(tmp_path / "out")
   assert model.config.full_layers == (2,) and back.config.full_layers == (1,)
   np.testing.assert_allclose(output(back, read), output(model, params), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "part", "rest", "message"), [
+  ("t5", "mlp", ("down",), "MLPs of 7, 70 entries"), ("t5", "cross", ("o",), "heads of 7, 35 entries"),
+  ("bart", "cross", ("o",), "heads of 7, 42 entries"), ("bart", "mlp", ("down",), None),
+])  # fmt: skip
+def test_widths_that_a_config_cannot_say_are_refused(name, part, rest, message, tmp_path):
+  """A decoder whose MLP, or whose look at the encoder, has fewer entries than the rest, in all its layers."""
+  CASES[name].build().save_pretrained(tmp_path / "in")
+  model, params, _ = load_folder(tmp_path / "in")
+  leaves = tree.flatten(params)
+  for path, x in leaves.items():
+    if path.startswith("decoder/") and f"/{part}/" in path:
+      outward = path.split("/")[-2] in rest
+      leaves[path] = (x if path.endswith("bias") else x[:7]) if outward else x[..., :7]
+  if message is None:
+    save_folder(model, tree.unflatten(leaves), tmp_path / "out")
+    assert tree.get(load_folder(tmp_path / "out")[1], "decoder/layers/0/mlp/up/kernel").shape == (42, 7)
+    return
+  with pytest.raises(FormatError, match=message):
+    save_folder(model, tree.unflatten(leaves), tmp_path / "out")

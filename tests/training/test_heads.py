@@ -128,6 +128,9 @@ def test_a_student_learns_from_a_teacher_what_no_label_says(model, make):
 def test_a_teacher_has_what_it_teaches():
   guided, params = Training(steps=2, batch=4, loss=Distill()), BERT.init(jax.random.key(0))
   small = Bert(BERT.config, dataclasses.replace(BERT.sizes, vocab=31)).init(jax.random.key(0))
+  other = T5(dataclasses.replace(WRITER.config, start=2), T5_SIZES)
+  with pytest.raises(ValueError, match="begins with token 2, the student's with 3"):
+    fit_tasks(WRITER, WRITER.init(jax.random.key(0)), {"it": texts(8)}, guided, teacher=(other, params))
   for teacher, message in ((None, "needs a teacher"), ((BERT, params), "no head for task it"),
                            ((BERT, small), "31 entries, the student's 32")):  # fmt: skip
     with pytest.raises(ValueError, match=message):

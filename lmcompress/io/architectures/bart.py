@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names
+from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, one_width
 from lmcompress.models import Bart, BartConfig
 from lmcompress.models.bart import FIRST_POSITION
 from lmcompress.types import FormatError, Params
@@ -74,20 +74,21 @@ def read(config: Mapping[str, Any], where: Any) -> Bart:
 def write(model: Bart, params: Params) -> dict[str, Any]:
   """The `config.json` of a model."""
   c, encoder, decoder = model.config, params["encoder"], params["decoder"]
-  layer = next(iter(encoder["layers"].values()))
   vocab, embed = params["embed"]["table"].shape
+  sides = [list(side["layers"].values()) for side in (encoder, decoder)]
   if "head" in params:
     raise FormatError("head/table: a folder of BART has one table for both sides and the head")
-  width, hidden = layer["attn"]["q"]["kernel"].shape[-1], layer["mlp"]["up"]["kernel"].shape[-1]
-  if width != embed:
+  attentions = [x[part] for side in sides for x in side for part in ("attn", "cross") if part in x]
+  if (width := one_width("heads", [x["q"]["kernel"].shape[-1] for x in attentions])) != embed:
     raise FormatError(f"heads of {width} entries in all over a stream of {embed}: config.json has one width for both")
+  hidden = [one_width("MLPs of a side", [x["mlp"]["up"]["kernel"].shape[-1] for x in side]) for side in sides]
   word = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[c.activation]
   heads, name = width // c.head_dim, "MBart" if c.pre_norm else "Bart"
   return {
     "model_type": name.lower(), "architectures": [f"{name}ForConditionalGeneration"], "vocab_size": vocab,
     "d_model": embed, "encoder_layers": len(encoder["layers"]), "decoder_layers": len(decoder["layers"]),
-    "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": hidden,
-    "decoder_ffn_dim": hidden, "activation_function": word, "scale_embedding": c.scaled,
+    "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": hidden[0],
+    "decoder_ffn_dim": hidden[1], "activation_function": word, "scale_embedding": c.scaled,
     "max_position_embeddings": params["encoder"]["positions"]["table"].shape[0] - FIRST_POSITION,
     "decoder_start_token_id": c.start, "is_encoder_decoder": True,
   }  # fmt: skip

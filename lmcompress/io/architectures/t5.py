@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmcompress.io.names import Foreign, Name, integer, number
+from lmcompress.io.names import Foreign, Name, integer, number, one_width
 from lmcompress.models import T5, T5Config
 from lmcompress.types import FormatError, Params
 
@@ -79,6 +79,11 @@ def write(model: T5, params: Params) -> dict[str, Any]:
   layer = next(iter(encoder["layers"].values()))
   vocab, embed = params["embed"]["table"].shape
   buckets, heads = encoder["relative"]["bias"].shape
+  layers = [x for side in (encoder, decoder) for x in side["layers"].values()]
+  hidden = one_width("MLPs", [x["mlp"]["up"]["kernel"].shape[-1] for x in layers])
+  widths = [x[part]["q"]["kernel"].shape[-1] for x in layers for part in ("attn", "cross") if part in x]
+  if (width := one_width("heads", widths)) != heads * c.head_dim:
+    raise FormatError(f"heads of {width} entries in all and biases for {heads} of {c.head_dim} do not fit together")
   word = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}[c.activation]
   gated = "gate" in layer["mlp"]
   if "head" in params and c.scaled:
@@ -86,7 +91,7 @@ def write(model: T5, params: Params) -> dict[str, Any]:
   proj = f"gated-{'gelu' if word == 'gelu_new' else word}" if gated else word
   return {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": vocab, "d_model": embed,
-    "d_kv": c.head_dim, "d_ff": layer["mlp"]["up"]["kernel"].shape[-1], "num_layers": len(encoder["layers"]),
+    "d_kv": c.head_dim, "d_ff": hidden, "num_layers": len(encoder["layers"]),
     "num_decoder_layers": len(decoder["layers"]), "num_heads": heads, "relative_attention_num_buckets": buckets,
     "relative_attention_max_distance": c.max_distance, "layer_norm_epsilon": c.rms_epsilon,
     "feed_forward_proj": proj, "is_encoder_decoder": True, "decoder_start_token_id": c.start,
