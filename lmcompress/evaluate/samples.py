@@ -98,28 +98,34 @@ def judge_tunes(samples: Sequence[str], seed: int = 0) -> dict[str, Any]:
     seed: of the resampling.
 
   Returns:
-    `n`, `valid` (the share that music21 reads and that have four notes or more), `bars` (the share of bars of valid
-    tunes that are full), `new` (of the valid ones, not in the text), `real` (`bars` of as many held-out tunes),
-    `interval` of `valid`, `measure`, which names that, and `examples`.
+    `n`, `valid` (the share that music21 reads, that have four notes or more, and no character that no tune of the text
+    has: music21 passes over what it does not know), `bars` (the share of bars of valid tunes that are full), `new` (of
+    the valid ones, not in the text), `real` (`bars` of as many held-out tunes), `interval` of `valid` and `bars`,
+    `measure`, which is `bars`, and `examples`.
 
   Raises:
     ConfigError: music21 is missing.
   """
-  known = set(load_text("tunes:rest").split("\n\n"))
-  found = [_bars(sample) for sample in samples]
+  text = load_text("tunes:rest")
+  known, letters = set(text.split("\n\n")), set(text)
+  found = [_bars(sample) if set(sample) <= letters else None for sample in samples]
   held = load_text("tunes:fifth").split("\n\n")
   real = [_bars(tune) for tune in held[:: max(1, len(held) // max(1, len(samples)))][: len(samples)]]
   valid = [one is not None for one in found]
   novel = [sample.strip() not in known for sample, ok in zip(samples, valid, strict=True) if ok]
-  return _shares(samples, {"valid": valid}, "valid", seed) | {
-    "bars": _full(found), "new": float(np.mean(novel)) if novel else None, "real": _full(real)
+  shares = _shares(samples, {"valid": valid}, "valid", seed)
+  counts = np.asarray([one or (0, 0) for one in found], np.float64)
+  around = resampled(counts, _full, 1000, seed)
+  return shares | {
+    "measure": "bars", "bars": float(_full(counts.sum(0))), "new": float(np.mean(novel)) if novel else None,
+    "real": float(_full(np.asarray([one or (0, 0) for one in real], np.float64).sum(0))),
+    "interval": {**shares["interval"], "bars": around},
   }  # fmt: skip
 
 
-def _full(tunes: Sequence[tuple[int, int] | None]) -> float | None:
-  """The share of full bars among those that count."""
-  counts = [one for one in tunes if one is not None and one[1]]
-  return sum(full for full, _ in counts) / sum(every for _, every in counts) if counts else None
+def _full(counts: np.ndarray) -> np.ndarray:
+  """The share of full bars, of sums `[..., 2]` of those and of all that count."""
+  return counts[..., 0] / np.maximum(counts[..., 1], 1)
 
 
 def _bars(tune: str) -> tuple[int, int] | None:
