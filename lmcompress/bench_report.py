@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmcompress.evaluate.roofline import attainable
 from lmcompress.figures import COLORS, MARKERS, figure_of, legend, style, svg
-from lmcompress.report import Result, Row, _show, _table
+from lmcompress.report import _table
+from lmcompress.result_rows import Result, Row, formatted
 
 if TYPE_CHECKING:
   from rich.table import Table
@@ -39,18 +40,18 @@ def table(found: Result, name: str) -> Table:
     shown.add_row(
       _test(row, found["decode"]),
       str(row["batch"]),
-      _show(rate["median"], 1),
-      _show(rate["minimum"], 1),
-      f"{_show(rate['lower_quartile'], 1)} - {_show(rate['upper_quartile'], 1)}",
-      _show(rate["maximum"], 1),
-      _show(row.get("first_token_s"), 1, 1e-3),
-      _show(row["bytes_per_token"], 2, 1e6),
+      formatted(rate["median"], 1),
+      formatted(rate["minimum"], 1),
+      f"{formatted(rate['lower_quartile'], 1)} - {formatted(rate['upper_quartile'], 1)}",
+      formatted(rate["maximum"], 1),
+      formatted(row.get("first_token_s"), 1, 1e-3),
+      formatted(row["bytes_per_token"], 2, 1e6),
       f"{row['bandwidth_fraction']:.0%}",
-      _show(row["operations_per_s"], 1, 1e9),
+      formatted(row["operations_per_s"], 1, 1e9),
       f"{row['roofline_fraction']:.0%}",
-      _show(row["joules_per_token"], 3),
-      _show(row["peak_memory_bytes"], 0, 1e6),
-      _show(row["above_runtime_bytes"], 0, 1e6),
+      formatted(row["joules_per_token"], 3),
+      formatted(row["peak_memory_bytes"], 0, 1e6),
+      formatted(row["above_runtime_bytes"], 0, 1e6),
     )
   return shown
 
