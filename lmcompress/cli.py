@@ -93,7 +93,7 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command(name="ls")
 def list_(results: Results = RESULTS) -> None:
-  """Lists configs, models, texts and runs.
+  """Lists configs, models, texts, data sets of tasks and runs.
 
   Example:
 
@@ -101,6 +101,10 @@ def list_(results: Results = RESULTS) -> None:
   """
   from rich.table import Table
 
+  from lmcompress.data.labelled import DATASETS
+  from lmcompress.data.pairs import PAIRS
+  from lmcompress.data.questions import QUESTIONS
+  from lmcompress.data.tagged import TAGGED
   from lmcompress.data.text import TEXTS
   from lmcompress.io.hub import MODELS
   from lmcompress.run_folder import RESULT, run_folders
@@ -117,6 +121,7 @@ def list_(results: Results = RESULTS) -> None:
   show("configs", configs)
   show("models", [(name, entry.description) for name, entry in MODELS.items()])
   show("texts", list(TEXTS.items()))
+  show("data sets", [item for names in (DATASETS, TAGGED, QUESTIONS, PAIRS) for item in names.items()])
   show(
     "runs",
     [

@@ -149,6 +149,7 @@ def test_validate_prints_the_resolved_config(lmcompress):
 
 def test_ls_lists_configs_models_texts_and_runs(lmcompress, done):
   code, out, _ = lmcompress("ls")
+  assert "tweets" in out and "bible-en-es" in out
   assert code == 0
   for word in ("configs/tiny.yaml", "Shows: a small model.", "smollm2-135m", "pydoc", "grimm", str(done),
                "complete"):
