@@ -32,10 +32,16 @@ def plots(found: Mapping[str, Any], folder: Path) -> list[Path]:
   return paths
 
 
+def _whole(axis: Any) -> None:
+  """Ticks at whole numbers alone."""
+  axis.get_major_locator().set_params(integer=True)
+
+
 def _layers(lost: Mapping[str, float]) -> str:
   with style():
     figure, axes = figure_of(3.6)
     axes.bar(range(len(lost)), list(lost.values()), color=COLORS[0])
+    _whole(axes.xaxis)
     axes.set(xlabel="block", ylabel="rise of the loss without it (nats a token)")
     return svg(figure, "layers")
 
@@ -52,6 +58,8 @@ def _map(entries: Mapping[str, Mapping[str, Any]], axis: str) -> str:
     axes.grid(visible=False)
     picture = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis")
     figure.colorbar(picture, label="share of the block")
+    _whole(axes.xaxis)
+    _whole(axes.yaxis)
     axes.set(xlabel=f"entries of {axis}, those that matter most first", ylabel="block")
     return svg(figure, axis)
 
@@ -63,6 +71,7 @@ def _drift(rows: list[Mapping[str, Any]]) -> str:
     for n, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
       mine = [(blocks.index(row["block"]), row["change"]) for row in rows if row["stage"] == stage]
       axes.plot(*zip(*mine, strict=True), label=stage, color=COLORS[n % len(COLORS)], marker="o", markersize=3)
+    _whole(axes.xaxis)
     axes.set(xlabel="block", ylabel="change of the stage's input, relative")
     legend(axes)
     return svg(figure, "drift")
