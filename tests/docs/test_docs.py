@@ -99,8 +99,8 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
   client.execute()
 
 
-def test_there_are_two_notebooks():
-  assert [path.stem for path in NOTEBOOKS] == ["compose", "quickstart"]
+def test_there_are_three_notebooks():
+  assert [path.stem for path in NOTEBOOKS] == ["compose", "explain", "quickstart"]
 
 
 @each_page
