@@ -136,6 +136,21 @@ def test_models_without_heads(saved, tmp_path):
     classes.heads_of(tmp_path / "plain", params)
 
 
+def test_heads_of_other_kinds_are_named(saved, tmp_path):
+  """A head that tags words tells no class of a text; beside one that does it is left aside."""
+  folder, model, params = saved
+  known = checkpoint.read_tasks(folder)
+  tagged = {**known, "mood": {**known["mood"], "kind": "tags"}}
+  checkpoint.save(tmp_path / "one", model, params, byte_level(), tasks=tagged)
+  assert list(classes.heads_of(tmp_path / "one", params)) == ["topic"]
+  with pytest.raises(ConfigError, match="its head 'mood' is of tags, and classes of whole texts are told; it has topic"):
+    classes.heads_of(tmp_path / "one", params, ["mood"])
+  both = {name: {**task, "kind": "spans"} for name, task in known.items()}
+  checkpoint.save(tmp_path / "two", model, params, byte_level(), tasks=both)
+  with pytest.raises(ConfigError, match="is of spans, and classes of whole texts are told; it has no other"):
+    classes.heads_of(tmp_path / "two", params)
+
+
 def test_a_damaged_list_of_classes(saved, tmp_path):
   _, model, params = saved
   checkpoint.save(tmp_path / "m", model, params, tasks={"mood": {"classes": [1], "length": 2}})
