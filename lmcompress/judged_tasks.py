@@ -74,10 +74,11 @@ def judged_task(table: TaskTable, model: Any, tokenizer: Any) -> Judged:
   try:
     return _read(table, tokenizer, special)
   except ConfigError as error:
-    raise ConfigError(f"{where}{str(error).removeprefix(where)}") from None
+    raise ConfigError(f"{where}{error}") from None
 
 
 def _read(table: TaskTable, tokenizer: Any, special: bool) -> Judged:
+  """The rows of a data set, as its kind asks."""
   name = table.data
   if name in PAIRS:
     return _pairs(table, tokenizer)
@@ -148,7 +149,7 @@ def _pairs(table: TaskTable, tokenizer: Any) -> Judged:
   pairs = load_pairs(table.data)
   require_scorer("texts", pairs.measure)
   if tokenizer.eos_id is None:
-    raise ConfigError(f"task {table.name}: the tokenizer has no token that ends a text")
+    raise ConfigError("the tokenizer has no token that ends a text")
   tasks: list[Task] = []
   kept: tuple[list[str], list[str]] = [], []
   for (sources, targets), rows in ((pairs.train, table.rows), (pairs.test, TEST_TEXTS)):
@@ -161,7 +162,7 @@ def _pairs(table: TaskTable, tokenizer: Any) -> Judged:
         write.append(target)
         left.append(i)
     if not left:
-      raise ConfigError(f"task {table.name}: length {table.length}: no pair of {table.data} is so short; raise it")
+      raise ConfigError(f"length {table.length}: no pair of {table.data} is so short; raise it")
     tokens, mask = np.zeros((len(left), table.length), np.int32), np.zeros((len(left), table.length), np.int32)
     texts = np.full((len(left), table.length), -1, np.int32)
     for row, (source, target) in enumerate(zip(read, write, strict=True)):
