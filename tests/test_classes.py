@@ -143,7 +143,7 @@ def test_heads_of_other_kinds_are_named(saved, tmp_path):
   tagged = {**known, "mood": {**known["mood"], "kind": "tags"}}
   checkpoint.save(tmp_path / "one", model, params, byte_level(), tasks=tagged)
   assert list(classes.heads_of(tmp_path / "one", params)) == ["topic"]
-  with pytest.raises(ConfigError, match="head .mood. is of tags, and classes of whole texts are told; it has topic"):
+  with pytest.raises(ConfigError, match="'mood' is of tags, and classes of whole texts are told; it has topic"):
     classes.heads_of(tmp_path / "one", params, ["mood"])
   both = {name: {**task, "kind": "spans"} for name, task in known.items()}
   checkpoint.save(tmp_path / "two", model, params, byte_level(), tasks=both)
