@@ -15,7 +15,7 @@ import yaml
 from small_model import byte_level, random_params
 
 import lmcompress as lmc
-from lmcompress import experiment, run_folder
+from lmcompress import experiment, measuring, run_folder
 from lmcompress import recipe as recipes
 from lmcompress.config import check, load_config, merge
 from lmcompress.data.labelled import Labelled
@@ -239,18 +239,18 @@ class Stop:
 
 def finish(config, results, result, counted):
   """Resumes, and checks that nothing is scored twice and the numbers are those of the unbroken run."""
-  scored, compare = [], experiment.compare
+  scored, compare = [], measuring.compare
 
   def spy(*args):
     for window, scores in compare(*args):
       scored.append(window)
       yield window, scores
 
-  experiment.compare = spy
+  measuring.compare = spy
   try:
     found = experiment.run(config, results, COMMAND)
   finally:
-    experiment.compare = compare
+    measuring.compare = compare
   rows = lines(results / config.folder)
   windows = [row["window"] for row in rows if row["kind"] == "score"]
   assert sorted(windows) == list(range(WINDOWS)) and scored == counted
@@ -270,7 +270,7 @@ def test_a_run_cut_off_between_windows_goes_on(config, result, tmp_path, after):
 
 
 def test_a_run_cut_off_while_timing_goes_on(config, result, tmp_path, monkeypatch):
-  calls, latency = [], experiment.latency
+  calls, latency = [], measuring.latency
 
   def stop(*args, **options):
     calls.append(args)
@@ -278,7 +278,7 @@ def test_a_run_cut_off_while_timing_goes_on(config, result, tmp_path, monkeypatc
       raise KeyboardInterrupt
     return latency(*args, **options)
 
-  monkeypatch.setattr(experiment, "latency", stop)
+  monkeypatch.setattr(measuring, "latency", stop)
   with pytest.raises(KeyboardInterrupt):
     experiment.run(config, tmp_path, COMMAND)
   before = lines(tmp_path / config.folder)
