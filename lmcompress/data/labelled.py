@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,11 +73,17 @@ def load_labelled(name: str) -> Labelled:
     SourceError: no such name, or it cannot be downloaded.
     ConfigError: `digits`, and scikit-learn is missing.
   """
-  if name not in _LOADERS:
-    near = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise SourceError(f"no data set {name!r}; {hint}those with a name are {', '.join(DATASETS)}")
+  require_name(name, DATASETS)
   return _LOADERS[name]()
+
+
+def require_name(name: str, names: Iterable[str]) -> None:
+  """Raises SourceError, with the nearest of `names`, where a data set has another."""
+  known = list(names)
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise SourceError(f"no data set {name!r}; {hint}those with a name are {', '.join(known)}")
 
 
 def encode_rows(

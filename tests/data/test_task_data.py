@@ -245,6 +245,13 @@ def test_a_program_that_fails_is_quoted(package, tmp_path):
     fetch_file(package)
 
 
+def test_a_data_set_of_another_name_is_refused():
+  loaders = {"bible-en-es": pairs.load_pairs, "tweets": tagged.load_tagged, "gaps": questions.load_questions}
+  for near, load in loaders.items():
+    with pytest.raises(SourceError, match=f"did you mean {near}"):
+      load(near + "x")
+
+
 def test_images_and_tunes_are_texts():
   images = load_text("digits:fifth").split("\n\n")
   assert len(images) == 360 and all(len(image) == 65 for image in images)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, one_width
+from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, norm_names, one_width
 from lmcompress.models import Bart, BartConfig
 from lmcompress.models.bart import FIRST_POSITION
 from lmcompress.types import FormatError, Params
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
-
-
-def _norm(path: str, hf: str) -> tuple[Name, Name]:
-  return Name(f"{path}/scale", f"{hf}.weight"), Name(f"{path}/bias", f"{hf}.bias")
 
 
 def _attention(path: str, hf: str) -> tuple[Name, ...]:
@@ -25,16 +21,16 @@ def _attention(path: str, hf: str) -> tuple[Name, ...]:
 def _side(side: str, pre_norm: bool) -> tuple[Name, ...]:
   at, theirs = f"{side}/layers/{{i}}", f"{side}.layers.{{i}}"
   cross = (*_attention(f"{at}/cross", f"{theirs}.encoder_attn"),
-           *_norm(f"{at}/cross_norm", f"{theirs}.encoder_attn_layer_norm"))  # fmt: skip
+           *norm_names(f"{at}/cross_norm", f"{theirs}.encoder_attn_layer_norm"))  # fmt: skip
   return (
     Name(f"{side}/positions/table", f"{side}.embed_positions.weight"),
-    *_norm(f"{side}/embed_norm", f"{side}.layernorm_embedding"),
+    *norm_names(f"{side}/embed_norm", f"{side}.layernorm_embedding"),
     *_attention(f"{at}/attn", f"{theirs}.self_attn"),
-    *_norm(f"{at}/attn_norm", f"{theirs}.self_attn_layer_norm"),
+    *norm_names(f"{at}/attn_norm", f"{theirs}.self_attn_layer_norm"),
     *(cross if side == "decoder" else ()),
     *layer_names((f"{at}/mlp/up", f"{theirs}.fc1", ""), (f"{at}/mlp/down", f"{theirs}.fc2", ""), biases=True),
-    *_norm(f"{at}/mlp_norm", f"{theirs}.final_layer_norm"),
-    *(_norm(f"{side}/final_norm", f"{side}.layer_norm") if pre_norm else ()),
+    *norm_names(f"{at}/mlp_norm", f"{theirs}.final_layer_norm"),
+    *(norm_names(f"{side}/final_norm", f"{side}.layer_norm") if pre_norm else ()),
   )
 
 

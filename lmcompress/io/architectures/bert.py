@@ -6,16 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, number
+from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, norm_names, number
 from lmcompress.models import Bert, BertConfig
 from lmcompress.types import FormatError, Params
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
                 "silu": "silu"}  # fmt: skip
-
-
-def _norm(path: str, hf: str) -> tuple[Name, Name]:
-  return Name(f"{path}/scale", f"{hf}.weight"), Name(f"{path}/bias", f"{hf}.bias")
 
 
 def _linears(*pairs: tuple[str, str]) -> tuple[Name, ...]:
@@ -30,8 +26,8 @@ def _layers(root: str, attention: str, ends: Mapping[str, str]) -> tuple[Name, .
     *_linears((f"{at}attn/q", f"{root}.{q}"), (f"{at}attn/k", f"{root}.{k}"), (f"{at}attn/v", f"{root}.{v}"),
               (f"{at}attn/o", f"{root}.{ends['o']}"), (f"{at}mlp/up", f"{root}.{ends['up']}"),
               (f"{at}mlp/down", f"{root}.{ends['down']}")),
-    *_norm(f"{at}attn_norm", f"{root}.{ends['attn_norm']}"),
-    *_norm(f"{at}mlp_norm", f"{root}.{ends['mlp_norm']}"),
+    *norm_names(f"{at}attn_norm", f"{root}.{ends['attn_norm']}"),
+    *norm_names(f"{at}mlp_norm", f"{root}.{ends['mlp_norm']}"),
   )  # fmt: skip
 
 
@@ -42,7 +38,7 @@ def _optional(*names: Name, outside: bool = False) -> tuple[Name, ...]:
 _EMBEDDINGS = (
   Name("embed/table", "embeddings.word_embeddings.weight"),
   Name("positions/table", "embeddings.position_embeddings.weight"),
-  *_norm("embed_norm", "embeddings.LayerNorm"),
+  *norm_names("embed_norm", "embeddings.LayerNorm"),
 )
 _BERT_LAYERS = _layers(
   "encoder.layer.{i}",
@@ -76,7 +72,7 @@ def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
   dense, norm, bias, table = _MASKED[kind]
   if not config.get("tie_word_embeddings", True):  # a table of its own brings its own bias
     bias = table.replace(".weight", ".bias")
-  masked = (*_linears(("masked/dense", dense)), *_norm("masked/norm", norm), Name("masked/bias", bias))
+  masked = (*_linears(("masked/dense", dense)), *norm_names("masked/norm", norm), Name("masked/bias", bias))
   own = _DISTILBERT_LAYERS if kind == "distilbert" else _BERT_ENDS
   return (*_EMBEDDINGS, *own, *_optional(*masked, Name("head/table", table), outside=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmcompress.io.names import Foreign, Name, choice, divided, integer, number
+from lmcompress.io.names import Foreign, Name, choice, divided, integer, norm_names, number
 from lmcompress.models import GPT2, GPT2Config
 from lmcompress.types import FormatError, Params
 
@@ -21,20 +21,16 @@ def _linear(path: str, hf: str, gguf: str, part: tuple[int, int] = (0, 1)) -> tu
   )
 
 
-def _norm(path: str, hf: str, gguf: str) -> tuple[Name, ...]:
-  return tuple(Name(f"{path}/{x}", f"{hf}.{y}", f"{gguf}.{y}") for x, y in (("scale", "weight"), ("bias", "bias")))
-
-
 NAMES = (
   Name("embed/table", "wte.weight", "token_embd.weight"),
   Name("positions/table", "wpe.weight", "position_embd.weight"),
-  *_norm("layers/{i}/attn_norm", "h.{i}.ln_1", "blk.{i}.attn_norm"),
+  *norm_names("layers/{i}/attn_norm", "h.{i}.ln_1", "blk.{i}.attn_norm"),
   *(name for n, part in enumerate("qkv") for name in _linear(f"attn/{part}", "attn.c_attn", "attn_qkv", (n, 3))),
   *_linear("attn/o", "attn.c_proj", "attn_output"),
-  *_norm("layers/{i}/mlp_norm", "h.{i}.ln_2", "blk.{i}.ffn_norm"),
+  *norm_names("layers/{i}/mlp_norm", "h.{i}.ln_2", "blk.{i}.ffn_norm"),
   *_linear("mlp/up", "mlp.c_fc", "ffn_up"),
   *_linear("mlp/down", "mlp.c_proj", "ffn_down"),
-  *_norm("final_norm", "ln_f", "output_norm"),
+  *norm_names("final_norm", "ln_f", "output_norm"),
   Name("head/table", "lm_head.weight", "output.weight", optional=True, outside=True),
 )
 

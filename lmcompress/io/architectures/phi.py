@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmcompress.io.architectures.llama import read_rope, write_rope
-from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, number
+from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, norm_names, number
 from lmcompress.models import Phi, PhiConfig
 from lmcompress.types import FormatError, Params
 
@@ -15,13 +15,9 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu
                 "silu": "silu"}  # fmt: skip
 
 
-def _norm(path: str, hf: str, gguf: str) -> tuple[Name, ...]:
-  return tuple(Name(f"{path}/{x}", f"{hf}.{y}", f"{gguf}.{y}") for x, y in (("scale", "weight"), ("bias", "bias")))
-
-
 NAMES = (
   Name("embed/table", "model.embed_tokens.weight", "token_embd.weight"),
-  *_norm("layers/{i}/norm", "model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+  *norm_names("layers/{i}/norm", "model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
   *layer_names(
     *((f"layers/{{i}}/attn/{x}", f"model.layers.{{i}}.self_attn.{x}_proj", f"blk.{{i}}.attn_{x}") for x in "qkv"),
     ("layers/{i}/attn/o", "model.layers.{i}.self_attn.dense", "blk.{i}.attn_output"),
@@ -29,7 +25,7 @@ NAMES = (
     ("layers/{i}/mlp/down", "model.layers.{i}.mlp.fc2", "blk.{i}.ffn_down"),
     biases=True,
   ),
-  *_norm("final_norm", "model.final_layernorm", "output_norm"),
+  *norm_names("final_norm", "model.final_layernorm", "output_norm"),
   Name("head/table", "lm_head.weight", "output.weight"),
   Name("head/bias", "lm_head.bias", "output.bias"),
 )
