@@ -157,6 +157,14 @@ class GeneratedTable(_Table):
   temperature: float = pydantic.Field(1.0, ge=0)
 
 
+class WrittenTable(_Table):
+  """Rows that the teacher writes from nothing before the student trains; keys as of `training.write_rows`."""
+
+  rows: int = pydantic.Field(ge=1)
+  temperature: float = pydantic.Field(1.0, gt=0)
+  batch: int = pydantic.Field(64, ge=1)
+
+
 class TaskTable(_Table):
   """What the model learns of a labelled data set; its rows are cut or padded to `length` tokens."""
 
@@ -187,16 +195,18 @@ class PrivacyTable(_Table):
 class Train(_Table):
   """Training after the recipe; keys as of `training.Training`, and what trains on what.
 
-  `text`, `windows` and `length` say the rows (`windows: null` takes all of the text); without a `text` the config's
-  `tasks` are learned, together as `weighting` says. `trainable` the arrays that train
-  by patterns of their paths, such as `**/delta` for adapters, `teacher` whose predictions are distilled: the model as
-  it was, or another by name; with `teacher_top_k` its likeliest tokens of all rows are written first, and it need not
-  run while the student trains. `during` is a recipe of methods that act after each step, such as `prune_gradually`. A
-  state is saved every `save_every` steps, and `held_out` is scored every `evaluate_every`.
+  `text`, `windows` and `length` say the rows (`windows: null` takes all of the text), `written` those that the teacher
+  writes beside them or in their stead; without either the config's `tasks` are learned, together as `weighting` says.
+  `trainable` the arrays that train by patterns of their paths, such as `**/delta` for adapters, `teacher` whose
+  predictions are distilled: the model as it was, or another by name; with `teacher_top_k` its likeliest tokens of all
+  rows are written first, and it need not run while the student trains. `during` is a recipe of methods that act after
+  each step, such as `prune_gradually`. A state is saved every `save_every` steps, and `held_out` is scored every
+  `evaluate_every`.
   """
 
   text: str | None = None
   windows: int | None = pydantic.Field(None, ge=1)
+  written: WrittenTable | None = None
   length: int = pydantic.Field(256, ge=2)
   weighting: WeightingTable | None = None
   steps: int = pydantic.Field(100, ge=1)
@@ -396,8 +406,8 @@ def _require_rows(config: Config) -> None:
   names = [task.name for task in config.tasks]
   if train is None:
     return
-  if (train.text is None) == (not names):
-    raise ConfigError("train: give a text, or leave it out and give tasks")
+  if (train.text is None and train.written is None) == (not names):
+    raise ConfigError("train: give a text or written rows, or leave them out and give tasks")
   others = ("match", "generated", "privacy", "held_out", "teacher_top_k")
   alone = [key for key in others if getattr(train, key) is not None]
   if names and (alone or train.accumulate > 1):

@@ -261,6 +261,7 @@ def _fits_processes(config: Config, profile: bool) -> None:
     "train.teacher_top_k": config.train and config.train.teacher_top_k,
     "train.privacy": config.train and config.train.privacy,
     "train.generated": config.train and config.train.generated,
+    "train.written": config.train and config.train.written,
   }  # fmt: skip
   if refused := [word for word, value in asked.items() if value]:
     raise ConfigError(f"several processes do not run {', '.join(refused)} yet; start one process, or leave it out")

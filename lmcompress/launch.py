@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -22,7 +24,8 @@ def launch(
 ) -> int:
   """Runs `lmcompress` with the same arguments in so many processes; gives the first code but 0.
 
-  Process 0 writes to this terminal, each other to `process-<n>.log` in the run folder. When one ends with an error or
+  Process 0 writes to this terminal, each other to `process-<n>.log` in the run folder. Each has its share of the cores
+  that this one may use, where there are enough. When one ends with an error or
   is killed, the others are ended within `GRACE_S` seconds, and what it was is said.
   """
   with socket.socket() as free:
@@ -38,6 +41,9 @@ def launch(
       log = None if n == 0 else (folder / f"process-{n}.log").open("w", encoding="utf-8")
       logs.append(log)
       running.append(subprocess.Popen(command, stdout=log, stderr=log))
+      if shares := cores_of(n, count):
+        with contextlib.suppress(ProcessLookupError):  # what ended at once is reported below
+          os.sched_setaffinity(running[-1].pid, shares)
     while True:
       codes = [one.poll() for one in running]
       failed = [(n, code) for n, code in enumerate(codes) if code]
@@ -57,6 +63,12 @@ def launch(
     for log in logs:
       if log is not None:
         log.close()
+
+
+def cores_of(n: int, count: int) -> list[int]:
+  """The n-th share of this process's cores; none where there are fewer than shares, or where a system does not say."""
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  return cores[n * len(cores) // count : (n + 1) * len(cores) // count] if len(cores) >= count else []
 
 
 def _end(running: Sequence[subprocess.Popen]) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lmcompress import recipe as recipes
 from lmcompress import tree
-from lmcompress.config import Config, Samples, Train, rules_of
+from lmcompress.config import Config, Samples, Train, WrittenTable, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.evaluate import profiling
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
@@ -60,25 +62,28 @@ def train_text(
   """Appends the stage `trained`; returns what the result says of the training."""
   from lmcompress.training import Labels, compiled_step, epsilon, fit, store_predictions
 
-  assert train.text is not None
-  rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
+  rows = np.empty((0, train.length), np.int32)
+  if train.text is not None:
+    rows = windows(tokenizer, load_text(train.text), train.windows, train.length)
   held = train.held_out
   held_out = None if held is None else windows(tokenizer, load_text(held.text), held.windows, held.length)
   settings = train.settings()
-  spent = None if settings.privacy is None else epsilon(settings, len(rows))
   trains = _selector(train.trainable, stages[-1].params)
   teacher: Any = None
-  if settings.needs_teacher:
+  if settings.needs_teacher or train.written is not None:
     rules = rules_of(config)
     teacher = (model, stages[0].params) if train.teacher is None else load(train.teacher, mesh, rules=rules)[:2]
-    if train.teacher_top_k is not None:
-      watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
-      told = functools.partial(watcher.step, "teacher")
-      where = folder / TRAINING / "teacher"
-      try:
-        teacher = store_predictions(teacher[0], teacher[1], rows, where, train.teacher_top_k, train.batch, told)
-      except ValueError as error:
-        raise ConfigError(f"train.teacher_top_k: {error}") from None
+  if train.written is not None:
+    rows = np.concatenate([rows, _written(train, train.written, teacher, tokenizer, config.seed, folder, watcher)])
+  spent = None if settings.privacy is None else epsilon(settings, len(rows))
+  if settings.needs_teacher and train.teacher_top_k is not None:
+    watcher.note(f"writing the teacher's {train.teacher_top_k} likeliest tokens of {len(rows)} rows")
+    told = functools.partial(watcher.step, "teacher")
+    where = folder / TRAINING / "teacher"
+    try:
+      teacher = store_predictions(teacher[0], teacher[1], rows, where, train.teacher_top_k, train.batch, told)
+    except ValueError as error:
+      raise ConfigError(f"train.teacher_top_k: {error}") from None
 
   stretch = profiling.Stretch(folder / TENSORBOARD) if profile else None
   during = recipes.build(train.during, "train.during") if train.during else None
@@ -129,6 +134,26 @@ def train_text(
     "needs": needs,
     "history": history,
   }
+
+
+def _written(
+  train: Train, table: WrittenTable, teacher: Any, tokenizer: Any, seed: int, folder: Path, watcher: Watcher
+) -> np.ndarray:
+  """The rows that the teacher writes, in the dtype of training."""
+  from lmcompress.training import write_rows
+
+  begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+  if begin is None:
+    raise ConfigError("train.written: the tokenizer has no token that begins or ends a text to start rows with")
+  watcher.note(f"the teacher writes {table.rows} rows of {train.length} tokens")
+  floats = lambda x: x.astype(train.compute) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+  params = tree.map_leaves(lambda _, x: floats(x) if isinstance(x, jax.Array) else x, teacher[1])
+  told = functools.partial(watcher.step, "writing")
+  with _settings("train.written"):
+    return write_rows(
+      teacher[0], params, begin, table.rows, train.length, folder / TRAINING / "written",
+      temperature=table.temperature, batch=table.batch, seed=seed, on_rows=told,
+    )  # fmt: skip
 
 
 def train_tasks(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.ops import backend
+from lmcompress.ops.linear import product
 
 
 @functools.partial(
@@ -91,17 +92,14 @@ def mix_parts(
 ) -> jax.Array:
   """`mix` over several `(k, v, visible)` of the same slots, of which a query sees a slot in one at most."""
   see = "btkgh,bksh->bkgts"
-  scores = [jnp.einsum(see, q * scale, k.astype(q.dtype), preferred_element_type=jnp.float32) for k, _, _ in parts]
+  scores = [product(see, q * scale, k.astype(q.dtype)) for k, _, _ in parts]
   if view is not None:
     scores = [_shaped(s, view) for s in scores]
   seen = [visible[:, None, None] for _, _, visible in parts]
   whole = functools.reduce(lambda s, part: jnp.where(part[1], part[0], s), zip(scores, seen, strict=True), -1e30)
   weights = jax.nn.softmax(whole, axis=-1).astype(q.dtype)
   out = sum(
-    jnp.einsum(
-      "bkgts,bksh->btkgh", jnp.where(visible, weights, 0) if len(parts) > 1 else weights, v.astype(q.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    product("bkgts,bksh->btkgh", jnp.where(visible, weights, 0) if len(parts) > 1 else weights, v.astype(q.dtype))
     for (_, v, _), visible in zip(parts, seen, strict=True)
   )  # fmt: skip
   return jnp.asarray(out).reshape(*q.shape[:2], -1).astype(q.dtype)

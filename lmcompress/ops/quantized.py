@@ -127,6 +127,8 @@ for _training in (DirectionArray, FakeQuantArray, ScoredArray):
   register(
     _training,
     Rules(
-      lambda x, w: DENSE.linear(x, w.materialize()), gathered_embed, lambda x, w: DENSE.attend(x, w.materialize())
+      lambda x, w: DENSE.linear(x, w.materialize().astype(x.dtype)),
+      gathered_embed,
+      lambda x, w: DENSE.attend(x, w.materialize().astype(x.dtype)),
     ),
   )

@@ -2,7 +2,7 @@
 
 from lmcompress.calibration.token_loss import mean_loss
 from lmcompress.training.asynchronous import Asynchronous, Local, fit_async, fit_local
-from lmcompress.training.generated import Generated
+from lmcompress.training.generated import Generated, write_rows
 from lmcompress.training.heads import Task
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
@@ -44,4 +44,5 @@ __all__ = [
   "start",
   "store_predictions",
   "train_step",
+  "write_rows",
 ]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from lmcompress.types import Params
+from lmcompress.io.whole import write_text
+from lmcompress.types import FormatError, Params
+
+_ROWS, _RECORD = "rows.npy", "record.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +66,74 @@ def continued(
   counted = np.zeros(rows.shape, np.int32)
   counted[:, settings.prompt :] = 1
   return np.concatenate([rows[:, : settings.prompt], ends], axis=1), counted
+
+
+def write_rows(
+  model: Any,
+  params: Params,
+  begin: int,
+  count: int,
+  length: int,
+  folder: Path,
+  *,
+  temperature: float = 1.0,
+  batch: int = 64,
+  seed: int = 0,
+  on_rows: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+  """Rows `[count, length]` that a model writes from nothing, for where its own training text cannot be had.
+
+  Each is the token `begin` and what is drawn after it (LLM-QAT, Liu et al. 2023, arXiv:2305.17888; at temperature 1 all
+  tokens are drawn as the model predicts them, where the paper takes the first few greedily). They are kept in `folder`;
+  a call that was cut off goes on where it was.
+
+  Args:
+    begin: the token that begins a text.
+    temperature: of the draw, above 0.
+    batch: rows at a time; with it and the seed the rows are the same again.
+    on_rows: called with the rows done and those there are.
+
+  Raises:
+    ValueError: an argument out of range, or rows longer than the model's context.
+    FormatError: the folder holds something else.
+  """
+  from lmcompress.generation.generate import decode
+  from lmcompress.generation.sampling import Sampler
+
+  if min(count, batch) < 1 or length < 2 or not 0 < temperature < float("inf"):
+    raise ValueError(
+      f"write_rows(count={count}, length={length}, temperature={temperature}, batch={batch}): rows and a batch from 1, "
+      "two tokens or more, a temperature above 0"
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  about = {"begin": begin, "count": count, "length": length, "temperature": temperature, "batch": batch, "seed": seed}
+  done = _done(folder, about)
+  mode, shape = ("w+" if done is None else "r+"), (count, length)
+  rows = np.lib.format.open_memmap(folder / _ROWS, mode, np.int32, shape)
+  sampler = Sampler(temperature)
+  for first in range(done or 0, count, batch):
+    key = jax.random.fold_in(jax.random.key(seed), first)
+    drawn = decode(model, params, [[begin]] * batch, length - 1, sampler, key, params["embed"]["table"].dtype)
+    last = min(first + batch, count)
+    rows[first:last, 0] = begin
+    rows[first:last, 1:] = np.stack([np.asarray(tokens, np.int32) for tokens in drawn], axis=1)[: last - first]
+    rows.flush()
+    write_text(folder / _RECORD, json.dumps({**about, "done": last}))
+    if on_rows is not None:
+      on_rows(last, count)
+  return np.asarray(rows)
+
+
+def _done(folder: Path, about: dict[str, Any]) -> int | None:
+  """How many rows a folder holds; None where it holds nothing."""
+  path = folder / _RECORD
+  if not path.is_file():
+    return None
+  try:
+    record = json.loads(path.read_text("utf-8"))
+    done = record.pop("done")
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise FormatError(f"{path}: not the record of rows that a model wrote; remove the folder") from None
+  if record != about:
+    raise FormatError(f"{folder}: holds rows that were written otherwise: {record}; remove it")
+  return int(done)

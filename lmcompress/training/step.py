@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray
+from lmcompress.arrays import FakeQuantArray, MaskedArray, ScoredArray
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
 from lmcompress.training.generated import Generated
 from lmcompress.training.losses import Labels, Likeliest, Loss
@@ -197,9 +197,14 @@ def result(state: TrainState, like: Params) -> Params:
 
 
 def whole_tree(trained: Params, kept: Params, training: Training) -> Params:
-  """What trains and what stays as one tree, in the dtype of products."""
+  """What trains and what stays as one tree, in the dtype of products.
+
+  What is rounded or compared on the way stays float32, so that training sees the codes and masks that come of it.
+  """
+  fine = (FakeQuantArray, ScoredArray)
+  narrow = lambda x: x if isinstance(x, fine) else x.astype(training.compute)  # noqa: E731
   return tree.combine(
-    jax.tree.map(lambda x: x.astype(training.compute), trained),
+    jax.tree.map(narrow, trained, is_leaf=lambda x: isinstance(x, fine)),
     kept if training.compute == "float32" else _floats_as(kept, training.compute),
   )
 
@@ -224,6 +229,8 @@ def loss_of(
   if through_masks:
     whole = tree.map_leaves(lambda _, x: _through_mask(x) if isinstance(x, MaskedArray) else x, whole)
   match, guide, shown = training.match, None, {}
+  if teacher is not None and training.compute != "float32":
+    teacher = teacher[0], _floats_as(teacher[1], training.compute)
   paired = [] if match is None or teacher is None else match.pairs(model, whole, teacher)
   taps = [{} if match is None else match.taps(paired, side) for side in (0, 1)]
   carry, seen = forward(model, whole, rows, training.remat, taps[0])
