@@ -99,7 +99,9 @@ def mix_parts(
   whole = functools.reduce(lambda s, part: jnp.where(part[1], part[0], s), zip(scores, seen, strict=True), -1e30)
   weights = jax.nn.softmax(whole, axis=-1).astype(q.dtype)
   out = sum(
-    product("bkgts,bksh->btkgh", jnp.where(visible, weights, 0) if len(parts) > 1 else weights, v.astype(q.dtype))
+    product(
+      "bkgts,bksh->btkgh", jnp.where(visible, weights, 0) if len(parts) > 1 else weights, v.astype(q.dtype), q.dtype
+    )  # XLA for CPUs has no such product of bfloat16 in float32
     for (_, v, _), visible in zip(parts, seen, strict=True)
   )  # fmt: skip
   return jnp.asarray(out).reshape(*q.shape[:2], -1).astype(q.dtype)

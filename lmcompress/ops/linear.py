@@ -77,35 +77,36 @@ def attend(x: jax.Array, w: Any) -> jax.Array:
   return _rules(w, "attend").attend(x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow(spec: str, dtype: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
-def _narrow_forward(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _narrow(spec, a, b), (a, b)
+def _narrow_forward(spec: str, dtype: Any, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _narrow(spec, dtype, a, b), (a, b)
 
 
-def _narrow_backward(spec: str, kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _narrow_backward(
+  spec: str, dtype: Any, kept: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   a, b = kept
   grad = grad.astype(a.dtype)
   first, second, out = re.split(",|->", spec)
-  to_a, to_b = _narrow(f"{out},{second}->{first}", grad, b), _narrow(f"{first},{out}->{second}", a, grad)
-  return jnp.asarray(to_a).astype(a.dtype), jnp.asarray(to_b).astype(b.dtype)
+  return jnp.einsum(f"{out},{second}->{first}", grad, b), jnp.einsum(f"{first},{out}->{second}", a, grad)
 
 
 _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
-def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """`einsum` of two arrays, accumulated in float32 and float32; each index is of two of the three terms or of all.
+def product(spec: str, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+  """`einsum` of two arrays, accumulated in float32, in a dtype; each index is of two of the three terms or of all.
 
   Where both are of one 16-bit float type, so are the products of their gradients. Left to itself, JAX multiplies the
   float32 gradient of the result by a 16-bit operand, and XLA then widens both: on a GPU, several times as slow.
   """
   if a.dtype == b.dtype and a.dtype.itemsize == 2:
-    return jnp.asarray(_narrow(spec, a, b))
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.asarray(_narrow(spec, dtype, a, b))
+  return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
 def _dense(matrix: str, x: jax.Array, w: jax.Array) -> jax.Array:
