@@ -89,10 +89,10 @@ def main() -> int:
     return 2
   out = arguments.out or RESULTS / f"{config.name}.json"
   out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-  print(f"{'processes':>9}{'cores':>7}{'s a step':>10}{'tokens/s':>10}{'speedup':>9}{'efficiency':>12}{'losses apart':>14}")
+  print(f"{'processes':>9}{'cores':>7}{'s a step':>10}{'tokens/s':>10}{'speedup':>9}{'efficiency':>12}{'apart':>10}")
   for r in result["rows"]:
     print(f"{r['processes']:>9}{r['cores']:>7}{r['step_s']:>10.3f}{r['tokens_per_s']:>10.0f}{r['speedup']:>9.2f}"
-          f"{r['efficiency']:>12.0%}{r['losses_apart']:>14.1e}")  # fmt: skip
+          f"{r['efficiency']:>12.0%}{r['losses_apart']:>10.1e}")  # fmt: skip
   return 0
 
 

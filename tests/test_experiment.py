@@ -564,10 +564,12 @@ def test_a_profile_without_training_is_of_decoding(place):
   {"match": {"hidden": 1.0, "relations": 0.5, "heads": 4}},
   {"teacher_top_k": 8},
   {"generated": {"by": "student", "share": 0.5, "prompt": 8}, "loss": {"name": "distill", "kind": "reverse"}},
+  {"written": {"rows": 8, "batch": 4}},
 ])  # fmt: skip
 def test_other_ways_to_distill_run_from_a_config(place, over):
   config = training(place, **over)
   result = experiment.run(config, place / "ways", COMMAND)
+  assert (place / "ways" / config.folder / "training" / "written").is_dir() == ("written" in over)
   text = next(iter(result["stages"][0]["kl"]))
   before, trained = result["stages"][1:3]
   assert trained["kl"][text] < before["kl"][text]
@@ -600,10 +602,10 @@ def test_tasks_are_learned_compressed_and_scored(place):
 
 
 @pytest.mark.parametrize(("over", "said"), [
-  ({"train": {"text": "pydoc"}}, "give a text, or leave it out"),
+  ({"train": {"text": "pydoc"}}, "give a text or written rows"),
   ({"train": {"match": {"hidden": 1.0}}}, "no match"),
   ({"train": {"accumulate": 2}}, "no accumulate but 1"),
-  ({"tasks": []}, "give a text, or leave it out"),
+  ({"tasks": []}, "give a text or written rows"),
   ({"tasks": [{"name": "a", "data": "bbc"}, {"name": "a", "data": "digits"}]}, "two have the name a"),
   ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),
   ({"tasks": [{"name": "digits", "data": "digits"}], "samples": {"judge": "digits"}}, "two have the name digits"),

@@ -1,6 +1,7 @@
 """Distillation beyond predictions in memory: matching what is inside, stored teachers, rows that a model writes."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from lmcompress.training import (
   divergence,
   fit,
   store_predictions,
+  write_rows,
 )
 from lmcompress.training.generated import continued
 from lmcompress.training.losses import Likeliest, coarse
@@ -229,9 +231,37 @@ def test_training_on_written_rows_resumes_to_the_bit(by, tmp_path):
   assert [row["loss"] for row in logged] == [row["loss"] for row in history]
 
 
+def test_rows_from_nothing_go_on_where_they_were_cut_off(tmp_path):
+  """Nearly greedy they are what the model would say; cut off or not, they are the same; drawn, no two are."""
+  sure = write_rows(TEACHER, THEIRS, 3, 2, 9, tmp_path / "sure", temperature=1e-4)
+  said = np.argmax(TEACHER.apply(THEIRS, sure), axis=-1)
+  np.testing.assert_array_equal(sure[:, 1:], said[:, :-1])
+  assert (sure[:, 0] == 3).all()
+  given = {"batch": 2, "seed": 5}
+  whole = write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "whole", **given)
+
+  def stop(done, of):
+    if done == 4:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given, on_rows=stop)
+  told = []
+  again = write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given, on_rows=lambda *at: told.append(at))
+  np.testing.assert_array_equal(again, whole)
+  assert told == [(5, 5)] and len({row.tobytes() for row in whole}) == 5
+  with pytest.raises(FormatError, match="written otherwise"):
+    write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", batch=2, seed=6)
+  (tmp_path / "cut" / "record.json").write_text("[]")
+  with pytest.raises(FormatError, match="not the record"):
+    write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given)
+
+
 @pytest.mark.parametrize(
   ("make", "said"),
   [
+    (lambda: write_rows(TEACHER, THEIRS, 3, 0, 9, Path("never")), "rows and a batch from 1"),
+    (lambda: write_rows(TEACHER, THEIRS, 3, 1, 9, Path("never"), temperature=0.0), "a temperature above 0"),
     (lambda: Match(hidden=-1), "weights from 0"),
     (lambda: Match(hidden=0, relations=0), "one of them above it"),
     (lambda: Match(layers="deep"), "uniform or name"),

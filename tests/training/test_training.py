@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -51,6 +52,7 @@ from lmcompress.training import (
   train_step,
 )
 from lmcompress.training.privacy import Poisson, clipped
+from lmcompress.training.step import loss_of as training_loss
 from lmcompress.transforms import (
   adapted,
   adapters,
@@ -226,6 +228,31 @@ def test_the_average_and_bfloat16():
     np.testing.assert_allclose(a, 0.75 * np.asarray(c) + 0.25 * np.asarray(b), atol=1e-6)
   half, history = fit(MODEL, PARAMS, ROWS, Training(5, batch=8, learning_rate=1e-2, compute="bfloat16"))
   assert history[-1]["loss"] < history[0]["loss"] and half["final_norm"]["scale"].dtype == jnp.float32
+
+
+def products(jaxpr):
+  """Dtypes of the operands of every product of a program."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield tuple(str(operand.aval.dtype) for operand in equation.invars)
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from products(inner)
+
+
+@pytest.mark.parametrize("link", [None, fake_quantize(3, 16)], ids=["dense", "codes"])
+def test_bfloat16_means_every_product_and_gradients_stay_close(link):
+  """Forward, back and in the teacher; against the gradients of float32, entries of a weight together."""
+  params = PARAMS if link is None else compress(MODEL, PARAMS, at("layers/*", link), None, None)[0]
+  trained, kept = tree.partition(params, lambda path: path.startswith("layers/"))
+  found = {}
+  for dtype in ("float32", "bfloat16"):
+    settings = Training(2, batch=8, loss=Distill(labels=0.5), compute=dtype, chunk=8)
+    lost = functools.partial(training_loss, MODEL, kept, settings, (MODEL, PARAMS), rows={"tokens": ROWS[:8]})
+    program = jax.grad(lambda x, lost=lost: lost(trained=x)[0])
+    found[dtype] = program(trained)
+    assert set(products(jax.make_jaxpr(program)(trained).jaxpr)) == {(dtype, dtype)}
+  for a, b in zip(*map(jax.tree.leaves, found.values()), strict=True):
+    assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a) + 1e-6
 
 
 def test_masks_hold_and_a_schedule_moves_them():
