@@ -1,6 +1,7 @@
-"""Every job over twelve meshes of eight devices beside the same on one: what comes out, what is sent, what it takes.
+"""Every job over sixteen meshes of eight devices beside the same on one: what comes out, what is sent, what it takes.
 
-A mixture (`--model configs/small/mixture.yml`) goes over five meshes that split its experts.
+A mixture (`--model configs/small/mixture.yml`) goes over six meshes that split its experts. With `pipe` a pipeline
+trains, and all else takes its devices as more of `fsdp`.
 
 Trains a small model for some steps, compresses it block by block by GPTQ, scores and continues a text, and saves.
 Where sums fall in another order, a code on the edge between two may fall to the other, and all that GPTQ rounds after
@@ -30,10 +31,11 @@ SHAPES = [
   {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}, {"data": 4, "tensor": 2},
   {"data": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2},
   {"fsdp": 2}, {"data": 3, "tensor": 2},
+  {"pipe": 2}, {"data": 4, "pipe": 2}, {"fsdp": 4, "pipe": 2}, {"data": 2, "tensor": 2, "pipe": 2},
 ]  # fmt: skip
 MIXTURE = [
   {"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"expert": 4, "tensor": 2},
-  {"fsdp": 2, "expert": 2, "tensor": 2},
+  {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 2, "tensor": 2, "pipe": 2},
 ]  # fmt: skip
 
 
@@ -43,7 +45,15 @@ def sent(lowered: Any) -> dict[str, int]:
   return dict(collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text())))
 
 
-def jobs(model: Any, params: Any, rows: Any, steps: int, batch: int) -> dict[str, Any]:
+def placed(sizes: dict[str, int]) -> Any:
+  """The mesh, stages taken as more of `fsdp`."""
+  from lmcompress.distributed import make_mesh
+
+  rest = {axis: n for axis, n in sizes.items() if axis != "pipe"}
+  return make_mesh(**{**rest, "fsdp": sizes.get("fsdp", 1) * sizes.get("pipe", 1)})
+
+
+def jobs(model: Any, params: Any, rows: Any, steps: int, batch: int, stages: int = 1) -> dict[str, Any]:
   """What training, compression, scoring and generation give for a tree, wherever it lies."""
   import jax
   import numpy as np
@@ -56,17 +66,18 @@ def jobs(model: Any, params: Any, rows: Any, steps: int, batch: int) -> dict[str
   from lmcompress.training import Training
   from lmcompress.training.step import start, train_step
 
-  training = Training(steps=steps, batch=batch)
-  trained, history = fit(model, params, rows, training)
+  training = Training(steps=steps, batch=batch, accumulate=stages)
+  trained, history = fit(model, params, rows, training, stages=stages)
   small, report = compress(model, trained, at("layers/*", gptq(bits=4, group_size=32)), rows[:batch])
   rounded, _ = compress(model, params, at("layers/*", round_to_nearest(bits=4, group_size=32)))
   leaves = jax.tree.leaves(params)
   with on_mesh_of(params):
-    state = start(params, training, lambda path: True)
     pieces = over_data(data_mesh(params), {"tokens": np.asarray(rows[None, :batch])}, batch, axis=1)
-    moving, key = state._replace(kept=None), jax.random.key(0)
-    step = train_step.lower(model, moving, state.kept, pieces, training, None, None, None, key)
-    forward = jax.jit(model.apply).lower(params, pieces["tokens"][0])
+    found = {"forward": sent(jax.jit(model.apply).lower(params, pieces["tokens"][0]))}
+    if stages == 1:  # a pipeline is many programs
+      state = start(params, training, lambda path: True)
+      moving, key = state._replace(kept=None), jax.random.key(0)
+      found["step"] = sent(train_step.lower(model, moving, state.kept, pieces, training, None, None, None, key))
   return {
     "losses": [row["loss"] for row in history],
     "errors": np.array([row["output_error"] for row in report.rows]),
@@ -77,7 +88,7 @@ def jobs(model: Any, params: Any, rows: Any, steps: int, batch: int) -> dict[str
     "tokens": list(decode(model, small, rows[:2, :8].tolist(), 16, Sampler())),
     "seconds": statistics.median(row["seconds"] for row in history[2:]),
     "bytes_per_device": sum(x.addressable_shards[0].data.nbytes for x in leaves),
-    "sent": {"forward": sent(forward), "step": sent(step)},
+    "sent": found,
     "tree": small,
   }  # fmt: skip
 
@@ -89,7 +100,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
 
   from lmcompress import load, save, tree
   from lmcompress.data.text import load_text, windows
-  from lmcompress.distributed import make_mesh, shard
+  from lmcompress.distributed import shard
   from lmcompress.environment import device, versions
   from lmcompress.io.checkpoint import tree_hash
 
@@ -105,7 +116,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
   hashes = []
   with tempfile.TemporaryDirectory() as folder:
     for n, sizes in enumerate(shapes):
-      found = jobs(model, shard(model, params, make_mesh(**sizes)), rows, steps, batch)
+      found = jobs(model, shard(model, params, placed(sizes)), rows, steps, batch, sizes.get("pipe", 1))
       save(Path(folder) / str(n), model, found["tree"])
       hashes.append(tree_hash(tree.unstack_experts(found["tree"])))
       used = int(np.prod(list(sizes.values())))
@@ -122,7 +133,7 @@ def study(source: str, steps: int, batch: int, length: int) -> dict[str, Any]:
       result["meshes"].append(row)
       print(json.dumps(row), file=sys.stderr, flush=True)
     pairs = [(a, b) for a in range(len(shapes)) for b in range(len(shapes))]
-    read = lambda a, b: tree.unstack_experts(load(Path(folder) / str(a), make_mesh(**shapes[b]))[1])  # noqa: E731
+    read = lambda a, b: tree.unstack_experts(load(Path(folder) / str(a), placed(shapes[b]))[1])  # noqa: E731
     back = [tree_hash(read(a, b)) == hashes[a] for a, b in pairs]
   return result | {"restored": sum(back), "pairs": len(pairs)}
 

@@ -72,6 +72,7 @@ class Explain(_Table):
 class MeshSizes(_Table):
   """Devices that share the work; one size may be -1.
 
+  `pipe` is the stages of a pipeline that trains; what else a run does takes their devices as more of `fsdp`.
   `rules` says for logical axes which axis of the mesh splits them, where it is not the usual one; null for none.
   """
 
@@ -79,7 +80,20 @@ class MeshSizes(_Table):
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
+  pipe: int = pydantic.Field(1, ge=1)
   rules: dict[str, Literal["tensor"] | None] = pydantic.Field(default_factory=dict)
+
+  def sizes(self, devices: int) -> dict[str, int]:
+    """The size of each axis of the mesh, stages taken as more of `fsdp`.
+
+    Raises:
+      ConfigError: they do not multiply to at most the devices there are.
+    """
+    from lmcompress.distributed.sharding import AXES, mesh_sizes
+
+    found = mesh_sizes({axis: getattr(self, axis) for axis in (*AXES, "pipe")}, devices)
+    stages = found.pop("pipe")
+    return {**found, "fsdp": found["fsdp"] * stages}
 
 
 class Gates(_Table):
@@ -290,7 +304,7 @@ class Config(_Table):
     without = {name for name in silent if not getattr(self, name)}  # what says nothing changes nothing
     table = self.model_dump(mode="json", exclude=without)
     if self.mesh:
-      unsaid = {"fsdp": 1, "expert": 1, "rules": {}}
+      unsaid = {"fsdp": 1, "expert": 1, "pipe": 1, "rules": {}}
       table["mesh"] = {key: value for key, value in table["mesh"].items() if unsaid.get(key) != value}
     if self.train:
       table["train"] = {key: value for key, value in table["train"].items() if value is not None}
@@ -413,6 +427,8 @@ def _require_rows(config: Config) -> None:
   if names and (alone or train.accumulate > 1):
     refused = ", ".join(alone) or "accumulate but 1"
     raise ConfigError(f"train: tasks are learned from labels or a teacher, all in each batch: no {refused}")
+  if names and config.mesh is not None and config.mesh.pipe > 1:
+    raise ConfigError(f"mesh.pipe={config.mesh.pipe}: tasks are learned without a pipeline; say fsdp instead")
   if train.weighting is not None and not names:
     raise ConfigError("train.weighting: it weighs tasks; there are none")
 

@@ -22,7 +22,7 @@ from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump, rules_of
 from lmcompress.data.text import load_text, windows
 from lmcompress.distributed import processes
-from lmcompress.distributed.sharding import AXES, make_mesh, mesh_sizes, placements, require_division
+from lmcompress.distributed.sharding import make_mesh, placements, require_division
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.evaluate import energy, importance, profiling
 from lmcompress.evaluate.latency import latency
@@ -250,14 +250,14 @@ def _fits_processes(config: Config, profile: bool) -> None:
     raise ConfigError(
       f"{processes.count()} processes share a mesh, and {config.name} has none; add mesh.data=-1, or start one process"
     )
-  sizes = mesh_sizes({axis: getattr(config.mesh, axis) for axis in AXES}, jax.device_count())
+  sizes = config.mesh.sizes(jax.device_count())
   if math.prod(sizes.values()) != jax.device_count():
     raise ConfigError(
       f"the mesh has {math.prod(sizes.values())} devices, the {processes.count()} processes have {jax.device_count()}; "
       "each has to have its part: say -1 for one size, or start fewer"
     )
   asked = {
-    "tasks": config.tasks, "stream": config.stream, "--profile": profile,
+    "tasks": config.tasks, "stream": config.stream, "--profile": profile, "mesh.pipe": config.mesh.pipe > 1,
     "train.teacher_top_k": config.train and config.train.teacher_top_k,
     "train.privacy": config.train and config.train.privacy,
     "train.generated": config.train and config.train.generated,
@@ -363,7 +363,7 @@ def _digest(calibration: Any) -> str:
 def _mesh(config: Config) -> Any:
   if config.mesh is None:
     return None
-  return make_mesh(**{axis: getattr(config.mesh, axis) for axis in AXES})
+  return make_mesh(**config.mesh.sizes(jax.device_count()))
 
 
 def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher: Watcher) -> None:

@@ -106,6 +106,7 @@ def train_text(
         trainable=trains,
         teacher=teacher,
         transform=during,
+        stages=1 if config.mesh is None else config.mesh.pipe,
         folder=folder / TRAINING,
         decides=decides,
         save_every=train.save_every,

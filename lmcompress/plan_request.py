@@ -111,6 +111,8 @@ class Asked:
         recipe = recipes.build(config.recipe) if config.recipe else None
         if config.mesh is not None:
           sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+          if config.mesh.pipe > 1:
+            raise ConfigError(f"mesh.pipe={config.mesh.pipe}: no plan has a pipeline yet; say a mesh by --topology")
         if config.train is not None and not serve:
           training = config.train.settings()
           length, compute = length or config.train.length, training.compute

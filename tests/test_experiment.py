@@ -610,6 +610,7 @@ def test_tasks_are_learned_compressed_and_scored(place):
   ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),
   ({"tasks": [{"name": "digits", "data": "digits"}], "samples": {"judge": "digits"}}, "two have the name digits"),
   ({"train": {"text": "pydoc", "weighting": {}}, "tasks": []}, "there are none"),
+  ({"mesh": {"pipe": 2}}, "tasks are learned without a pipeline"),
 ])  # fmt: skip
 def test_tables_of_tasks_are_checked(over, said):
   table = {"name": "t", "model": "m", "recipe": [], "train": {"steps": 2}, "tasks": [{"name": "a", "data": "bbc"}]}
@@ -627,10 +628,11 @@ class Notes(Silent):
     self.notes.append(text)
 
 
-def test_a_config_trains_over_a_mesh(place):
+@pytest.mark.parametrize("axis", ["fsdp", "pipe"])
+def test_a_config_trains_over_a_mesh(axis, place):
   """The same config plus a `mesh` table: the same losses, and scores to rounding."""
   config = training(place, optimizer="sgd", learning_rate=0.1)
-  sizes = {"data": 2, "fsdp": 2, "tensor": 2, "rules": {"vocab": None}}
+  sizes = {"data": 2, axis: 2, "tensor": 2, "rules": {"vocab": None}}
   spread, told = check({**config.model_dump(mode="json"), "mesh": sizes}, "spread"), Notes()
   alone, result = (experiment.run(c, place / "spread", COMMAND, told) for c in (config, spread))
   assert any(note.startswith("each of 8 devices (data=2, fsdp=2, tensor=2) holds") for note in told.notes)

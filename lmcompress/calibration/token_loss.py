@@ -39,7 +39,14 @@ def forward(
 
   With `remat` the way back keeps one carry a block and computes the rest again.
   """
-  carry, tapped = model.start(gathered(model, params), batch), {}
+  return through_blocks(model, params, model.start(gathered(model, params), batch), remat, taps)
+
+
+def through_blocks(
+  model: Any, params: Params, carry: Any, remat: bool = True, taps: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
+  """The carry after the blocks of a tree, which may be some of the model's, and what `forward` says of taps."""
+  tapped = {}
   for block in model.blocks(params):
     wanted = (taps or {}).get(block.path, ())
 

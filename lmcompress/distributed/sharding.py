@@ -291,17 +291,44 @@ def ways(mesh: Mesh | None) -> int:
   return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in BATCH)
 
 
-def _mesh_of(params: Params) -> Mesh | None:
+def mesh_of(params: Params) -> Mesh | None:
   """The mesh that the parameters lie on."""
   sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
   mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
   return mesh if isinstance(mesh, Mesh) else None
 
 
+def stage_meshes(mesh: Mesh | None, stages: int) -> list[Mesh]:
+  """A mesh of its own for each stage of a pipeline, of what `fsdp` splits; without a mesh, a device each.
+
+  Raises:
+    ValueError: fewer devices than stages, or an `fsdp` that they do not divide.
+  """
+  if mesh is None:
+    if len(jax.devices()) < stages:
+      raise ValueError(f"{stages} stages on {len(jax.devices())} devices: one each is needed")
+    return [make_mesh(devices=[device]) for device in jax.devices()[:stages]]
+  if mesh.shape["fsdp"] % stages:
+    raise ValueError(
+      f"{stages} stages of a mesh with fsdp={mesh.shape['fsdp']}: stages share the devices that split weights, and "
+      "have to divide them"
+    )
+  parts = np.split(mesh.devices, stages, axis=AXES.index("fsdp"))
+  return [Mesh(part, AXES, axis_types=(AxisType.Auto,) * len(AXES)) for part in parts]
+
+
 def data_mesh(params: Params) -> Mesh | None:
   """The mesh that the parameters lie on, if it splits rows."""
-  mesh = _mesh_of(params)
+  mesh = mesh_of(params)
   return mesh if ways(mesh) > 1 else None
+
+
+def on_stage(mesh: Mesh, batch: Any, rows: int) -> Any:
+  """Arrays placed on a mesh: those of so many rows split over the axes `BATCH` that divide them, others whole."""
+  whole = NamedSharding(mesh, PartitionSpec())
+  names = tuple(name for name in BATCH if mesh.shape.get(name, 1) > 1)
+  split = NamedSharding(mesh, PartitionSpec(names)) if names and rows % ways(mesh) == 0 else whole
+  return jax.tree.map(lambda x: jax.device_put(x, split if x.ndim and x.shape[0] == rows else whole), batch)
 
 
 def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
@@ -319,7 +346,13 @@ def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
 def on_mesh_of(params: Params) -> Iterator[None]:
   """Work on the mesh that a tree lies on: models gather there what is split over `fsdp`, block by block, and send rows
   to the experts that are split over `expert`."""
-  mesh = _mesh_of(params)
+  with on_mesh(mesh_of(params)):
+    yield
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+  """Work on a mesh, as of `on_mesh_of`."""
   if mesh is None or ways(mesh) * mesh.shape.get("expert", 1) == 1:
     yield
   else:

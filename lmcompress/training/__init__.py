@@ -7,7 +7,7 @@ from lmcompress.training.heads import Task
 from lmcompress.training.loop import batches, fit
 from lmcompress.training.losses import DIVERGENCES, Distill, Labels, divergence
 from lmcompress.training.match import Match
-from lmcompress.training.pipeline import fit_pipelined, merge_stages, split_stages
+from lmcompress.training.pipeline import Pipeline, merge_stages, split_stages
 from lmcompress.training.privacy import epsilon
 from lmcompress.training.step import Privacy, Training, TrainState, compiled_step, result, start, train_step
 from lmcompress.training.stored import StoredTeacher, store_predictions
@@ -21,6 +21,7 @@ __all__ = [
   "Labels",
   "Local",
   "Match",
+  "Pipeline",
   "Privacy",
   "StoredTeacher",
   "Task",
@@ -34,7 +35,6 @@ __all__ = [
   "fit",
   "fit_async",
   "fit_local",
-  "fit_pipelined",
   "fit_tasks",
   "mean_loss",
   "merge_stages",

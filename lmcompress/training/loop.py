@@ -16,6 +16,7 @@ from lmcompress.distributed.sharding import data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.generated import continued
 from lmcompress.training.match import PROJECTIONS
+from lmcompress.training.pipeline import Pipeline
 from lmcompress.training.privacy import Poisson, private_step
 from lmcompress.training.step import Training, TrainState, held_out_loss, result, start, train_step
 from lmcompress.training.stored import StoredTeacher
@@ -45,6 +46,7 @@ def fit(
   trainable: Callable[[str], bool] = lambda path: True,
   teacher: tuple[Any, Params] | StoredTeacher | None = None,
   transform: Transform | None = None,
+  stages: int = 1,
   folder: Path | None = None,
   decides: Any = None,
   save_every: int = 50,
@@ -61,6 +63,8 @@ def fit(
     teacher: model and parameters, for a loss that needs them, or their stored predictions of `rows`; of the student's
       vocabulary.
     transform: of phase `step`, applied after each update.
+    stages: of a pipeline (`Pipeline`): so many devices, or groups of those that split weights, have some of the blocks
+      each, and the `accumulate` pieces of a batch go through them, one forward one backward.
     folder: where states and `train.jsonl` are kept; a run that was cut off goes on to the same bits.
     decides: JSON that tells this run from others in that folder.
     save_every: steps from one saved state to the next.
@@ -71,7 +75,7 @@ def fit(
 
   Raises:
     ValueError: nothing trains, rows that are too few or no tokens of the model's, no teacher or one of another
-      vocabulary.
+      vocabulary, more stages than devices or blocks.
     WeightError: the loss or a gradient is not finite; says where, and what was kept.
     FormatError: a saved state is damaged or of another run.
   """
@@ -86,16 +90,26 @@ def fit(
     maps = training.match.projections(model, params, teacher, rows.shape[1], key)
     whole = {**params, PROJECTIONS: maps} if maps else params
   trains = lambda path: tree.matches(PROJECTIONS, path) or trainable(path)  # noqa: E731
+  pipeline = None
+  if stages > 1:
+    if transform is not None:
+      raise ValueError(f"stages={stages}: a transform after each update sees a whole tree; leave one of the two out")
+    guide = teacher if isinstance(teacher, tuple) and training.needs_teacher else None
+    pipeline = Pipeline(model, whole, training, stages, guide)
   state = start(whole, training, trains, transform)
+  if pipeline is not None:
+    state = pipeline.spread(state)
 
   def update(state: TrainState) -> tuple[TrainState, Metrics]:
     chosen = np.asarray(source[int(state.step)])[:, 0]
-    return _update(model, state, rows[chosen], chosen, training, transform, teacher, seed)
+    return _update(model, state, rows[chosen], chosen, training, transform, teacher, seed, pipeline)
 
-  score = None if held_out is None else lambda state: {"held_out": _score(model, state, held_out, training)}
+  score = None if held_out is None else lambda state: {"held_out": _score(model, state, held_out, training, pipeline)}
   keeping = Keeping(folder, [decides, seed, repr(training)], save_every, evaluate_every)
   state, history = run_steps(state, update, training, keeping, transform is not None, score, on_step)
   done = result(state, whole)
+  if pipeline is not None:
+    done = jax.tree.map(lambda x, was: jax.device_put(x, was.sharding), done, whole)
   return {name: part for name, part in done.items() if name in params}, history
 
 
@@ -108,6 +122,7 @@ def _update(
   transform: Transform | None,
   teacher: tuple[Any, Params] | StoredTeacher | None,
   seed: int,
+  pipeline: Pipeline | None,
 ) -> tuple[TrainState, Metrics]:
   begun = time.perf_counter()
   present = isinstance(teacher, tuple) and training.needs_teacher
@@ -128,6 +143,9 @@ def _update(
     if isinstance(teacher, StoredTeacher):
       batch |= teacher[chosen]
     pieces = {name: jnp.asarray(x).reshape(training.accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+    if pipeline is not None:
+      new, found = pipeline.step(moving, pieces)
+      return new._replace(kept=state.kept), {**found, "seconds": time.perf_counter() - begun}
     pieces = over_data(data_mesh(state.trained), pieces, training.batch // training.accumulate, axis=1)
     new, found = train_step(model, moving, state.kept, pieces, training, transform, who, guide, key)
   metrics = {name: float(value) for name, value in found.items()}
@@ -135,11 +153,17 @@ def _update(
   return new._replace(kept=kept), {**metrics, "seconds": time.perf_counter() - begun}
 
 
-def _score(model: Any, state: TrainState, rows: np.ndarray, training: Training) -> float:
+def _score(
+  model: Any, state: TrainState, rows: np.ndarray, training: Training, pipeline: Pipeline | None
+) -> float:
   """Cross entropy of rows, a batch at a time; nats a token."""
   total, count = 0.0, 0
   for i in range(0, len(rows), training.batch):
     some = jnp.asarray(rows[i : i + training.batch])
+    if pipeline is not None:
+      lost, tokens = pipeline.score(state, rows[i : i + training.batch])
+      total, count = total + lost, count + tokens
+      continue
     trained = state.trained if state.average is None else state.average
     lost, tokens = held_out_loss(model, trained, state.kept, some, training)
     total, count = total + float(lost), count + int(tokens)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmcompress import tree
-from lmcompress.calibration.token_loss import head_loss, require_causal
+from lmcompress.calibration.token_loss import head_loss, predictions, require_causal, through_blocks
+from lmcompress.distributed.sharding import gathered, mesh_of, on_mesh, on_stage, shardings, stage_meshes
 from lmcompress.evaluate.roofline import leaf_bytes
 from lmcompress.training.durable import Metrics
-from lmcompress.training.loop import batches, checked_rows
-from lmcompress.training.step import Training, TrainState, advance, result, start, whole_tree
-from lmcompress.types import Params, WeightError
+from lmcompress.training.losses import Labels
+from lmcompress.training.step import Training, TrainState, advance, floats_as, stored_guide, whole_tree
+from lmcompress.types import Params
 
 
 def split_stages(model: Any, params: Params, count: int) -> list[Params]:
@@ -29,22 +32,37 @@ def split_stages(model: Any, params: Params, count: int) -> list[Params]:
   Raises:
     ValueError: fewer blocks than stages.
   """
+  parts: list[dict[str, Any]] = [{} for _ in range(count)]
+  for path, home in stages_of(model, params, count).items():
+    parts[home][path] = tree.get(params, path)
+    if _is_tied(path, params):
+      parts[-1][path] = parts[home][path]
+  return [tree.unflatten(part) for part in parts]
+
+
+def stages_of(model: Any, params: Params, count: int) -> dict[str, int]:
+  """The stage of each leaf, by path; a table that is the head, too, has the first.
+
+  Raises:
+    ValueError: fewer blocks than stages.
+  """
   blocks = [block.path for block in model.blocks(params)]
   if not 1 <= count <= len(blocks):
     raise ValueError(f"{count} stages of {len(blocks)} blocks: from 1 to as many as there are blocks")
   leaves = tree.flatten(params)
   sizes = [sum(leaf_bytes(leaf) for p, leaf in leaves.items() if p.startswith(f"{path}/")) for path in blocks]
   of_block = dict(zip(blocks, _even(sizes, count), strict=True))
-  parts: list[dict[str, Any]] = [{} for _ in range(count)]
   last = ("final_norm", "head")
-  for path, leaf in leaves.items():
-    home = next((of_block[block] for block in blocks if path.startswith(f"{block}/")), None)
-    if home is None:
-      home = count - 1 if path.split("/")[0] in last else 0
-      if path.split("/")[0] == "embed" and "head" not in params:
-        parts[-1][path] = leaf
-    parts[home][path] = leaf
-  return [tree.unflatten(part) for part in parts]
+
+  def home(path: str) -> int:
+    block = next((block for block in blocks if path.startswith(f"{block}/")), None)
+    return of_block[block] if block is not None else count - 1 if path.split("/")[0] in last else 0
+
+  return {path: home(path) for path in leaves}
+
+
+def _is_tied(path: str, params: Params) -> bool:
+  return path.split("/")[0] == "embed" and "head" not in params
 
 
 def merge_stages(parts: Sequence[Params]) -> Params:
@@ -104,94 +122,206 @@ def one_forward_one_backward(stages: int, count: int) -> list[Work]:
   return order
 
 
-def fit_pipelined(
-  model: Any,
-  params: Params,
-  rows: np.ndarray,
-  training: Training,
-  *,
-  stages: int,
-  devices: Sequence[Any] | None = None,
-  seed: int = 0,
-  trainable: Callable[[str], bool] = lambda path: True,
-  on_step: Callable[[int, Metrics], None] | None = None,
-) -> tuple[Params, list[Metrics]]:
-  """Trains a tree whose blocks lie on several devices; `training.accumulate` is how many small batches a batch makes.
+_HOLE = {"is_leaf": lambda x: x is None}
 
-  Each device has the weights, gradients and moments of its stage alone, and is handed hidden states; inputs of stages
-  are kept and what is inside is computed again on the way back.
+
+class Pipeline:
+  """The stages of a tree, each on a mesh of its own, and the update of a state through them.
+
+  A state has the structure of any other's: what was saved goes on without a pipeline, and the other way. Its arrays lie
+  with their stages; inputs of stages are kept, and what is inside is computed again on the way back.
 
   Args:
-    rows: token ids `[n, length]`.
-    devices: one for each stage, by default the first ones.
-
-  Returns:
-    The tree, where it was, and of each update the metrics of `fit`, with `held`, the inputs that the first stage held
-    at once at most.
+    params: as it lies; with a mesh, stages share the devices that split weights (`fsdp`), else they have one each.
+    training: `accumulate` is how many small batches a batch makes.
+    teacher: as of `train_step`; it is cut into as many stages.
 
   Raises:
     ValueError: fewer devices or blocks than stages, or a setting that pipelines do not have.
-    WeightError: the loss or a gradient is not finite.
   """
-  require_causal(model, "a pipeline")
-  devices = list(jax.devices() if devices is None else devices)
-  if len(devices) < stages:
-    raise ValueError(f"{stages} stages on {len(devices)} devices: one each is needed")
-  refused = {"loss": training.loss.needs_teacher, "match": training.match, "generated": training.generated,
-             "privacy": training.privacy, "average": training.average}  # fmt: skip
-  if asked := [name for name, value in refused.items() if value]:
-    raise ValueError(f"a pipeline learns labels: leave out {', '.join(asked)}")
-  rows = checked_rows("rows", rows, params)
-  source = batches(np.arange(len(rows))[:, None], training.batch, seed)
-  parts = [jax.device_put(part, devices[i]) for i, part in enumerate(split_stages(model, params, stages))]
-  plain = dataclasses.replace(training, clip=None, accumulate=1, batch=training.batch // training.accumulate)
-  states = [
-    start(part, plain, trainable) if _trains(part, trainable) else None for part in parts
-  ]
-  still = [tree.partition(part, lambda path: False) for part in parts]  # of stages in which nothing trains
-  kept = [still[i][1] if state is None else state.kept for i, state in enumerate(states)]
-  holes = [still[i][0] for i in range(stages)]
-  states = [None if s is None else s._replace(kept=None) for s in states]
-  first = states[0].trained if states[0] is not None else {}
-  tied = stages > 1 and "head" not in params and isinstance(first.get("embed", {}).get("table"), jax.Array)
-  history: list[Metrics] = []
-  order = one_forward_one_backward(stages, training.accumulate)
-  for step in range(training.steps):
-    begun = time.perf_counter()
-    chosen = np.asarray(source[step])[:, 0].reshape(training.accumulate, -1)
-    small = [{"tokens": jnp.asarray(rows[some])} for some in chosen]
-    gradients, total, count, held = _gradients(model, states, holes, kept, small, plain, order, devices)
-    if tied:
-      sums = gradients[0]["embed"]["table"] + jax.device_put(gradients[-1]["embed"]["table"], devices[0])
-      gradients[0]["embed"]["table"] = sums
-      gradients[-1]["embed"]["table"] = jax.device_put(sums, devices[stages - 1])
+
+  def __init__(
+    self, model: Any, params: Params, training: Training, stages: int, teacher: tuple[Any, Params] | None = None
+  ):
+    require_causal(model, "a pipeline")
+    refused = {"match": training.match, "generated": training.generated, "privacy": training.privacy}
+    if asked := [name for name, value in refused.items() if value]:
+      raise ValueError(f"a pipeline has rows and labels, or a teacher's predictions: leave out {', '.join(asked)}")
+    self.model, self.training, self.meshes = model, training, stage_meshes(mesh_of(params), stages)
+    homes = stages_of(model, params, stages)
+    self._tied = stages > 1 and "head" not in params
+    every = [shardings(model, params, mesh) for mesh in self.meshes]
+    self._home = tree.map_leaves(lambda path, leaf: jax.tree.map(lambda _: homes[path], leaf), params)
+    self._where = jax.tree.map(lambda home, *each: each[home], self._home, *every)
+    self._last = every[-1].get("embed")
+    self._teacher = None if teacher is None else self._placed(*teacher)
+    self._kept: list[Params] = []
+    # what a whole batch decides is done here: the norm of all gradients, and their sum over small batches
+    self._plain = dataclasses.replace(
+      training, clip=None if training.clip is None else math.inf, accumulate=1,
+      batch=training.batch // training.accumulate,
+    )  # fmt: skip
+
+  def spread(self, state: TrainState) -> TrainState:
+    """A state whose arrays lie with their stages; what stays is put there once, and stays in the state as it was."""
+    self._kept = [self._part(self._at_home(state.kept), stage) for stage in range(len(self.meshes))]
+    if self._tied:
+      self._kept[-1] = self._with_table(self._kept[-1], state.kept)
+    average = None if state.average is None else self._at_home(state.average)
+    place = lambda x, where: x if where is None else jax.device_put(x, where)  # noqa: E731
+    where = jax.tree.map(lambda x, to: None if x is None else to, state.trained, self._where, **_HOLE)
+    moments = optax.tree_map_params(self.training.transformation(), place, state.moments, where)
+    return state._replace(trained=self._at_home(state.trained), average=average, moments=moments)
+
+  def step(self, state: TrainState, pieces: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    """An update; `pieces` as the batch of `train_step`. Metrics are those of `fit` and `held`: inputs of the first
+    stage that were held at once at most."""
+    parts = self._stages(state.trained)
+    small = [{name: x[i] for name, x in pieces.items()} for i in range(self.training.accumulate)]
+    gradients, total, count, held = self._gradients(parts, small)
+    if self._tied:
+      theirs = jax.tree.map(lambda g, to: jax.device_put(g, to), gradients[-1].pop("embed"), self._where_of(parts[0]))
+      with on_mesh(self.meshes[0]):
+        gradients[0]["embed"] = jax.tree.map(jnp.add, gradients[0]["embed"], theirs)
+      gradients[-1]["embed"] = jax.tree.map(lambda _: None, parts[-1]["embed"])
     tokens = max(count, 1)
-    own = [g if i + 1 < stages or not tied else {k: v for k, v in g.items() if k != "embed"}
-           for i, g in enumerate(gradients)]  # fmt: skip
-    norm = float(np.sqrt(sum(float(_squares(g)) for g in own if g is not None))) / tokens
-    if not np.isfinite(total) or not np.isfinite(norm):
-      raise WeightError(
-        f"step {step}: the loss is {total / tokens:.6g} and the gradients' norm {norm:.6g}; lower the learning rate "
-        f"({training.learning_rate:g}) or clip ({training.clip})"
-      )
-    shrink = 1.0 if training.clip is None else min(1.0, training.clip / max(norm, 1e-30))
-    metrics: Metrics = {}
-    for i, state in enumerate(states):
-      if state is not None:
-        states[i], found = _update(state, kept[i], gradients[i], shrink / tokens, total / tokens, plain)
-        metrics = {name: float(value) for name, value in found.items() if name != "broken"}
-    metrics |= {"loss": total / tokens, "grad_norm": norm, "held": held, "seconds": time.perf_counter() - begun}
-    history.append(metrics)
-    if on_step is not None:
-      on_step(step + 1, metrics)
-  done = [part if s is None else result(s._replace(kept=k), part)
-          for s, k, part in zip(states, kept, parts, strict=True)]  # fmt: skip
-  home = jax.tree.map(lambda x: x.sharding if isinstance(x, jax.Array) else None, params)
-  return jax.tree.map(lambda x, place: jax.device_put(x, place), merge_stages(done), home), history
+    norm = math.sqrt(sum(self._squares(stage, some) for stage, some in enumerate(gradients))) / tokens
+    clip = self.training.clip
+    scale = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-30))) / tokens
+    done = [
+      self._update(stage, state, self._part(state.trained, stage), gradients[stage], scale)
+      for stage in range(len(self.meshes))
+    ]
+    done.sort(key=lambda part: not jax.tree.leaves(part["trained"]))  # where nothing trains, no update is counted
+    merged = _merged(done)
+    broken = -1 if np.isfinite(norm) else _broken(_merged([{"g": g} for g in gradients])["g"])
+    rate = float(self.training.rate(int(state.step)))
+    new = TrainState(state.step + 1, merged["trained"], merged["moments"], merged["average"], None, ())
+    return new, {"loss": total / tokens, "grad_norm": norm, "learning_rate": rate, "broken": broken, "held": held}
+
+  def score(self, state: TrainState, rows: np.ndarray) -> tuple[float, int]:
+    """The summed cross entropy of rows and the tokens that it counts."""
+    parts = self._stages(state.trained if state.average is None else state.average)
+    carry: Any = None
+    for stage, mesh in enumerate(self.meshes[:-1]):
+      carry = self._ahead(stage, parts[stage], carry, on_stage(mesh, {"tokens": jnp.asarray(rows)}, len(rows)))
+    said = dataclasses.replace(self._plain, loss=Labels())
+    with on_mesh(self.meshes[-1]):
+      batch = on_stage(self.meshes[-1], {"tokens": jnp.asarray(rows)}, len(rows))
+      total, count = _scored(self.model, parts[-1], self._kept[-1], carry, batch, len(parts) == 1, said)
+    return float(total), int(count)
+
+  def _at_home(self, held: Params) -> Params:
+    return jax.tree.map(lambda x, to: None if x is None else jax.device_put(x, to), held, self._where, **_HOLE)
+
+  def _part(self, held: Params, stage: int) -> Params:
+    """The arrays of a stage, None where others' are."""
+    return jax.tree.map(lambda x, home: x if home == stage else None, held, self._home, **_HOLE)
+
+  def _stages(self, held: Params) -> list[Params]:
+    """The arrays of each stage, a tied table in the first and the last."""
+    parts = [self._part(held, stage) for stage in range(len(self.meshes))]
+    if self._tied:
+      parts[-1] = self._with_table(parts[-1], held)
+    return parts
+
+  def _with_table(self, part: Params, held: Params) -> Params:
+    put = lambda x, to: None if x is None else jax.device_put(x, to)  # noqa: E731
+    return {**part, "embed": jax.tree.map(put, held["embed"], self._last, **_HOLE)}
+
+  def _where_of(self, part: Params) -> Params:
+    return jax.tree.map(lambda x, to: None if x is None else to, part["embed"], self._where["embed"], **_HOLE)
+
+  def _placed(self, model: Any, params: Params) -> tuple[Any, list[Params]]:
+    """A teacher's stages."""
+    params = params if self.training.compute == "float32" else floats_as(params, self.training.compute)
+    found = []
+    for part, mesh in zip(split_stages(model, params, len(self.meshes)), self.meshes, strict=True):
+      where = tree.flatten(shardings(model, params, mesh))
+      found.append(tree.map_leaves(lambda path, leaf, to=where: jax.tree.map(jax.device_put, leaf, to[path]), part))
+    return model, found
+
+  def _squares(self, stage: int, gradients: Params) -> float:
+    with on_mesh(self.meshes[stage]):
+      return float(_squares(gradients))
+
+  def _update(self, stage: int, state: TrainState, trained: Params, gradients: Params, scale: float) -> dict[str, Any]:
+    """What an update makes of a stage's arrays; as they were where none of them trains."""
+    homes = jax.tree.map(lambda x, home: None if x is None else home, state.trained, self._home, **_HOLE)
+    count = NamedSharding(self.meshes[stage], PartitionSpec())
+    moments = optax.tree_map_params(
+      self.training.transformation(), lambda x, home: x if home == stage else None, state.moments, homes,
+      transform_non_params=lambda x: jax.device_put(x, count),
+    )  # fmt: skip
+    average = None if state.average is None else self._part(state.average, stage)
+    moving = TrainState(jax.device_put(state.step, count), trained, moments, average, None, ())
+    if jax.tree.leaves(trained):
+      with on_mesh(self.meshes[stage]):
+        moving = _update(moving, gradients, scale, self._plain)
+    return {"trained": moving.trained, "moments": moving.moments, "average": moving.average}
+
+  def _ahead(self, stage: int, trained: Params, carry: Any, batch: Any) -> Any:
+    """What a stage hands on, where the next one lies."""
+    with on_mesh(self.meshes[stage]):
+      made = _forward(self.model, trained, self._kept[stage], carry, batch, stage == 0, self._plain)
+    return on_stage(self.meshes[stage + 1], made, batch["tokens"].shape[0])
+
+  def _taught(self, stage: int, carry: Any, batch: Any) -> Any:
+    """What the teacher's stage hands on, where the next one lies; None without a teacher."""
+    if self._teacher is None:
+      return None
+    model, parts = self._teacher
+    with on_mesh(self.meshes[stage]):
+      made = _through(model, parts[stage], carry, stage == 0, batch)
+    return on_stage(self.meshes[stage + 1], made, batch["tokens"].shape[0])
+
+  def _gradients(self, trained: list[Params], small: Sequence[Any]) -> tuple[list[Any], float, int, int]:
+    """Sums over the small batches: gradients by stage, the loss, the tokens; and what the first stage held at most."""
+    stages = len(self.meshes)
+    inputs: dict[tuple[int, int], Any] = {}
+    given: dict[tuple[int, int], Any] = {}
+    sums: list[Any] = [None] * stages
+    losses, held = [], 0
+    for stage, b, way in one_forward_one_backward(stages, len(small)):
+      first, last, mesh = stage == 0, stage + 1 == stages, self.meshes[stage]
+      rows = small[b]["tokens"].shape[0]
+      batch = on_stage(mesh, small[b], rows)
+      if way == "forward":
+        if first:
+          inputs[0, b] = None, None
+        if not last:
+          carry, theirs = inputs[stage, b]
+          after = self._ahead(stage, trained[stage], carry, batch)
+          inputs[stage + 1, b] = after, self._taught(stage, theirs, batch)
+          inputs[stage, b] = carry, None
+        held = max(held, sum(1 for s, _ in inputs if s == 0))
+        continue
+      carry, theirs = inputs.pop((stage, b))
+      model, parts = (None, None) if self._teacher is None or not last else self._teacher
+      with on_mesh(mesh):
+        gradients, before, told = _back(
+          self.model, trained[stage], self._kept[stage], carry, given.pop((stage, b), None), batch, first, last,
+          self._plain, model, None if parts is None else parts[-1], theirs,
+        )  # fmt: skip
+      if told is not None:
+        losses.append(told)
+      if not first:
+        given[stage - 1, b] = on_stage(self.meshes[stage - 1], before, rows)
+      with on_mesh(mesh):
+        sums[stage] = gradients if sums[stage] is None else jax.tree.map(jnp.add, sums[stage], gradients)
+    return sums, sum(float(t) for t, _ in losses), sum(int(c) for _, c in losses), held
 
 
-def _trains(part: Params, trainable: Callable[[str], bool]) -> bool:
-  return bool(jax.tree.leaves(tree.partition(part, trainable)[0]))
+def _merged(parts: Sequence[Any]) -> Any:
+  """Trees with None where others have a value, as one; of what all have, the first one's."""
+  first = lambda *xs: next((x for x in xs if x is not None), None)  # noqa: E731
+  return jax.tree.map(first, *parts, **_HOLE)
+
+
+def _broken(gradients: Params) -> int:
+  """The first array that is not finite, in the order of leaves; -1 if the sum of squares alone is not."""
+  found = [not np.all(np.isfinite(np.asarray(g))) for g in jax.tree.leaves(gradients)]
+  return found.index(True) if True in found else -1
 
 
 @jax.jit
@@ -200,9 +330,8 @@ def _squares(gradients: Params) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="training")
-def _update(state: TrainState, kept: Params, gradients: Params, scale: Any, loss: Any, training: Training) -> Any:
-  scaled = jax.tree.map(lambda g: g * scale, gradients)
-  return advance(state, kept, scaled, jnp.float32(loss), training, None, None)
+def _update(moving: TrainState, gradients: Params, scale: Any, training: Training) -> TrainState:
+  return advance(moving, {}, jax.tree.map(lambda g: g * scale, gradients), jnp.zeros(()), training, None, None)[0]
 
 
 def _floats(carry: Any) -> tuple[list[jax.Array], Any]:
@@ -217,70 +346,54 @@ def _floats(carry: Any) -> tuple[list[jax.Array], Any]:
   return [x for x, is_real in zip(leaves, real, strict=True) if is_real], back
 
 
-def _through(model: Any, params: Params, carry: Any, first: bool, batch: Any) -> Any:
+def _run(model: Any, params: Params, carry: Any, batch: Any, first: bool, remat: bool) -> Any:
   """The blocks of a stage, after the start of the model where it is the first."""
-  carry = model.start(params, batch) if first else carry
-  for block in model.blocks(params):
-    carry, _ = model.run(block, params, carry)
-  return carry
+  carry = model.start(gathered(model, params), batch) if first else carry
+  return through_blocks(model, params, carry, remat)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "first"))
+def _through(model: Any, params: Params, carry: Any, first: bool, batch: Any) -> Any:
+  return _run(model, params, carry, batch, first, remat=False)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "first", "training"))
-def _ahead(model: Any, trained: Params, kept: Params, carry: Any, batch: Any, first: bool, training: Training) -> Any:
-  return _through(model, whole_tree(trained, kept, training), carry, first, batch)
+def _forward(model: Any, trained: Params, kept: Params, carry: Any, batch: Any, first: bool, training: Training) -> Any:
+  return _run(model, _present(whole_tree(trained, kept, training)), carry, batch, first, remat=False)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "first", "last", "training"))
+@functools.partial(jax.jit, static_argnames=("model", "first", "training"))
+def _scored(model: Any, trained: Params, kept: Params, carry: Any, batch: Any, first: bool, training: Training) -> Any:
+  whole = _present(whole_tree(trained, kept, training))
+  after = _run(model, whole, carry, batch, first, remat=False)
+  return head_loss(model, whole, after, batch, training.loss, None, training.chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "first", "last", "training", "teacher_model"))
 def _back(
   model: Any, trained: Params, kept: Params, carry: Any, given: Any, batch: Any, first: bool, last: bool,
-  training: Training,
+  training: Training, teacher_model: Any, teacher: Params | None, theirs: Any,
 ) -> Any:  # fmt: skip
   """Gradients of a stage's arrays and of the floats of its input, and of the last stage the loss."""
   floats, back = ([], lambda floats: None) if first else _floats(carry)
+  guide = None
+  if last and "teacher_ids" in batch:
+    guide = stored_guide(batch)
+  elif last and teacher is not None:
+    guide = predictions(teacher_model, teacher, _run(teacher_model, teacher, theirs, batch, first, remat=False))
 
   def run(trained: Params, floats: Sequence[jax.Array]) -> Any:
-    whole = whole_tree(trained, kept, training)
+    whole = _present(whole_tree(trained, kept, training))
+    after = _run(model, whole, back(floats), batch, first, training.remat)
     if last:
-      after = _through(model, whole, back(floats), first, batch)
-      return head_loss(model, whole, after, batch, training.loss, None, training.chunk)
-    return _floats(_through(model, whole, back(floats), first, batch))[0], None
+      return head_loss(model, whole, after, batch, training.loss, guide, training.chunk)
+    return _floats(after)[0], None
 
   made, pull, aux = jax.vjp(run, trained, floats, has_aux=True)
   gradients, before = pull(jnp.ones_like(made) if last else given)
   return gradients, before, (made, aux) if last else None
 
 
-def _gradients(
-  model: Any, states: Sequence[Any], holes: Sequence[Params], kept: Sequence[Params], small: Sequence[Any],
-  training: Training, order: Sequence[Work], devices: Sequence[Any],
-) -> tuple[list[Any], float, int, int]:  # fmt: skip
-  """Sums over the small batches: gradients by stage, the loss, the tokens; and what the first stage held at most."""
-  stages = len(states)
-  trained = [hole if s is None else s.trained for s, hole in zip(states, holes, strict=True)]
-  inputs: dict[tuple[int, int], Any] = {}
-  given: dict[tuple[int, int], Any] = {}
-  sums: list[Any] = [None] * stages
-  losses, held = [], 0
-  for stage, b, way in order:
-    first, last, device = stage == 0, stage + 1 == stages, devices[stage]
-    batch = jax.device_put(small[b], device)
-    if way == "forward":
-      if first:
-        inputs[0, b] = None
-      if not last:
-        carry = _ahead(model, trained[stage], kept[stage], inputs[stage, b], batch, first, training)
-        inputs[stage + 1, b] = jax.device_put(carry, devices[stage + 1])
-      held = max(held, sum(1 for s, _ in inputs if s == 0))
-      continue
-    gradients, before, told = _back(
-      model, trained[stage], kept[stage], inputs.pop((stage, b)), given.pop((stage, b), None), batch, first, last,
-      training,
-    )  # fmt: skip
-    if told is not None:
-      losses.append(told)
-    if not first:
-      given[stage - 1, b] = jax.device_put(before, devices[stage - 1])
-    sums[stage] = gradients if sums[stage] is None else jax.tree.map(jnp.add, sums[stage], gradients)
-  total, count = sum(float(t) for t, _ in losses), sum(int(c) for _, c in losses)
-  return sums, total, count, held
-
+def _present(params: Params) -> Params:
+  """The leaves of a tree that have their arrays."""
+  return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if jax.tree.leaves(leaf)})

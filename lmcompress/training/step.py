@@ -205,7 +205,7 @@ def whole_tree(trained: Params, kept: Params, training: Training) -> Params:
   narrow = lambda x: x if isinstance(x, fine) else x.astype(training.compute)  # noqa: E731
   return tree.combine(
     jax.tree.map(narrow, trained, is_leaf=lambda x: isinstance(x, fine)),
-    kept if training.compute == "float32" else _floats_as(kept, training.compute),
+    kept if training.compute == "float32" else floats_as(kept, training.compute),
   )
 
 
@@ -230,14 +230,12 @@ def loss_of(
     whole = tree.map_leaves(lambda _, x: _through_mask(x) if isinstance(x, MaskedArray) else x, whole)
   match, guide, shown = training.match, None, {}
   if teacher is not None and training.compute != "float32":
-    teacher = teacher[0], _floats_as(teacher[1], training.compute)
+    teacher = teacher[0], floats_as(teacher[1], training.compute)
   paired = [] if match is None or teacher is None else match.pairs(model, whole, teacher)
   taps = [{} if match is None else match.taps(paired, side) for side in (0, 1)]
   carry, seen = forward(model, whole, rows, training.remat, taps[0])
   if "teacher_ids" in rows:
-    guide = lambda first, count: Likeliest(  # noqa: E731
-      *(jax.lax.dynamic_slice_in_dim(rows[f"teacher_{name}"], first, count, 1) for name in Likeliest._fields)
-    )
+    guide = stored_guide(rows)
   elif teacher is not None:
     theirs, shown = forward(*teacher, rows, False, taps[1])
     guide = predictions(*teacher, theirs) if training.loss.needs_teacher else None
@@ -246,6 +244,13 @@ def loss_of(
     real = jnp.ones(rows["tokens"].shape, bool) if rows.get("attention_mask") is None else rows["attention_mask"] != 0
     total += count * match.loss(paired, seen, shown, whole.get(PROJECTIONS, {}), real)
   return total, count
+
+
+def stored_guide(rows: Any) -> Callable[[Any, int], Likeliest]:
+  """What a stored teacher says of a run of tokens."""
+  return lambda first, count: Likeliest(
+    *(jax.lax.dynamic_slice_in_dim(rows[f"teacher_{name}"], first, count, 1) for name in Likeliest._fields)
+  )
 
 
 def _through_mask(w: MaskedArray) -> Any:
@@ -365,7 +370,7 @@ def _where_kept(g: Any, kept: Any) -> Any:
   return dataclasses.replace(g, values=jnp.where(kept.mask.unpack() != 0, g.values, 0.0))
 
 
-def _floats_as(kept: Params, dtype: str) -> Params:
+def floats_as(kept: Params, dtype: str) -> Params:
   """Dense floats of what stays in the dtype of products; compressed leaves decode to what they say."""
   return tree.map_leaves(
     lambda _, x: x.astype(dtype) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) else x, kept

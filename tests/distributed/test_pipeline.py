@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import jax
 import numpy as np
@@ -10,9 +11,19 @@ import pytest
 
 import lmcompress as lmc
 from lmcompress import fit, tree
+from lmcompress.distributed import make_mesh, shard
 from lmcompress.models import GPT2, GPT2Config, GPT2Sizes, Llama, LlamaConfig, LlamaSizes
-from lmcompress.training import Distill, Training, fit_pipelined, merge_stages, split_stages
-from lmcompress.training.pipeline import _even, one_forward_one_backward
+from lmcompress.training import (
+  Distill,
+  Pipeline,
+  Privacy,
+  Training,
+  merge_stages,
+  split_stages,
+  start,
+  store_predictions,
+)
+from lmcompress.training.pipeline import _even, one_forward_one_backward, stages_of
 
 MODELS = {
   "tied": Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=32, embed=16, mlp=32, layers=4, heads=2, kv_heads=2)),
@@ -70,7 +81,7 @@ def test_a_pipeline_is_training(name, stages):
   params = model.init(jax.random.key(0))
   training = Training(steps=4, batch=8, accumulate=4, learning_rate=0.3, optimizer="sgd", chunk=4)
   want, told = fit(model, params, ROWS, training)
-  done, found = fit_pipelined(model, params, ROWS, training, stages=stages)
+  done, found = fit(model, params, ROWS, training, stages=stages)
   np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
   np.testing.assert_allclose([r["grad_norm"] for r in found], [r["grad_norm"] for r in told], rtol=1e-4)
   for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
@@ -88,22 +99,100 @@ def test_adapters_over_codes_train_in_stages(layer):
   trains = lambda path: tree.matches("**/delta", path)  # noqa: E731
   training = Training(steps=3, batch=4, accumulate=2, learning_rate=1e-2, chunk=4)
   want, told = fit(model, params, ROWS, training, trainable=trains)
-  done, found = fit_pipelined(model, params, ROWS, training, stages=2, trainable=trains)
+  done, found = fit(model, params, ROWS, training, stages=2, trainable=trains)
   np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
   for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-4)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-  ({"stages": 5}, "5 stages of 4 blocks"),
-  ({"stages": 2, "devices": jax.devices()[:1]}, "2 stages on 1 devices"),
-  ({"stages": 2, "training": Training(steps=1, batch=4, loss=Distill())}, "leave out loss"),
-])
-def test_what_a_pipeline_does_not_take(given, message):
+PLAIN = Training(steps=4, batch=8, accumulate=2, learning_rate=0.3, optimizer="sgd", chunk=4)
+
+
+@pytest.mark.parametrize(("sizes", "stages"), [
+  ({"fsdp": 4}, 2), ({"data": 2, "fsdp": 4}, 2), ({"fsdp": 2, "tensor": 2}, 2), ({"fsdp": 4, "tensor": 2}, 4),
+])  # fmt: skip
+def test_stages_share_the_devices_that_split_weights(sizes, stages):
+  """The rest of the mesh splits each stage; the tree comes back to where it was."""
   model = MODELS["tied"]
-  training = given.pop("training", Training(steps=1, batch=4))
+  params = model.init(jax.random.key(0))
+  want, told = fit(model, params, ROWS, PLAIN)
+  placed = shard(model, params, make_mesh(**sizes))
+  done, found = fit(model, placed, ROWS, PLAIN, stages=stages)
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
+  for a, b, c in zip(*map(jax.tree.leaves, (done, want, placed)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert a.sharding == c.sharding
+
+
+def test_a_stage_holds_its_own_alone():
+  """Arrays and moments of a state lie with their stages, split by what is left of the mesh."""
+  model = MODELS["apart"]
+  placed = shard(model, model.init(jax.random.key(0)), make_mesh(fsdp=4))
+  pipeline = Pipeline(model, placed, Training(steps=1, batch=4), 2)
+  state = pipeline.spread(start(placed, Training(steps=1, batch=4), lambda path: True))
+  homes = stages_of(model, placed, 2)
+  groups = [set(jax.devices()[:2]), set(jax.devices()[2:4])]
+  for path, leaf in tree.flatten(state.trained).items():
+    assert leaf.sharding.device_set == groups[homes[path]], path
+  adam = next(part for part in state.moments if hasattr(part, "mu"))
+  assert adam.mu["layers"]["2"]["mlp"]["up"]["kernel"].sharding.device_set == groups[1]
+  up = state.trained["layers"]["0"]["mlp"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 2
+
+
+@pytest.mark.parametrize("loss", ["teacher", "stored"])
+def test_a_pipeline_distills(loss, tmp_path):
+  """From a teacher that is cut into stages of its own, or from predictions on disk; scores on the way are `fit`'s."""
+  model, teacher = MODELS["tied"], MODELS["apart"]
+  params, theirs = model.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+  guide = (teacher, theirs) if loss == "teacher" else store_predictions(teacher, theirs, ROWS, tmp_path, k=8)
+  training = dataclasses.replace(PLAIN, loss=Distill(), average=0.5)
+  given = {"teacher": guide, "held_out": ROWS[:5], "evaluate_every": 2}
+  want, told = fit(model, params, ROWS, training, **given)
+  done, found = fit(model, params, ROWS, training, stages=3, **given)
+  for name in ("loss", "held_out"):
+    pairs = [(a[name], b[name]) for a, b in zip(found, told, strict=True) if name in b]
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_state_goes_on_with_and_without_a_pipeline(tmp_path):
+  """Cut off in a pipeline of two, then of four, then without one: the losses of one device."""
+  model = MODELS["tied"]
+  params = model.init(jax.random.key(0))
+  training = dataclasses.replace(PLAIN, steps=6, optimizer="adamw", learning_rate=1e-3, average=0.5)
+  want, told = fit(model, params, ROWS, training)
+
+  def stop(at):
+    def on_step(step, metrics):
+      if step == at:
+        raise KeyboardInterrupt
+
+    return on_step
+
+  for stages, last in ((2, 2), (4, 4)):
+    with pytest.raises(KeyboardInterrupt):
+      fit(model, params, ROWS, training, stages=stages, folder=tmp_path, on_step=stop(last))
+  done, found = fit(model, params, ROWS, training, folder=tmp_path)
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in told], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(done), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "given", "message"), [
+  ({}, {"stages": 5}, "5 stages of 4 blocks"),
+  ({}, {"stages": 9}, "9 stages on 8 devices"),
+  ({"data": 2}, {"stages": 2}, "a mesh with fsdp=1"),
+  ({}, {"stages": 2, "transform": lmc.prune_gradually(0.5)}, "sees a whole tree"),
+  ({}, {"stages": 2, "training": dataclasses.replace(PLAIN, privacy=Privacy(1.0), accumulate=1)}, "leave out privacy"),
+])  # fmt: skip
+def test_what_a_pipeline_does_not_take(sizes, given, message):
+  model = MODELS["tied"]
+  params = model.init(jax.random.key(0))
+  params = shard(model, params, make_mesh(**sizes)) if sizes else params
   with pytest.raises(ValueError, match=message):
-    fit_pipelined(model, model.init(jax.random.key(0)), ROWS, training, **given)
+    fit(model, params, ROWS, **{"training": PLAIN, **given})
 
 
 def test_a_loss_that_is_not_finite_is_refused():
@@ -111,4 +200,4 @@ def test_a_loss_that_is_not_finite_is_refused():
   params = model.init(jax.random.key(0))
   params["layers"]["0"]["mlp"]["up"]["kernel"] = np.full((16, 32), np.nan, np.float32)
   with pytest.raises(lmc.WeightError, match="step 0: the loss is nan"):
-    fit_pipelined(model, params, ROWS, Training(steps=1, batch=4, accumulate=2, chunk=4), stages=2)
+    fit(model, params, ROWS, Training(steps=1, batch=4, accumulate=2, chunk=4), stages=2)
