@@ -15,6 +15,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.io import gguf, names
+from lmcompress.io.architectures import llama
 from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.types import FormatError, Params
 
@@ -45,10 +46,9 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   word, config = KINDS[kind](data)
   model = Llama(config) if isinstance(config, LlamaConfig) else names.foreign()[word].read(config, path)
   found = [name for name in header.tensors if name != _ROPE_FACTORS]
-  theirs = [  # norms are as they are, and linears [out, in], in every architecture
-    dataclasses.replace(name, offset=0.0, turned=True)
-    for name in names.foreign()[word].names({"model_type": word})
-  ]
+  known = llama.gguf_names(word) if isinstance(model, Llama) else names.foreign()[word].names({"model_type": word})
+  # norms are as they are, and linears [out, in], in every architecture
+  theirs = [dataclasses.replace(name, offset=0.0, turned=True) for name in known]
   mapping = names.plan(theirs, "gguf", found, {"": data.number("block_count")}, str(path))
   heads = data.number("attention.head_count")
   pairs = {"q": heads, "k": data.number("attention.head_count_kv", heads)} if kind == "llama" else {}
@@ -56,11 +56,13 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   def read(path_: str) -> Any:
     name, tensor = mapping[path_]
     array, part = gguf.read_tensor(header, tensor), path_.split("/")[-2]
+    if part == "shared_gate":
+      array = array.reshape(1, -1)  # files hold a vector
     return name.read(unpermute(array, pairs[part], path_, path) if part in pairs else array)
 
   with ThreadPoolExecutor(max_workers=2) as pool:  # NumPy's loops release the lock
     leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
-  params = tree.unflatten(leaves)
+  params = tree.unstack_experts(tree.unflatten(leaves))
   names.check_shapes(model, params, str(path))
   return model, params, Tokenizer.from_gguf(header.metadata, str(path))
 
@@ -127,7 +129,15 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
     high=32.0 if scaling == "yarn" else 4.0,
     factors=factors,
   )
-  return word, LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
+  config = LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
+  if f"{data.kind}.expert_count" not in header.metadata:
+    return word, config
+  count, chosen = data.number("expert_count"), data.number("expert_used_count")
+  if chosen > count:
+    raise FormatError(f"{where}: {data.kind}.expert_used_count is {chosen}, and there are {count} experts")
+  normal = word != "qwen2_moe"  # llama.cpp's own rule
+  word = "mixtral" if word == "llama" else word
+  return word, dataclasses.replace(config, experts_per_token=chosen, normalize_experts=normal)
 
 
 def _gpt2(data: _Metadata) -> tuple[str, dict[str, Any]]:
@@ -177,6 +187,8 @@ KINDS: dict[str, Callable[[_Metadata], tuple[str, Any]]] = {
   "llama": _llama,
   "qwen2": functools.partial(_llama, word="qwen2"),
   "qwen3": functools.partial(_llama, word="qwen3"),
+  "qwen2moe": functools.partial(_llama, word="qwen2_moe"),
+  "qwen3moe": functools.partial(_llama, word="qwen3_moe"),
   "gpt2": _gpt2,
   "phi2": _phi,
   "gemma": functools.partial(_gemma, word="gemma"),

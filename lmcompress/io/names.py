@@ -76,7 +76,7 @@ class Name:
 
 @jax.jit
 def _transpose(x: jax.Array) -> jax.Array:
-  return jnp.transpose(x)
+  return x.mT if x.ndim > 1 else x
 
 
 def layer_names(*names: tuple[str, str, str], biases: bool = False) -> tuple[Name, ...]:

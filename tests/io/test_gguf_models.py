@@ -26,6 +26,19 @@ CASES = {
   "qwen2": (MODEL_ARCH.QWEN2, "Qwen2ForCausalLM", QWEN, LLAMA, {"attention.layer_norm_rms_epsilon": 1e-6}),
   "qwen3": (MODEL_ARCH.QWEN3, "Qwen3ForCausalLM", {**QWEN, "head_dim": 10}, LLAMA,
             {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10}),
+  "llama": (MODEL_ARCH.LLAMA, "MixtralForCausalLM",
+            {**QWEN, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}, LLAMA,
+            {"attention.layer_norm_rms_epsilon": 1e-5, "expert_count": 5, "expert_used_count": 2,
+             "rope.freq_base": 1e6}),
+  "qwen2moe": (MODEL_ARCH.QWEN2MOE, "Qwen2MoeForCausalLM",
+               {**QWEN, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 36,
+                "shared_expert_intermediate_size": 52}, LLAMA,
+               {"attention.layer_norm_rms_epsilon": 1e-6, "expert_count": 5, "expert_used_count": 3}),
+  "qwen3moe": (MODEL_ARCH.QWEN3MOE, "Qwen3MoeForCausalLM",
+               {**QWEN, "head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 36,
+                "norm_topk_prob": True}, LLAMA,
+               {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10, "expert_count": 4,
+                "expert_used_count": 2}),
   "gpt2": (
     MODEL_ARCH.GPT2, "GPT2LMHeadModel",
     {"vocab_size": 97, "n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 70, "n_positions": 64,
@@ -75,8 +88,18 @@ def write(path, kind, change=None):
   for name, x in net.state_dict().items():
     if name.endswith((".attn.bias", ".masked_bias", "inv_freq")) or (tied and name == "lm_head.weight"):
       continue
+    if name.endswith(("gate_up_proj", "experts.down_proj")):  # what transformers holds together
+      block, word = f"blk.{name.split('.')[2]}", name.rsplit(".", 1)[1].removesuffix("_proj")
+      parts = {"down": x} if word == "down" else dict(zip(("gate", "up"), x.chunk(2, dim=1), strict=True))
+      for part, values in parts.items():
+        writer.add_tensor(f"{block}.ffn_{part}_exps.weight", np.ascontiguousarray(values.numpy()))
+      continue
     theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
     assert theirs, name
+    if name.endswith("shared_expert_gate.weight"):
+      x = x[0]
+    if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+      x = x.unflatten(0, (-1, 2, 4)).swapaxes(1, 2).flatten(0, 2)
     if kind == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
       x = x.T
     if kind.startswith("gemma") and name.endswith("norm.weight"):
@@ -103,6 +126,7 @@ def test_logits_equal_transformers(kind, tmp_path):
   ("gpt2", {"block_count": 4}, r"the tensor 'blk.3.attn_norm.weight' is missing"),
   ("gemma2", {"attention.key_length": 7}, "head_dim is 7; an even integer is needed"),
   ("phi2", {"rope.dimension_count": 3}, "partial_rotary_factor turns 3 of 8"),
+  ("qwen3moe", {"expert_used_count": 9}, "expert_used_count is 9, and there are 4 experts"),
   ("qwen2", {"rope.dimension_count": 4}, "rotations over a part of the head"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(kind, change, message, tmp_path):

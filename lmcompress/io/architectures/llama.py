@@ -1,4 +1,4 @@
-"""Llama, Mistral, Mixtral, Qwen2 and Qwen3 (and their mixtures) in Hugging Face folders; those without in GGUF."""
+"""Llama, Mistral, Mixtral, Qwen2 and Qwen3 (and their mixtures) in Hugging Face folders and GGUF."""
 
 from __future__ import annotations
 
@@ -37,11 +37,19 @@ NORMED = (
 
 
 def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
-  kind = config.get("model_type")
+  names = gguf_names(config.get("model_type", ""))
+  if config.get("model_type") not in mixtures.KINDS:
+    return names
+  return (*(name for name in names if "/mlp/" not in name.path), *mixtures.names(config))
+
+
+def gguf_names(kind: str) -> tuple[Name, ...]:
+  """Names in GGUF of a `model_type`; experts of a mixture stacked."""
   names = NORMED if kind in ("qwen3", "qwen3_moe") else NAMES
   if kind not in mixtures.KINDS:
     return names
-  return (*(name for name in names if "/mlp/" not in name.path), *mixtures.names(config))
+  shared = mixtures.SHARED if kind == "qwen2_moe" else ()
+  return (*(name for name in names if "/mlp/" not in name.path), *mixtures.STACKED, *shared)
 
 
 def read(config: Mapping[str, Any], where: Any) -> Llama:

@@ -1,4 +1,4 @@
-"""Mixtures of experts in Hugging Face folders: what Mixtral, Qwen2-MoE and Qwen3-MoE have beside Llama."""
+"""Mixtures of experts in Hugging Face folders and GGUF: what Mixtral, Qwen2-MoE and Qwen3-MoE have beside Llama."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ KINDS = tuple(CLASSES)
 
 _PARTS = {"mixtral": {"gate": "w1", "up": "w3", "down": "w2"}}
 _QWEN = {part: f"{part}_proj" for part in ("gate", "up", "down")}
+
+
+STACKED = (
+  Name("layers/{i}/mlp/router/kernel", "", "blk.{i}.ffn_gate_inp.weight"),
+  *(Name(f"layers/{{i}}/mlp/experts/{part}/kernel", "", f"blk.{{i}}.ffn_{part}_exps.weight") for part in _QWEN),
+)
+"""In GGUF, where the experts of a mixture are one tensor `[experts, out, in]`."""
+
+SHARED = (
+  Name("layers/{i}/mlp/shared_gate/kernel", "", "blk.{i}.ffn_gate_inp_shexp.weight"),
+  *(Name(f"layers/{{i}}/mlp/shared/{part}/kernel", "", f"blk.{{i}}.ffn_{part}_shexp.weight") for part in _QWEN),
+)
+"""With an expert that all tokens go to (Qwen2-MoE)."""
 
 
 def dense_layers(config: Mapping[str, Any], where: Any) -> set[int]:
