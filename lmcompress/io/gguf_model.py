@@ -46,12 +46,16 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   word, config = KINDS[kind](data)
   model = Llama(config) if isinstance(config, LlamaConfig) else names.foreign()[word].read(config, path)
   found = [name for name in header.tensors if name != _ROPE_FACTORS]
-  known = llama.gguf_names(word) if isinstance(model, Llama) else names.foreign()[word].names({"model_type": word})
+  heads = data.number("attention.head_count")
+  kv_heads = data.number("attention.head_count_kv", heads)
+  if isinstance(model, Llama):
+    known = llama.gguf_names(word, heads, kv_heads)
+  else:
+    known = names.foreign()[word].names({"model_type": word})
   # norms are as they are, and linears [out, in], in every architecture
   theirs = [dataclasses.replace(name, offset=0.0, turned=True) for name in known]
   mapping = names.plan(theirs, "gguf", found, {"": data.number("block_count")}, str(path))
-  heads = data.number("attention.head_count")
-  pairs = {"q": heads, "k": data.number("attention.head_count_kv", heads)} if kind == "llama" else {}
+  pairs = {"q": heads, "k": kv_heads} if kind == "llama" else {}
 
   def read(path_: str) -> Any:
     name, tensor = mapping[path_]
@@ -191,6 +195,7 @@ KINDS: dict[str, Callable[[_Metadata], tuple[str, Any]]] = {
   "qwen3moe": functools.partial(_llama, word="qwen3_moe"),
   "gpt2": _gpt2,
   "phi2": _phi,
+  "phi3": functools.partial(_llama, word="phi3"),
   "gemma": functools.partial(_gemma, word="gemma"),
   "gemma2": functools.partial(_gemma, word="gemma2"),
   "gemma3": functools.partial(_gemma, word="gemma3_text"),

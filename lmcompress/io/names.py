@@ -24,7 +24,8 @@ class Name:
 
   Attributes:
     optional: whether a checkpoint may lack it.
-    part: `(i, n)` where n parameters share one foreign tensor: this is the i-th of n equal parts of its outputs.
+    part: `(i, shares)` where parameters share one foreign tensor: this is the i-th of parts of its outputs, which are
+      to one another as the shares.
     turned: whether a foreign kernel is `[out, in]`, as a linear of torch; a Conv1D of GPT-2 is not.
     outside: whether it lies beside what a folder's prefix names, as a head does.
     offset: what is added when it is read: a scale that is kept as its distance from 1.
@@ -34,7 +35,7 @@ class Name:
   hf: str
   gguf: str = ""
   optional: bool = False
-  part: tuple[int, int] = (0, 1)
+  part: tuple[int, tuple[int, ...]] = (0, (1,))
   turned: bool = True
   outside: bool = False
   offset: float = 0.0
@@ -48,7 +49,8 @@ class Name:
   def shape(self, foreign: Sequence[int]) -> tuple[int, ...]:
     """The parameter's shape, of the foreign tensor's."""
     axis = 0 if self._turns or len(foreign) == 1 else len(foreign) - 1
-    own = [n // self.part[1] if i == axis else n for i, n in enumerate(foreign)]
+    i, shares = self.part
+    own = [n * shares[i] // sum(shares) if at == axis else n for at, n in enumerate(foreign)]
     return tuple(own[::-1] if self._turns else own)
 
   def write(self, values: np.ndarray) -> np.ndarray:
@@ -66,12 +68,14 @@ class Name:
     return self.turned and self.path.endswith("kernel")
 
   def _share(self, array: np.ndarray) -> np.ndarray:
-    i, n = self.part
-    if n == 1:
+    i, shares = self.part
+    if len(shares) == 1:
       return array
-    if array.ndim <= self.outputs or array.shape[self.outputs] % n:
-      raise FormatError(f"{self.path}: a tensor of shape {list(array.shape)} does not fall into {n} equal parts")
-    return np.split(array, n, axis=self.outputs)[i]
+    if array.ndim <= self.outputs or array.shape[self.outputs] % sum(shares):
+      parts = f"{len(shares)} equal parts" if len(set(shares)) == 1 else f"parts as {' : '.join(map(str, shares))}"
+      raise FormatError(f"{self.path}: a tensor of shape {list(array.shape)} does not fall into {parts}")
+    ends = np.cumsum(shares)[:-1] * (array.shape[self.outputs] // sum(shares))
+    return np.split(array, ends, axis=self.outputs)[i]
 
 
 @jax.jit

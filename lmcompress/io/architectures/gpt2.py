@@ -13,7 +13,7 @@ _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu
                 "silu": "silu"}  # fmt: skip
 
 
-def _linear(path: str, hf: str, gguf: str, part: tuple[int, int] = (0, 1)) -> tuple[Name, Name]:
+def _linear(path: str, hf: str, gguf: str, part: tuple[int, tuple[int, ...]] = (0, (1,))) -> tuple[Name, Name]:
   at, theirs = f"layers/{{i}}/{path}", f"blk.{{i}}.{gguf}"
   return (
     Name(f"{at}/kernel", f"h.{{i}}.{hf}.weight", f"{theirs}.weight", part=part, turned=False),
@@ -25,7 +25,7 @@ NAMES = (
   Name("embed/table", "wte.weight", "token_embd.weight"),
   Name("positions/table", "wpe.weight", "position_embd.weight"),
   *norm_names("layers/{i}/attn_norm", "h.{i}.ln_1", "blk.{i}.attn_norm"),
-  *(name for n, part in enumerate("qkv") for name in _linear(f"attn/{part}", "attn.c_attn", "attn_qkv", (n, 3))),
+  *(name for n, x in enumerate("qkv") for name in _linear(f"attn/{x}", "attn.c_attn", "attn_qkv", (n, (1, 1, 1)))),
   *_linear("attn/o", "attn.c_proj", "attn_output"),
   *norm_names("layers/{i}/mlp_norm", "h.{i}.ln_2", "blk.{i}.ffn_norm"),
   *_linear("mlp/up", "mlp.c_fc", "ffn_up"),

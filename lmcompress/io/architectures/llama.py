@@ -1,4 +1,4 @@
-"""Llama, Mistral, Mixtral, Qwen2 and Qwen3 (and their mixtures) in Hugging Face folders and GGUF."""
+"""Llama, Mistral, Mixtral, Phi-3, Qwen2 and Qwen3 (and their mixtures) in Hugging Face folders and GGUF."""
 
 from __future__ import annotations
 
@@ -37,14 +37,38 @@ NORMED = (
 
 
 def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
-  names = gguf_names(config.get("model_type", ""))
-  if config.get("model_type") not in mixtures.KINDS:
+  kind = config.get("model_type", "")
+  heads = kv_heads = 1
+  if kind == "phi3":
+    heads = integer(config, "num_attention_heads", "config.json")
+    kv_heads = integer(config, "num_key_value_heads", "config.json", heads)
+  names = gguf_names(kind, heads, kv_heads)
+  if kind not in mixtures.KINDS:
     return names
   return (*(name for name in names if "/mlp/" not in name.path), *mixtures.names(config))
 
 
-def gguf_names(kind: str) -> tuple[Name, ...]:
+def fused(heads: int, kv_heads: int) -> tuple[Name, ...]:
+  """Names where queries, keys and values are one tensor, and gate and up another (Phi-3).
+
+  Args:
+    heads, kv_heads: how many of queries, and of keys and values.
+  """
+  hf, gguf = "model.layers.{i}", "blk.{i}"
+  split = {
+    **{f"attn/{x}": (f"{hf}.self_attn.qkv_proj.weight", f"{gguf}.attn_qkv.weight", (n, (heads, kv_heads, kv_heads)))
+       for n, x in enumerate("qkv")},
+    **{f"mlp/{x}": (f"{hf}.mlp.gate_up_proj.weight", f"{gguf}.ffn_up.weight", (n, (1, 1)))
+       for n, x in enumerate(("gate", "up"))},
+  }  # fmt: skip
+  own = [name for name in NAMES if name.path.removeprefix("layers/{i}/").rpartition("/")[0] not in split]
+  return (*own, *(Name(f"layers/{{i}}/{at}/kernel", *there[:2], part=there[2]) for at, there in split.items()))
+
+
+def gguf_names(kind: str, heads: int, kv_heads: int) -> tuple[Name, ...]:
   """Names in GGUF of a `model_type`; experts of a mixture stacked."""
+  if kind == "phi3":
+    return fused(heads, kv_heads)
   names = NORMED if kind in ("qwen3", "qwen3_moe") else NAMES
   if kind not in mixtures.KINDS:
     return names
@@ -132,6 +156,8 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
     raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
   theta = number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if config.get("model_type") == "phi3" and scaling.get("partial_rotary_factor", 1) != 1:
+    raise FormatError(f"{where}: partial_rotary_factor {scaling['partial_rotary_factor']!r} is not known here for phi3")
   original = (
     scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
   )
@@ -191,7 +217,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
 
 FOREIGN = Foreign(
   Llama,
-  ("llama", "mistral", "qwen2", "qwen3", *mixtures.KINDS),
+  ("llama", "mistral", "phi3", "qwen2", "qwen3", *mixtures.KINDS),
   _names,
   read,
   write,
