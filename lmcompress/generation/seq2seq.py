@@ -36,12 +36,13 @@ def rewrite(
   beams: int = 1,
   length_penalty: float = 1.0,
   batch: int = 8,
+  first: int | None = None,
 ) -> list[str]:
   """Answers, titles or translations of texts, as the model was trained to write.
 
   Args:
     texts: what the encoder reads, with whatever task prefix the model knows; the tokenizer ends them.
-    max_new_tokens, beams, length_penalty: as of `beam_search`.
+    max_new_tokens, beams, length_penalty, first: as of `beam_search`.
     batch: sources at once; those of about the same length go together.
 
   Raises:
@@ -52,8 +53,8 @@ def rewrite(
   if batch < 1 or not all(rows):
     raise ValueError(f"rewrite(batch={batch}): at least one source at once, each with at least one token")
   order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), {}
-  for first in range(0, len(order), batch):
-    some = order[first : first + batch]
+  for begin in range(0, len(order), batch):
+    some = order[begin : begin + batch]
     width = min(model.config.max_length, bucket(max(len(rows[i]) for i in some)))
     tokens, mask = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
     mask[:, 0] = True  # rows that only fill the batch
@@ -62,7 +63,7 @@ def rewrite(
         raise ValueError(f"a text of {len(rows[i])} tokens is longer than the model's context of {width}")
       tokens[row, : len(rows[i])], mask[row, : len(rows[i])] = rows[i], True
     stops = sorted(tokenizer.stop_ids)
-    written = beam_search(model, params, tokens, max_new_tokens, mask, beams, length_penalty, stops)
+    written = beam_search(model, params, tokens, max_new_tokens, mask, beams, length_penalty, stops, first)
     found.update(zip(some, written[: len(some)], strict=True))
   return [tokenizer.decode([t for t in found[i].tokens if t not in tokenizer.stop_ids]) for i in range(len(rows))]
 
@@ -76,6 +77,7 @@ def beam_search(
   beams: int = 1,
   length_penalty: float = 1.0,
   stop_ids: Sequence[int] = (1,),
+  first: int | None = None,
 ) -> list[Written]:
   """The likeliest text for each source that a search over `beams` finds (Sutskever et al. 2014, arXiv:1409.3215).
 
@@ -89,6 +91,8 @@ def beam_search(
     beams: hypotheses kept at each step.
     length_penalty: above 0 long hypotheses gain, below they lose.
     stop_ids: tokens that end a hypothesis.
+    first: the token that is written first whatever the model predicts, by default the one of its config; of an mBART it
+      names the language to write.
 
   Raises:
     ValueError: a setting out of range.
@@ -109,10 +113,18 @@ def beam_search(
   parents = np.tile(np.arange(beams, dtype=np.int32), (batch, 1))
   scores = np.full((batch, beams), -1e9, np.float32)
   scores[:, 0] = 0.0  # the beams are alike at first: one of them counts
-  for _ in range(max_new_tokens):
+  first = getattr(model.config, "first", None) if first is None else first
+  if first is not None and not 0 <= first < (size := int(params.get("head", params["embed"])["table"].shape[-2])):
+    raise ValueError(f"beam_search(first={first}): the vocabulary has {size} tokens")
+  for written in range(max_new_tokens):
     values, places, state = _step(model, params, state, ids, parents, scores)
     values, places = np.asarray(values), np.asarray(places)
     vocab = places.shape[-1] and int(params.get("head", params["embed"])["table"].shape[-2])
+    if first is not None and not written:  # read by the next step; beams are alike as before
+      ids[:] = first
+      for one in search:
+        one.open = [(0.0, [first])] * beams
+      continue
     for row, one in enumerate(search):
       parents[row], ids[row], scores[row] = one.step(values[row], places[row] // vocab, places[row] % vocab)
     if all(one.done for one in search):

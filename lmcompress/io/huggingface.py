@@ -51,6 +51,8 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
   kind = known.get(word) if isinstance(word, str) else None
   if kind is None:
     raise FormatError(f"{where}: model_type {word!r} is not known here; known are {', '.join(known)}")
+  if (told := folder / "generation_config.json").is_file():  # newer folders say there how to write
+    config |= {key: value for key, value in read_json(told).items() if key in kind.writing}
   model = kind.read(config, where)
   files = _tensors(folder)
   depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}

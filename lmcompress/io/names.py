@@ -292,6 +292,7 @@ class Foreign:
     prefixes, ignored: as of `plan`.
     tied: whether the head is the embedding where the config does not say.
     headless: whether a checkpoint may have no head at all.
+    writing: keys that `generation_config.json` says, too, and then decides.
   """
 
   model: type
@@ -304,6 +305,7 @@ class Foreign:
   ignored: tuple[str, ...] = ()
   tied: bool = False
   headless: bool = False
+  writing: tuple[str, ...] = ()
 
   @property
   def stacks(self) -> Mapping[str, str]:

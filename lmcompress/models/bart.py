@@ -62,6 +62,7 @@ class BartConfig:
     scaled: embeddings are multiplied by the root of their width.
     activation: one of `layers.ACTIVATIONS`.
     start: the token that the decoder reads first.
+    first: the token that it writes first, whatever it predicts; None leaves it free.
     max_length: tokens that the tables of positions have rows for.
   """
 
@@ -72,6 +73,7 @@ class BartConfig:
   activation: str = "gelu"
   start: int = 2
   max_length: int = 1024
+  first: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from small_model import byte_level
 
 from lmcompress.errors import WeightError
 from lmcompress.generation.seq2seq import beam_search, rewrite
-from lmcompress.io.huggingface import load_folder
+from lmcompress.io.huggingface import load_folder, save_folder
 from lmcompress.models import T5, T5Config, T5Sizes
 
 TOKENS = np.random.default_rng(0).integers(2, 29, (3, 14)).astype(np.int32)
@@ -45,16 +45,43 @@ def pair(request, tmp_path_factory):
   return net, *load_folder(folder)[:2]
 
 
+def generated(net, beams, **given):
+  """What transformers writes."""
+  return net.generate(
+    torch.tensor(np.where(MASK, TOKENS, 0)).long(), attention_mask=torch.tensor(MASK).long(), num_beams=beams,
+    max_new_tokens=12, do_sample=False, early_stopping=False, **given,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_first_token_may_be_forced(beams, tmp_path):
+  """By the folder's settings of generation, in a folder that is written again, and by the call."""
+  torch.manual_seed(3)
+  net = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**NETS["MBart"])).eval()
+  net.generation_config.forced_bos_token_id = 7
+  net.save_pretrained(tmp_path / "in")
+  model, params, _ = load_folder(tmp_path / "in")
+  save_folder(model, params, tmp_path / "out")
+  again, _, _ = load_folder(tmp_path / "out")
+  assert model.config.first == again.config.first == 7
+  for model_, given, theirs in ((model, {}, {}), (again, {"first": 9}, {"forced_bos_token_id": 9})):
+    found = beam_search(model_, params, TOKENS, 12, MASK, beams, **given)
+    with torch.no_grad():
+      rows = generated(net, beams, **theirs)[:, 1:].tolist()
+    for ours, row in zip(found, rows, strict=True):
+      assert ours.tokens[0] == given.get("first", 7)
+      assert ours.tokens == row[: len(ours.tokens)] and set(row[len(ours.tokens) :]) <= {0, 1}
+  with pytest.raises(ValueError, match="first=29"):
+    beam_search(model, params, TOKENS, 12, MASK, beams, first=29)
+
+
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (2, 1.0), (4, 1.0), (3, 0.5), (3, 2.0)])
 def test_equals_transformers(pair, beams, penalty):
   """The same tokens; padding on the right of the source changes nothing."""
   net, model, params = pair
   found = beam_search(model, params, TOKENS, 12, MASK, beams, penalty)
   with torch.no_grad():
-    theirs = net.generate(
-      torch.tensor(np.where(MASK, TOKENS, 0)).long(), attention_mask=torch.tensor(MASK).long(), num_beams=beams,
-      length_penalty=penalty, max_new_tokens=12, do_sample=False, early_stopping=False,
-    )  # fmt: skip
+    theirs = generated(net, beams, length_penalty=penalty)
   for ours, row in zip(found, theirs[:, 1:].tolist(), strict=True):
     row = row[: row.index(1) + 1] if 1 in row else row
     assert ours.tokens == row[: len(ours.tokens)] and set(row[len(ours.tokens) :]) <= {0}

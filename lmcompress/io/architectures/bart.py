@@ -51,6 +51,7 @@ def read(config: Mapping[str, Any], where: Any) -> Bart:
   mbart = config["model_type"] == "mbart"
   if not config.get("tie_word_embeddings", True):
     raise FormatError(f"{where}: tie_word_embeddings is false: a table for each side and the head is not known here")
+  forced = config.get("forced_bos_token_id")
   head = divided(config, "d_model", "encoder_attention_heads", where)
   other = divided(config, "d_model", "decoder_attention_heads", where)
   if head != other:
@@ -63,6 +64,7 @@ def read(config: Mapping[str, Any], where: Any) -> Bart:
       activation=choice(config, "activation_function", "gelu", _ACTIVATIONS, where),
       start=integer(config, "decoder_start_token_id", where, 2, least=0),
       max_length=integer(config, "max_position_embeddings", where, 1024),
+      first=None if forced is None else integer(config, "forced_bos_token_id", where, least=0),
     )
   )
 
@@ -86,14 +88,14 @@ def write(model: Bart, params: Params) -> dict[str, Any]:
     "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": hidden[0],
     "decoder_ffn_dim": hidden[1], "activation_function": word, "scale_embedding": c.scaled,
     "max_position_embeddings": params["encoder"]["positions"]["table"].shape[0] - FIRST_POSITION,
-    "decoder_start_token_id": c.start, "is_encoder_decoder": True,
+    "decoder_start_token_id": c.start, "forced_bos_token_id": c.first, "is_encoder_decoder": True,
   }  # fmt: skip
 
 
 def _kind(word: str) -> Foreign:
   return Foreign(
     Bart, (word,), _names, read, write, depth={"encoder/": "encoder_layers", "decoder/": "decoder_layers"},
-    prefixes=("model.", ""), tied=True,
+    prefixes=("model.", ""), tied=True, writing=("decoder_start_token_id", "forced_bos_token_id"),
     ignored=(r"(model\.)?(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"),
   )  # fmt: skip
 
