@@ -256,13 +256,7 @@ def _fits_processes(config: Config, profile: bool) -> None:
       f"the mesh has {math.prod(sizes.values())} devices, the {processes.count()} processes have {jax.device_count()}; "
       "each has to have its part: say -1 for one size, or start fewer"
     )
-  asked = {
-    "tasks": config.tasks, "stream": config.stream, "--profile": profile, "mesh.pipe": config.mesh.pipe > 1,
-    "train.teacher_top_k": config.train and config.train.teacher_top_k,
-    "train.privacy": config.train and config.train.privacy,
-    "train.generated": config.train and config.train.generated,
-    "train.written": config.train and config.train.written,
-  }  # fmt: skip
+  asked = {"stream": config.stream, "--profile": profile, "mesh.pipe": config.mesh.pipe > 1}
   if refused := [word for word, value in asked.items() if value]:
     raise ConfigError(f"several processes do not run {', '.join(refused)} yet; start one process, or leave it out")
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from lmcompress.distributed import processes
 from lmcompress.io.whole import write_text
 from lmcompress.types import FormatError, Params
 
@@ -108,8 +109,11 @@ def write_rows(
   folder.mkdir(parents=True, exist_ok=True)
   about = {"begin": begin, "count": count, "length": length, "temperature": temperature, "batch": batch, "seed": seed}
   done = _done(folder, about)
-  mode, shape = ("w+" if done is None else "r+"), (count, length)
-  rows = np.lib.format.open_memmap(folder / _ROWS, mode, np.int32, shape)
+  rows = np.zeros((count, length), np.int32) if done is None else np.load(folder / _ROWS)
+  processes.meet("record of rows")  # read by all before the first goes on writing it
+  kept = None
+  if processes.first():
+    kept = np.lib.format.open_memmap(folder / _ROWS, "w+" if done is None else "r+", np.int32, (count, length))
   sampler = Sampler(temperature)
   for first in range(done or 0, count, batch):
     key = jax.random.fold_in(jax.random.key(seed), first)
@@ -117,11 +121,13 @@ def write_rows(
     last = min(first + batch, count)
     rows[first:last, 0] = begin
     rows[first:last, 1:] = np.stack([np.asarray(tokens, np.int32) for tokens in drawn], axis=1)[: last - first]
-    rows.flush()
-    write_text(folder / _RECORD, json.dumps({**about, "done": last}))
+    if kept is not None:
+      kept[first:last] = rows[first:last]
+      kept.flush()
+      write_text(folder / _RECORD, json.dumps({**about, "done": last}))
     if on_rows is not None:
       on_rows(last, count)
-  return np.asarray(rows)
+  return rows
 
 
 def _done(folder: Path, about: dict[str, Any]) -> int | None:

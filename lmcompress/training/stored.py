@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmcompress.calibration.token_loss import forward
+from lmcompress.distributed import processes
 from lmcompress.io.whole import write_text
 from lmcompress.types import FormatError, Params
 
@@ -84,20 +85,24 @@ def store_predictions(
   if record is not None and {key: record.get(key) for key in about} != about:
     raise FormatError(f"{folder}: holds a teacher's predictions of other rows or another k; remove it")
   done = 0 if record is None else record["done"]
-  shape, mode = (len(rows), rows.shape[1] - 1, k), "w+" if record is None else "r+"
-  ids = np.lib.format.open_memmap(folder / _IDS, mode, np.int32, shape)
-  logprobs = np.lib.format.open_memmap(folder / _LOGPROBS, mode, np.float32, shape)
+  processes.meet("record of predictions")  # read by all before the first goes on writing it
+  shape, mode, own = (len(rows), rows.shape[1] - 1, k), "w+" if record is None else "r+", processes.first()
+  if own:
+    ids = np.lib.format.open_memmap(folder / _IDS, mode, np.int32, shape)
+    logprobs = np.lib.format.open_memmap(folder / _LOGPROBS, mode, np.float32, shape)
   for first in range(done, len(rows), batch):
     some = rows[first : first + batch]
     padded = np.pad(some, ((0, batch - len(some)), (0, 0)))
     found = _likeliest(model, params, jnp.asarray(padded), k)
     last = first + len(some)
-    ids[first:last], logprobs[first:last] = (np.asarray(x)[: len(some)] for x in found)
-    ids.flush()
-    logprobs.flush()
-    write_text(folder / _RECORD, json.dumps({**about, "done": last}))
+    if own:
+      ids[first:last], logprobs[first:last] = (np.asarray(x)[: len(some)] for x in found)
+      ids.flush()
+      logprobs.flush()
+      write_text(folder / _RECORD, json.dumps({**about, "done": last}))
     if on_rows is not None:
       on_rows(last, len(rows))
+  processes.meet("predictions")
   return StoredTeacher(folder)
 
 

@@ -126,8 +126,8 @@ def test_options_that_do_not_fit(options, message, tmp_path):
 @pytest.mark.parametrize(("over", "message"), [
   ({"mesh": {"data": 2}}, "the mesh has 2 devices, the 2 processes have 8"),
   ({"mesh": None}, "2 processes share a mesh, and x has none"),
-  ({"tasks": [{"name": "kind", "data": "bbc"}]}, "do not run tasks yet"),
-  ({"train": {"text": "grimm", "privacy": {"noise": 1.0}}}, r"do not run train\.privacy yet"),
+  ({"stream": True}, "do not run stream yet"),
+  ({"mesh": {"data": 4, "pipe": 2}, "train": {"text": "grimm"}}, r"do not run mesh\.pipe yet"),
 ])
 def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch):
   monkeypatch.setattr(processes, "count", lambda: 2)
@@ -140,28 +140,54 @@ def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch)
 # ---------------------------------------------------------------------------------------- one run
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
-  """Training, GPTQ and scores over two processes of one device each: one's losses, and its perplexity to 1 %."""
-  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=264, embed=16, mlp=32, layers=1, heads=2, kv_heads=2))
-  lmc.save(tmp_path / "m", model, model.init(jax.random.key(0)), byte_level())
-  (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-  text = str(tmp_path / "text.txt")
-  table = {
-    "name": "two", "model": str(tmp_path / "m"), "recipe": [], "mesh": {"data": -1},
-    "train": {"text": text, "length": 16, "batch": 4, "steps": 4, "save_every": 2, "optimizer": "sgd"},
-    "calibration": {"text": text, "windows": 4, "length": 16},
-    "finish": [{"name": "gptq", "at": "layers/*", "bits": 4, "group_size": 16}],
-    "evaluate": {"texts": [text], "windows": 2, "length": 16}, "bench": {"rounds": 0}, "generate": None,
-  }  # fmt: skip
-  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
-  command = [sys.executable, "-m", "lmcompress.cli", "run", str(tmp_path / "c.yaml")]
-  command += ["--results", str(tmp_path / "two"), "--local-processes", "2"]
+def two_and_one(table, place):
+  """Results of a config by two processes of one device each, and by this one without a mesh."""
+  (place / "c.yaml").write_text(yaml.safe_dump({**table, "mesh": {"data": -1}}))
+  command = [sys.executable, "-m", "lmcompress.cli", "run", str(place / "c.yaml")]
+  command += ["--results", str(place / "two"), "--local-processes", "2"]
   quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
   done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=quick)
   assert done.returncode == 0, done.stdout + done.stderr
-  one = experiment.run(check({**table, "mesh": None}, "one"), tmp_path / "one", "x")
-  two = json.loads(next((tmp_path / "two").glob("*/result.json")).read_text())
+  two = json.loads(next((place / "two").glob("*/result.json")).read_text())
+  one = experiment.run(check(table, "one"), place / "one", "x")
   for a, b in zip(one["training"]["history"], two["training"]["history"], strict=True):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+  return two, one
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """What each table says of the model and of what is not measured."""
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=264, embed=16, mlp=32, layers=1, heads=2, kv_heads=2))
+  lmc.save(tmp_path / "m", model, model.init(jax.random.key(0)), byte_level())
+  return {"name": "two", "model": str(tmp_path / "m"), "recipe": [], "bench": {"rounds": 0}, "generate": None}
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(saved, tmp_path):
+  """Training on a text and on rows that the model writes, GPTQ and scores: one's losses, its perplexity to 1 %."""
+  (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+  text = str(tmp_path / "text.txt")
+  two, one = two_and_one({
+    **saved,
+    "train": {"text": text, "length": 16, "batch": 4, "steps": 4, "save_every": 2, "optimizer": "sgd",
+              "written": {"rows": 4, "batch": 2}},
+    "calibration": {"text": text, "windows": 4, "length": 16},
+    "finish": [{"name": "gptq", "at": "layers/*", "bits": 4, "group_size": 16}],
+    "evaluate": {"texts": [text], "windows": 2, "length": 16},
+  }, tmp_path)  # fmt: skip
+  assert one["training"]["rows"] == two["training"]["rows"]
   assert one["stages"][-1]["perplexity"][text] == pytest.approx(two["stages"][-1]["perplexity"][text], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_a_task(saved, tmp_path):
+  """Losses of one process, and its accuracy."""
+  two, one = two_and_one({
+    **saved, "tasks": [{"name": "digits", "data": "digits", "length": 64, "rows": 40}], "evaluate": {"texts": []},
+    "train": {"batch": 4, "steps": 3, "save_every": 3, "evaluate_every": 3},
+  }, tmp_path)  # fmt: skip
+  for a, b in zip(one["stages"], two["stages"], strict=True):
+    assert {name: row["accuracy"] for name, row in a["tasks"].items()} == pytest.approx(
+      {name: row["accuracy"] for name, row in b["tasks"].items()}, abs=0.01
+    )
