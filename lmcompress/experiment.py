@@ -362,6 +362,8 @@ def _mesh(config: Config) -> Any:
 
 def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher: Watcher) -> None:
   """Says how the mesh holds the tree; refuses one that does not divide it."""
+  if config.mesh is not None and config.mesh.pipe > 1:
+    watcher.note(f"{config.mesh.pipe} stages train; all else takes their devices as more of fsdp")
   require_division(model, params, mesh.shape, rules_of(config))
   rows = placements(model, params, mesh.shape, rules_of(config))
   held, whole = (sum(getattr(row, name) for row in rows) for name in ("nbytes", "whole"))
