@@ -174,8 +174,10 @@ class Pipeline:
     return state._replace(trained=self._at_home(state.trained), average=average, moments=moments)
 
   def step(self, state: TrainState, pieces: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    """An update; `pieces` as the batch of `train_step`. Metrics are those of `fit` and `held`: inputs of the first
-    stage that were held at once at most."""
+    """An update, which gives up the state's buffers; `pieces` as the batch of `train_step`.
+
+    Metrics are those of `fit` and `held`: inputs of the first stage that were held at once at most.
+    """
     parts = self._stages(state.trained)
     small = [{name: x[i] for name, x in pieces.items()} for i in range(self.training.accumulate)]
     gradients, total, count, held = self._gradients(parts, small)
@@ -188,15 +190,13 @@ class Pipeline:
     norm = math.sqrt(sum(self._squares(stage, some) for stage, some in enumerate(gradients))) / tokens
     clip = self.training.clip
     scale = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-30))) / tokens
-    done = [
-      self._update(stage, state, self._part(state.trained, stage), gradients[stage], scale)
-      for stage in range(len(self.meshes))
-    ]
-    done.sort(key=lambda part: not jax.tree.leaves(part["trained"]))  # where nothing trains, no update is counted
-    merged = _merged(done)
-    broken = -1 if np.isfinite(norm) else _broken(_merged([{"g": g} for g in gradients])["g"])
     rate = float(self.training.rate(int(state.step)))
-    new = TrainState(state.step + 1, merged["trained"], merged["moments"], merged["average"], None, ())
+    following, moving = state.step + 1, [self._moving(stage, state) for stage in range(len(self.meshes))]
+    done = [self._update(stage, moving[stage], gradients[stage], scale) for stage in range(len(self.meshes))]
+    done.sort(key=lambda part: not jax.tree.leaves(part.trained))  # where nothing trains, no update is counted
+    merged = _merged([part._asdict() for part in done])
+    broken = -1 if np.isfinite(norm) else _broken(_merged([{"g": g} for g in gradients])["g"])
+    new = TrainState(following, merged["trained"], merged["moments"], merged["average"], None, ())
     return new, {"loss": total / tokens, "grad_norm": norm, "learning_rate": rate, "broken": broken, "held": held}
 
   def score(self, state: TrainState, rows: np.ndarray) -> tuple[float, int]:
@@ -245,8 +245,8 @@ class Pipeline:
     with on_mesh(self.meshes[stage]):
       return float(_squares(gradients))
 
-  def _update(self, stage: int, state: TrainState, trained: Params, gradients: Params, scale: float) -> dict[str, Any]:
-    """What an update makes of a stage's arrays; as they were where none of them trains."""
+  def _moving(self, stage: int, state: TrainState) -> TrainState:
+    """A stage's arrays of a state, None where others' are; counts where they are needed."""
     homes = jax.tree.map(lambda x, home: None if x is None else home, state.trained, self._home, **_HOLE)
     count = NamedSharding(self.meshes[stage], PartitionSpec())
     moments = optax.tree_map_params(
@@ -254,11 +254,15 @@ class Pipeline:
       transform_non_params=lambda x: jax.device_put(x, count),
     )  # fmt: skip
     average = None if state.average is None else self._part(state.average, stage)
-    moving = TrainState(jax.device_put(state.step, count), trained, moments, average, None, ())
-    if jax.tree.leaves(trained):
-      with on_mesh(self.meshes[stage]):
-        moving = _update(moving, gradients, scale, self._plain)
-    return {"trained": moving.trained, "moments": moving.moments, "average": moving.average}
+    step = jax.device_put(state.step, count)
+    return TrainState(step, self._part(state.trained, stage), moments, average, None, ())
+
+  def _update(self, stage: int, moving: TrainState, gradients: Params, scale: float) -> TrainState:
+    """An update of a stage's arrays, whose buffers are given up; as they were where none of them trains."""
+    if not jax.tree.leaves(moving.trained):
+      return moving
+    with on_mesh(self.meshes[stage]):
+      return _update(moving, gradients, scale, self._plain)
 
   def _ahead(self, stage: int, trained: Params, carry: Any, batch: Any) -> Any:
     """What a stage hands on, where the next one lies."""
@@ -329,7 +333,7 @@ def _squares(gradients: Params) -> jax.Array:
   return sum((jnp.sum(g * g) for g in jax.tree.leaves(gradients)), jnp.zeros(()))
 
 
-@functools.partial(jax.jit, static_argnames="training")
+@functools.partial(jax.jit, static_argnames="training", donate_argnums=0)
 def _update(moving: TrainState, gradients: Params, scale: Any, training: Training) -> TrainState:
   return advance(moving, {}, jax.tree.map(lambda g: g * scale, gradients), jnp.zeros(()), training, None, None)[0]
 
