@@ -14,7 +14,7 @@ import typer
 def plan(
   model: Annotated[str, typer.Argument(help="A preset such as llama3-405b, a config, a known name, or a path.")],
   topology: Annotated[
-    str | None, typer.Option("--topology", "-t", help="Sizes of the mesh, such as data=8,fsdp=16,tensor=8.")
+    str | None, typer.Option("--topology", "-t", help="Sizes of the mesh, such as data=8,fsdp=16,tensor=8; pipe=4 for stages.")
   ] = None,
   accelerator: Annotated[
     str | None, typer.Option("--accelerator", "-a", help="Such as h100 or tpu-v5p; all that are known by default.")
@@ -100,6 +100,8 @@ def plan(
     "Estimates: a roofline of data sheets, from all overlapped to nothing; latencies are not in it. Energy is the "
     "highest draw for the least time. Activations are by theory: a block at a time, and each block's input."
   )
+  if asked.waiting:
+    console.print(f"Stages wait for one another {asked.waiting:.0%} of a step, which is not in the seconds either.")
   if out is not None:
     body = {
       "format": 1, "model": model, "devices": devices, "sizes": asked.sizes, "serve": serve, "batch": asked.batch,

@@ -48,10 +48,9 @@ def parse_topology(text: str) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for part in filter(None, (p.strip() for p in text.split(","))):
     name, _, number = part.partition("=")
-    if name not in AXES or name in sizes or not number.isdecimal() or not 1 <= int(number) <= 1 << 20:
-      raise ConfigError(
-        f"--topology {text}: {part!r} is no axis and size; write {', '.join(f'{a}=N' for a in AXES)}, each once at most"
-      )
+    if name not in (*AXES, "pipe") or name in sizes or not number.isdecimal() or not 1 <= int(number) <= 1 << 20:
+      known = ", ".join(f"{axis}=N" for axis in (*AXES, "pipe"))
+      raise ConfigError(f"--topology {text}: {part!r} is no axis and size; write {known}, each once at most")
     sizes[name] = int(number)
   return sizes
 
@@ -110,9 +109,7 @@ class Asked:
         rules = rules_of(config)
         recipe = recipes.build(config.recipe) if config.recipe else None
         if config.mesh is not None:
-          sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-          if config.mesh.pipe > 1:
-            raise ConfigError(f"mesh.pipe={config.mesh.pipe}: no plan has a pipeline yet; say a mesh by --topology")
+          sizes = {axis: getattr(config.mesh, axis) for axis in (*AXES, "pipe")}
         if config.train is not None and not serve:
           training = config.train.settings()
           length, compute = length or config.train.length, training.compute
@@ -123,8 +120,12 @@ class Asked:
     tokens: int = length or min(model.config.max_length, 4096)
     if tokens > model.config.max_length:
       raise ConfigError(f"--length {tokens}: longer than the model's context of {model.config.max_length}")
+    stages = sizes.get("pipe", 1)
+    if serve and stages > 1:  # as a run does
+      sizes = {**sizes, "fsdp": sizes.get("fsdp", 1) * stages, "pipe": 1}
     if not serve and training is None:
-      training = Training(steps=2, batch=batch or ways(sizes), compute=compute)  # type: ignore[arg-type]
+      rows = batch or ways(sizes) * stages
+      training = Training(steps=2, batch=rows, accumulate=stages, compute=compute)  # type: ignore[arg-type]
     params = stored(dense, recipe) if serve else dense
     rows = batch or (ways(sizes) if training is None else training.batch)
     return cls(model, params, dense, sizes, rules, None if serve else training, rows, tokens)
@@ -132,6 +133,12 @@ class Asked:
   @property
   def devices(self) -> int:
     return math.prod(self.sizes.values())
+
+  @property
+  def waiting(self) -> float:
+    """The share of a step that a stage of a pipeline waits for others (Narayanan et al. 2021, arXiv:2104.04473)."""
+    ahead = self.sizes.get("pipe", 1) - 1
+    return 0.0 if self.training is None else ahead / (self.training.accumulate + ahead)
 
   @property
   def said(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from lmcompress.distributed.sharding import (
 )
 from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds, share
 from lmcompress.training import Training, compiled_step
+from lmcompress.training.pipeline import is_tied, stages_of
 from lmcompress.types import ConfigError, Evidence, Params, WeightError
 
 
@@ -40,7 +41,7 @@ class Message(NamedTuple):
 
   Attributes:
     what: what is sent.
-    kind: `all-gather`, `all-reduce` or `reduce-scatter`.
+    kind: `all-gather`, `all-reduce`, `reduce-scatter`, or `send` from one device to another.
     axis: of the mesh, over which.
     count: in a step.
     nbytes: that each device sends in all of them, in a ring.
@@ -105,23 +106,25 @@ def train_plan(
   model: Any, params: Params, training: Training, length: int, sizes: Mapping[str, int],
   rules: Mapping[str, str | None] = RULES,
 ) -> Plan:  # fmt: skip
-  """What a training step takes on a mesh of such sizes.
+  """What a training step takes on a mesh of such sizes, of which `pipe` is the stages of a pipeline.
 
   Weights, moments and gradients are counted. Activations are those of a step that is compiled for one device's part of
-  the model's ends and one block, and nothing is run; the input of each block is kept beside them.
+  the model's ends and one block, and nothing is run; the input of each block is kept beside them. Of stages, it is the
+  one that holds most; what a device waits for others is not counted.
 
   Raises:
-    ConfigError: the mesh does not divide the model or the batch.
+    ConfigError: the mesh does not divide the model or the batch, or there are more stages than blocks.
     WeightError: the model predicts no next token.
   """
   require_causal(model, "a plan of training")
-  sizes = {name: sizes.get(name, 1) for name in AXES}
+  stages, sizes = sizes.get("pipe", 1), {name: sizes.get(name, 1) for name in AXES}
   require_division(model, params, sizes, rules)
   params = as_on(params, sizes)
   rows = _rows(training.batch, training.accumulate, sizes)
   split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
-  held = _bytes(split)
-  blocks = _blocks(model, params)
+  own, tied = _heaviest(model, params, stages)
+  held = _bytes(_only(split, own))
+  blocks = _blocks(model, _only(params, own))
   width = 2 if training.compute == "bfloat16" else 4
   moments = 2 if training.optimizer == "adamw" else 1
   first = _with_layers(model, whole, 1)
@@ -136,13 +139,19 @@ def train_plan(
     "gathered weights": float(2 * of_layer * (sizes["fsdp"] > 1)),
     "activations of a block and the head": activations,
     "block inputs": hidden * (len(blocks) - 1) if training.remat else activations * (len(blocks) - 1),
+    "inputs of small batches on their way": hidden * min(stages, training.accumulate) if stages > 1 else 0.0,
+    "the first stage's table": float(_bytes(_only(split, tied))),
     "copies in bfloat16": held / 2 if width == 2 else 0.0,
   }  # fmt: skip
   tokens = training.batch * length
   forward = _operations(model, params, tokens, length)
-  messages = _messages(model, params, sizes, rules, tokens // ways(sizes), width, training.remat, trains=True)
+  sent = tokens // ways(sizes)
+  messages = _messages(model, params, own, sizes, rules, sent, width, training.remat, True, training.accumulate)
+  if stages > 1:
+    count = 2 * training.accumulate
+    messages.append(Message("states to the next stage, gradients back", "send", "pipe", count, count * hidden))
   return Plan(
-    placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages,
+    placements(model, _only(params, own), sizes, rules), {name: n for name, n in parts.items() if n}, messages,
     (4.0 if training.remat else 3.0) * forward, float((4 + moments * 2) * held), tokens,
   )  # fmt: skip
 
@@ -174,7 +183,7 @@ def serve_plan(
     "activations": 4.0 * rows * max(x.shape[-1] for x in tree.weights(whole).values()),
   }  # fmt: skip
   operations = _operations(model, params, batch, 1, seen=length)
-  messages = _messages(model, params, sizes, rules, rows, 2, False, trains=False)
+  messages = _messages(model, params, set(tree.flatten(params)), sizes, rules, rows, 2, False, False)
   return Plan(
     placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages, operations,
     float(_bytes(whole) - _unread(model, params, whole, rows) + cache), batch,
@@ -254,6 +263,25 @@ def _blocks(model: Any, params: Params) -> tuple[Any, ...]:
   return model.blocks(params)
 
 
+def _heaviest(model: Any, params: Params, stages: int) -> tuple[set[str], set[str]]:
+  """The paths of the stage that holds most, and of a table that it has from another."""
+  if stages == 1:
+    return set(tree.flatten(params)), set()
+  try:
+    homes = stages_of(model, params, stages)
+  except ValueError as error:
+    raise ConfigError(f"mesh pipe={stages}: {error}") from None
+  leaves = tree.flatten(params)
+  held = [sum(leaf_bytes(leaves[path]) for path, home in homes.items() if home == stage) for stage in range(stages)]
+  heaviest = held.index(max(held))
+  tied = {path for path in leaves if is_tied(path, params)} if heaviest == stages - 1 else set()
+  return {path for path, home in homes.items() if home == heaviest}, tied
+
+
+def _only(params: Params, own: Container[str]) -> Params:
+  return tree.unflatten({path: leaf for path, leaf in tree.flatten(params).items() if path in own})
+
+
 def _with_layers(model: Any, params: Params, count: int) -> Params:
   """The tree with its first blocks alone."""
   gone = tuple(f"{b.path}/" for b in _blocks(model, params)[count:])
@@ -302,11 +330,13 @@ def _chosen(model: Any) -> int:
 
 
 def _messages(
-  model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[str, str | None], tokens: int, width: int,
-  remat: bool, trains: bool,
+  model: Any, params: Params, own: Container[str], sizes: Mapping[str, int], rules: Mapping[str, str | None],
+  tokens: int, width: int, remat: bool, trains: bool, pieces: int = 1,
 ) -> list[Message]:  # fmt: skip
-  """What theory asks: Megatron's sums over `tensor` (arXiv:1909.08053), ZeRO's gathers (arXiv:1910.02054)."""
-  specs, leaves = dense_specs(model, params, sizes, rules), tree.flatten(params)
+  """What theory asks of the leaves of a stage: Megatron's sums over `tensor` (arXiv:1909.08053), ZeRO's gathers
+  (arXiv:1910.02054), once for each of the pieces that a batch is cut into."""
+  specs, embed = dense_specs(model, params, sizes, rules), tree.flatten(params)["embed/table"].shape[-1]
+  leaves = {path: leaf for path, leaf in tree.flatten(params).items() if path in own}
   t, f = sizes["tensor"], sizes["fsdp"]
   found: list[Message] = []
 
@@ -323,7 +353,6 @@ def _messages(
       forward += [float(tokens * leaves[p].shape[-1] * width) for p in paths if specs[p][-2] == "tensor"]
       if paths and specs[paths[0]][-1] == "tensor":
         backward.append(float(tokens * leaves[paths[0]].shape[-2] * width))
-  embed = leaves["embed/table"].shape[-1]
   downs = [p for p in leaves if tree.in_mixture(p) and p.endswith("/down/kernel")]
   for p in downs:  # rows of an expert, or of all that are in a stack
     rows = tokens * share(leaves, p, _chosen(model)) * (leaves[p].shape[0] if len(leaves[p].shape) == 3 else 1)
@@ -331,8 +360,8 @@ def _messages(
       forward.append(rows * embed * 4.0)
       backward.append(rows * embed * 4.0)
   sums = [float(tokens * embed * 4) for p in downs if specs[p][0] == "expert"]
-  table = float(tokens * leaves["embed/table"].shape[-1] * width)
-  if specs["embed/table"][-2] == "tensor":
+  table = float(tokens * embed * width)
+  if "embed/table" in own and specs["embed/table"][-2] == "tensor":
     add("the embedding's rows", "all-reduce", "tensor", [table])
   passes = 1 if not trains else 2 if remat else 1
   add("outputs of row-parallel products", "all-reduce", "tensor", forward * passes)
@@ -344,9 +373,10 @@ def _messages(
   parts = {p: (t if "tensor" in specs[p] else 1) * (e if "expert" in specs[p] else 1) for p in leaves}
   mine = {p: size(leaf) / parts[p] for p, leaf in leaves.items()}
   split = {p: float(n) for p, n in mine.items() if "fsdp" in specs[p]}
-  add("weights", "all-gather", "fsdp", [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))])
+  gathers = [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))]
+  add("weights", "all-gather", "fsdp", gathers * pieces)
   if trains:
-    add("gradients", "reduce-scatter", "fsdp", list(split.values()))
+    add("gradients", "reduce-scatter", "fsdp", list(split.values()) * pieces)
     add("gradients", "all-reduce", "fsdp", [float(n) for p, n in mine.items() if p not in split])
     add("gradients", "all-reduce", "data", [float(n / (f if p in split else 1)) for p, n in mine.items()])
   return found
@@ -364,6 +394,6 @@ def _passes(path: str, leaves: Mapping[str, Any], remat: bool, trains: bool) -> 
 
 def _speed(device: Accelerator, axis: str, sizes: Mapping[str, int]) -> float:
   """Bytes a second over an axis: the group's links where neighbours along it are within a group, else the network."""
-  names = list(AXES)
+  names = ["pipe", *AXES]
   inner = math.prod(sizes.get(name, 1) for name in names[names.index(axis) :])
   return device.link if inner <= device.group else device.network

@@ -33,7 +33,7 @@ from lmcompress.planner import (
   stored,
   train_plan,
 )
-from lmcompress.training import Training, start, train_step
+from lmcompress.training import Pipeline, Training, start, train_step
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=8, kv_heads=8, tied=False)
 MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
@@ -63,6 +63,38 @@ def test_weights_and_moments_are_what_a_device_holds(shape):
   assert plan.nbytes["weights, float32"] == sum(map(first, jax.tree.leaves(state.trained)))
   moments = [x for x in jax.tree.leaves(state.moments) if x.ndim]  # not the count of steps
   assert plan.nbytes["moments"] == sum(map(first, moments))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", [{"pipe": 2}, {"pipe": 2, "fsdp": 2, "data": 2}, {"pipe": 2, "tensor": 4}])
+def test_a_stage_is_planned_as_it_lies(shape, tied):
+  """Weights, moments and a table that two stages have, of the device that holds most."""
+  model = Llama(LlamaConfig(head_dim=8), dataclasses.replace(SIZES, tied=tied))
+  params = model.init(jax.random.key(0))
+  training = Training(steps=1, batch=BATCH, accumulate=2)
+  rest = {axis: n for axis, n in shape.items() if axis != "pipe"}
+  mesh = make_mesh(**{**rest, "fsdp": 2 * shape.get("fsdp", 1)})
+  pipeline = Pipeline(model, shard(model, params, mesh), training, 2)
+  state = pipeline.spread(start(shard(model, params, mesh), training, lambda path: True))
+
+  def held(arrays):
+    found = collections.Counter()
+    for x in arrays:
+      for piece in x.addressable_shards:
+        found[piece.device] += piece.data.nbytes
+    return max(found.values())
+
+  plan = train_plan(model, shapes_of(model), training, LENGTH, shape)
+  assert plan.nbytes["weights, float32"] == held(jax.tree.leaves(state.trained))
+  assert plan.nbytes["moments"] == held([x for x in jax.tree.leaves(state.moments) if x.ndim])
+  sent, = (m for m in plan.messages if m.axis == "pipe")
+  ways = shape.get("data", 1) * shape.get("fsdp", 1)
+  assert sent.kind == "send" and sent.count == 4 and sent.nbytes == 4 * (BATCH // 2 // ways) * LENGTH * 32 * 4
+
+
+def test_more_stages_than_blocks_are_refused():
+  with pytest.raises(ConfigError, match="mesh pipe=3: 3 stages of 2 blocks"):
+    train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, {"pipe": 3})
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -215,6 +247,7 @@ def test_a_config_says_the_rest(tmp_path):
   }  # fmt: skip
   (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
   asked = Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32")
-  assert asked.sizes == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2} and asked.batch == 4 and asked.length == 16
+  assert {axis: n for axis, n in asked.sizes.items() if n > 1} == {"data": 2, "tensor": 2}
+  assert asked.batch == 4 and asked.length == 16
   assert asked.training is not None and asked.training.compute == "bfloat16" and asked.devices == 4
   assert parse_topology("data=2, tensor=2") == {"data": 2, "tensor": 2}

@@ -35,7 +35,7 @@ def split_stages(model: Any, params: Params, count: int) -> list[Params]:
   parts: list[dict[str, Any]] = [{} for _ in range(count)]
   for path, home in stages_of(model, params, count).items():
     parts[home][path] = tree.get(params, path)
-    if _is_tied(path, params):
+    if is_tied(path, params):
       parts[-1][path] = parts[home][path]
   return [tree.unflatten(part) for part in parts]
 
@@ -61,7 +61,8 @@ def stages_of(model: Any, params: Params, count: int) -> dict[str, int]:
   return {path: home(path) for path in leaves}
 
 
-def _is_tied(path: str, params: Params) -> bool:
+def is_tied(path: str, params: Params) -> bool:
+  """Whether a leaf is of what comes before the blocks and after them, too."""
   return path.split("/")[0] == "embed" and "head" not in params
 
 
@@ -149,7 +150,7 @@ class Pipeline:
       raise ValueError(f"a pipeline has rows and labels, or a teacher's predictions: leave out {', '.join(asked)}")
     self.model, self.training, self.meshes = model, training, stage_meshes(mesh_of(params), stages)
     homes = stages_of(model, params, stages)
-    self._tied = stages > 1 and "head" not in params
+    self._tied = stages > 1 and is_tied("embed/table", params)
     every = [shardings(model, params, mesh) for mesh in self.meshes]
     self._home = tree.map_leaves(lambda path, leaf: jax.tree.map(lambda _: homes[path], leaf), params)
     self._where = jax.tree.map(lambda home, *each: each[home], self._home, *every)
