@@ -14,7 +14,7 @@ import typer
 def plan(
   model: Annotated[str, typer.Argument(help="A preset such as llama3-405b, a config, a known name, or a path.")],
   topology: Annotated[
-    str | None, typer.Option("--topology", "-t", help="Sizes of the mesh, such as data=8,fsdp=16,tensor=8; pipe=4 for stages.")
+    str | None, typer.Option("--topology", "-t", help="Sizes of the mesh, such as data=8,fsdp=16 or pipe=4,tensor=8.")
   ] = None,
   accelerator: Annotated[
     str | None, typer.Option("--accelerator", "-a", help="Such as h100 or tpu-v5p; all that are known by default.")
