@@ -84,7 +84,7 @@ def main() -> int:
   try:
     config = load_config(arguments.config, arguments.overrides)
     result = study(config, arguments.config, arguments.overrides, arguments.processes, arguments.cores)
-  except LmcompressError as error:
+  except (LmcompressError, RuntimeError) as error:
     print(f"speedup: {error}", file=sys.stderr)
     return 2
   out = arguments.out or RESULTS / f"{config.name}.json"

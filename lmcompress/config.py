@@ -427,8 +427,11 @@ def _require_rows(config: Config) -> None:
   if names and (alone or train.accumulate > 1):
     refused = ", ".join(alone) or "accumulate but 1"
     raise ConfigError(f"train: tasks are learned from labels or a teacher, all in each batch: no {refused}")
-  if names and config.mesh is not None and config.mesh.pipe > 1:
-    raise ConfigError(f"mesh.pipe={config.mesh.pipe}: tasks are learned without a pipeline; say fsdp instead")
+  if config.mesh is not None and config.mesh.pipe > 1:
+    never = ("match", "generated", "privacy", "during")
+    given = {"tasks": names, **{f"train.{key}": getattr(train, key) for key in never}}
+    if asked := [word for word, value in given.items() if value]:
+      raise ConfigError(f"mesh.pipe={config.mesh.pipe}: a pipeline has no {', no '.join(asked)}; say fsdp instead")
   if train.weighting is not None and not names:
     raise ConfigError("train.weighting: it weighs tasks; there are none")
 

@@ -48,6 +48,7 @@ from lmcompress.run_folder import (
 )
 from lmcompress.stages import Silent, Stage, Watcher, key
 from lmcompress.training.heads import with_start
+from lmcompress.training.pipeline import stages_of
 from lmcompress.types import ConfigError, FormatError, Params, SourceError, Transform
 
 
@@ -364,6 +365,10 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
   """Says how the mesh holds the tree; refuses one that does not divide it."""
   if config.mesh is not None and config.mesh.pipe > 1:
     watcher.note(f"{config.mesh.pipe} stages train; all else takes their devices as more of fsdp")
+    try:
+      stages_of(model, params, config.mesh.pipe)
+    except ValueError as error:
+      raise ConfigError(f"mesh.pipe={config.mesh.pipe}: {error}") from None
   require_division(model, params, mesh.shape, rules_of(config))
   rows = placements(model, params, mesh.shape, rules_of(config))
   held, whole = (sum(getattr(row, name) for row in rows) for name in ("nbytes", "whole"))

@@ -120,7 +120,7 @@ def train_text(
   untrained = stages[-1].params
   stages.append(Stage("trained", params, time.perf_counter() - begun, peak_bytes()))
   needs = None
-  if profile and settings.privacy is None:
+  if profile and settings.privacy is None and (config.mesh is None or config.mesh.pipe == 1):
     watcher.note("compiling the training step from shapes alone, for what it needs")
     guide = teacher if isinstance(teacher, tuple) else None
     shown = dataclasses.replace(settings, match=None, loss=settings.loss if guide else Labels())

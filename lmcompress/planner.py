@@ -118,7 +118,7 @@ def train_plan(
   """
   require_causal(model, "a plan of training")
   stages, sizes = sizes.get("pipe", 1), {name: sizes.get(name, 1) for name in AXES}
-  require_division(model, params, sizes, rules)
+  require_division(model, params, {**sizes, "fsdp": sizes["fsdp"] * stages}, rules)  # as a run lies outside training
   params = as_on(params, sizes)
   rows = _rows(training.batch, training.accumulate, sizes)
   split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)

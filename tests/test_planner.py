@@ -93,8 +93,8 @@ def test_a_stage_is_planned_as_it_lies(shape, tied):
 
 
 def test_more_stages_than_blocks_are_refused():
-  with pytest.raises(ConfigError, match="mesh pipe=3: 3 stages of 2 blocks"):
-    train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, {"pipe": 3})
+  with pytest.raises(ConfigError, match="mesh pipe=4: 4 stages of 2 blocks"):
+    train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, {"pipe": 4})
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -323,6 +323,12 @@ def data_mesh(params: Params) -> Mesh | None:
   return mesh if ways(mesh) > 1 else None
 
 
+def split_on(mesh: Mesh, x: jax.Array) -> NamedSharding:
+  """An array's place on a mesh of the same axes, split as it is on its own; whole where it lies on one device."""
+  spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
+  return NamedSharding(mesh, _fitting(spec, x.shape, mesh))
+
+
 def on_stage(mesh: Mesh, batch: Any, rows: int) -> Any:
   """Arrays placed on a mesh: those of so many rows split over the axes `BATCH` that divide them, others whole."""
   whole = NamedSharding(mesh, PartitionSpec())

@@ -104,6 +104,9 @@ def beam_search(
     raise ValueError(f"beam_search(max_new_tokens={max_new_tokens}, beams={beams}): both at least 1")
   if max_new_tokens > model.config.max_length:
     raise ValueError(f"{max_new_tokens} new tokens are more than the model's context of {model.config.max_length}")
+  first, size = getattr(model.config, "first", None) if first is None else first, _vocabulary(params)
+  if first is not None and not 0 <= first < size:
+    raise ValueError(f"beam_search(first={first}): the vocabulary has {size} tokens")
   tokens = np.asarray(tokens)
   batch = len(tokens)
   mask = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
@@ -113,23 +116,23 @@ def beam_search(
   parents = np.tile(np.arange(beams, dtype=np.int32), (batch, 1))
   scores = np.full((batch, beams), -1e9, np.float32)
   scores[:, 0] = 0.0  # the beams are alike at first: one of them counts
-  first = getattr(model.config, "first", None) if first is None else first
-  if first is not None and not 0 <= first < (size := int(params.get("head", params["embed"])["table"].shape[-2])):
-    raise ValueError(f"beam_search(first={first}): the vocabulary has {size} tokens")
   for written in range(max_new_tokens):
     values, places, state = _step(model, params, state, ids, parents, scores)
     values, places = np.asarray(values), np.asarray(places)
-    vocab = places.shape[-1] and int(params.get("head", params["embed"])["table"].shape[-2])
     if first is not None and not written:  # read by the next step; beams are alike as before
       ids[:] = first
       for one in search:
-        one.open = [(0.0, [first])] * beams
+        one.begin(first)
       continue
     for row, one in enumerate(search):
-      parents[row], ids[row], scores[row] = one.step(values[row], places[row] // vocab, places[row] % vocab)
+      parents[row], ids[row], scores[row] = one.step(values[row], places[row] // size, places[row] % size)
     if all(one.done for one in search):
       break
   return [one.best() for one in search]
+
+
+def _vocabulary(params: Params) -> int:
+  return int(params.get("head", params["embed"])["table"].shape[-2])
 
 
 class _Search:
@@ -140,6 +143,13 @@ class _Search:
     self.open: list[tuple[float, list[int]]] = [(0.0, [])] * beams
     self.ended: list[Written] = []
     self.done = False
+
+  def begin(self, token: int) -> None:
+    """Takes a token that is written whatever the model predicts."""
+    self.open = [(0.0, [token])] * self.beams
+    if token in self.stop_ids:
+      self._end([token], 0.0)
+      self.done = True
 
   def step(self, values: np.ndarray, parents: np.ndarray, ids: np.ndarray) -> tuple[list[int], list[int], list[float]]:
     """Takes the best candidates, best first; gives parent, token and score of each hypothesis that stays open."""

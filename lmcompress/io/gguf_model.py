@@ -134,6 +134,8 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
     factors=factors,
   )
   config = LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
+  if word == "phi3" and f"{data.kind}.attention.sliding_window" in header.metadata:  # as in transformers
+    config = dataclasses.replace(config, window=data.number("attention.sliding_window"))
   if f"{data.kind}.expert_count" not in header.metadata:
     return word, config
   count, chosen = data.number("expert_count"), data.number("expert_used_count")

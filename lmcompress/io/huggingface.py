@@ -52,7 +52,9 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
   if kind is None:
     raise FormatError(f"{where}: model_type {word!r} is not known here; known are {', '.join(known)}")
   if (told := folder / "generation_config.json").is_file():  # newer folders say there how to write
-    config |= {key: value for key, value in read_json(told).items() if key in kind.writing}
+    said = read_json(told)  # a null of what may be none says that it is none
+    config |= {key: said[key] for key, may_be_none in kind.writing.items() if said.get(key) is not None or (
+               may_be_none and key in said)}  # fmt: skip
   model = kind.read(config, where)
   files = _tensors(folder)
   depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}

@@ -51,7 +51,7 @@ class Name:
     axis = 0 if self._turns or len(foreign) == 1 else len(foreign) - 1
     i, shares = self.part
     own = [n * shares[i] // sum(shares) if at == axis else n for at, n in enumerate(foreign)]
-    return tuple(own[::-1] if self._turns else own)
+    return tuple([*own[:-2], *own[:-3:-1]] if self._turns else own)
 
   def write(self, values: np.ndarray) -> np.ndarray:
     """The foreign tensor, or this part of it."""
@@ -292,7 +292,7 @@ class Foreign:
     prefixes, ignored: as of `plan`.
     tied: whether the head is the embedding where the config does not say.
     headless: whether a checkpoint may have no head at all.
-    writing: keys that `generation_config.json` says, too, and then decides.
+    writing: keys that `generation_config.json` says, too, and then decides, and whether they may be null there.
   """
 
   model: type
@@ -305,7 +305,7 @@ class Foreign:
   ignored: tuple[str, ...] = ()
   tied: bool = False
   headless: bool = False
-  writing: tuple[str, ...] = ()
+  writing: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
   @property
   def stacks(self) -> Mapping[str, str]:

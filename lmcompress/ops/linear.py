@@ -101,10 +101,11 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 def product(spec: str, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
   """`einsum` of two arrays, accumulated in float32, in a dtype; each index is of two of the three terms or of all.
 
-  Where both are of one 16-bit float type, so are the products of their gradients. Left to itself, JAX multiplies the
-  float32 gradient of the result by a 16-bit operand, and XLA then widens both: on a GPU, several times as slow.
+  Where both are bfloat16, so are the products of their gradients. Left to itself, JAX multiplies the float32 gradient
+  of the result by the bfloat16 operand, and XLA then widens both: on a GPU, several times as slow. Such a product has
+  no derivative forward (`jax.jvp`).
   """
-  if a.dtype == b.dtype and a.dtype.itemsize == 2:
+  if a.dtype == b.dtype == jnp.bfloat16:
     return jnp.asarray(_narrow(spec, dtype, a, b))
   return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 

@@ -85,8 +85,8 @@ def write_rows(
   """Rows `[count, length]` that a model writes from nothing, for where its own training text cannot be had.
 
   Each is the token `begin` and what is drawn after it (LLM-QAT, Liu et al. 2023, arXiv:2305.17888; at temperature 1 all
-  tokens are drawn as the model predicts them, where the paper takes the first few greedily). They are kept in `folder`;
-  a call that was cut off goes on where it was.
+  tokens are drawn as the model predicts them, where the paper takes the first few greedily). They are kept in `folder`,
+  which is of this model alone; a call that was cut off goes on where it was.
 
   Args:
     begin: the token that begins a text.
@@ -109,7 +109,7 @@ def write_rows(
   folder.mkdir(parents=True, exist_ok=True)
   about = {"begin": begin, "count": count, "length": length, "temperature": temperature, "batch": batch, "seed": seed}
   done = _done(folder, about)
-  rows = np.zeros((count, length), np.int32) if done is None else np.load(folder / _ROWS)
+  rows = np.zeros((count, length), np.int32) if done is None else _read(folder / _ROWS, (count, length))
   processes.meet("record of rows")  # read by all before the first goes on writing it
   kept = None
   if processes.first():
@@ -130,6 +130,17 @@ def write_rows(
   return rows
 
 
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray:
+  """The rows that a record tells of."""
+  try:
+    rows = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise FormatError(f"{path}: cannot be read ({type(error).__name__}); remove the folder") from None
+  if rows.shape != shape or rows.dtype != np.int32:
+    raise FormatError(f"{path}: {rows.dtype}{list(rows.shape)}, and int32{list(shape)} is needed; remove the folder")
+  return rows
+
+
 def _done(folder: Path, about: dict[str, Any]) -> int | None:
   """How many rows a folder holds; None where it holds nothing."""
   path = folder / _RECORD
@@ -137,9 +148,9 @@ def _done(folder: Path, about: dict[str, Any]) -> int | None:
     return None
   try:
     record = json.loads(path.read_text("utf-8"))
-    done = record.pop("done")
+    done = int(record.pop("done"))
   except (ValueError, KeyError, TypeError, AttributeError):
     raise FormatError(f"{path}: not the record of rows that a model wrote; remove the folder") from None
   if record != about:
     raise FormatError(f"{folder}: holds rows that were written otherwise: {record}; remove it")
-  return int(done)
+  return done

@@ -70,8 +70,8 @@ def fit(
     save_every: steps from one saved state to the next.
     held_out: token ids `[n, length]` that do not train; every `evaluate_every` steps, and at the last, the metrics have
       `held_out`, their cross entropy, nats a token.
-    on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds`; when it raises,
-      the state is saved first.
+    on_step: called with the steps done and the metrics `loss`, `grad_norm`, `learning_rate`, `seconds` (of a pipeline
+      `held`, too); when it raises, the state is saved first.
 
   Raises:
     ValueError: nothing trains, rows that are too few or no tokens of the model's, no teacher or one of another
@@ -91,7 +91,10 @@ def fit(
     whole = {**params, PROJECTIONS: maps} if maps else params
   trains = lambda path: tree.matches(PROJECTIONS, path) or trainable(path)  # noqa: E731
   pipeline = None
+  if stages < 1:
+    raise ValueError(f"stages={stages}: one, or as many as a pipeline has")
   if stages > 1:
+    whole = jax.tree.map(jnp.asarray, whole)  # of NumPy's arrays, too, it is said where they lie
     if transform is not None:
       raise ValueError(f"stages={stages}: a transform after each update sees a whole tree; leave one of the two out")
     guide = teacher if isinstance(teacher, tuple) and training.needs_teacher else None
@@ -159,11 +162,11 @@ def _score(
   """Cross entropy of rows, a batch at a time; nats a token."""
   total, count = 0.0, 0
   for i in range(0, len(rows), training.batch):
-    some = jnp.asarray(rows[i : i + training.batch])
     if pipeline is not None:
       lost, tokens = pipeline.score(state, rows[i : i + training.batch])
       total, count = total + lost, count + tokens
       continue
+    some = jnp.asarray(rows[i : i + training.batch])
     trained = state.trained if state.average is None else state.average
     lost, tokens = held_out_loss(model, trained, state.kept, some, training)
     total, count = total + float(lost), count + int(tokens)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lmcompress import tree
 from lmcompress.calibration.token_loss import head_loss, predictions, require_causal, through_blocks
-from lmcompress.distributed.sharding import gathered, mesh_of, on_mesh, on_stage, shardings, stage_meshes
+from lmcompress.distributed.sharding import gathered, mesh_of, on_mesh, on_stage, split_on, stage_meshes
 from lmcompress.evaluate.roofline import leaf_bytes
 from lmcompress.training.durable import Metrics
 from lmcompress.training.losses import Labels
@@ -132,8 +132,12 @@ class Pipeline:
   A state has the structure of any other's: what was saved goes on without a pipeline, and the other way. Its arrays lie
   with their stages; inputs of stages are kept, and what is inside is computed again on the way back.
 
+  What does not train stays where it was, beside the stages' own; without a mesh all begins on one device, and so has to
+  fit it.
+
   Args:
-    params: as it lies; with a mesh, stages share the devices that split weights (`fsdp`), else they have one each.
+    params: as it lies; with a mesh, stages share the devices that split weights (`fsdp`) and are split as they are on
+      it, else they have a device each.
     training: `accumulate` is how many small batches a batch makes.
     teacher: as of `train_step`; it is cut into as many stages.
 
@@ -149,12 +153,12 @@ class Pipeline:
     if asked := [name for name, value in refused.items() if value]:
       raise ValueError(f"a pipeline has rows and labels, or a teacher's predictions: leave out {', '.join(asked)}")
     self.model, self.training, self.meshes = model, training, stage_meshes(mesh_of(params), stages)
+    _require_apart("the tree", params)
     homes = stages_of(model, params, stages)
     self._tied = stages > 1 and is_tied("embed/table", params)
-    every = [shardings(model, params, mesh) for mesh in self.meshes]
     self._home = tree.map_leaves(lambda path, leaf: jax.tree.map(lambda _: homes[path], leaf), params)
-    self._where = jax.tree.map(lambda home, *each: each[home], self._home, *every)
-    self._last = every[-1].get("embed")
+    self._where = jax.tree.map(lambda x, home: split_on(self.meshes[home], x), params, self._home)
+    self._last = jax.tree.map(functools.partial(split_on, self.meshes[-1]), params.get("embed"))
     self._teacher = None if teacher is None else self._placed(*teacher)
     self._kept: list[Params] = []
     # what a whole batch decides is done here: the norm of all gradients, and their sum over small batches
@@ -235,12 +239,16 @@ class Pipeline:
 
   def _placed(self, model: Any, params: Params) -> tuple[Any, list[Params]]:
     """A teacher's stages."""
+    _require_apart("the teacher", params)
     params = params if self.training.compute == "float32" else floats_as(params, self.training.compute)
-    found = []
-    for part, mesh in zip(split_stages(model, params, len(self.meshes)), self.meshes, strict=True):
-      where = tree.flatten(shardings(model, params, mesh))
-      found.append(tree.map_leaves(lambda path, leaf, to=where: jax.tree.map(jax.device_put, leaf, to[path]), part))
-    return model, found
+    try:
+      parts = split_stages(model, params, len(self.meshes))
+    except ValueError as error:
+      raise ValueError(f"the teacher: {error}") from None
+    put = lambda x, mesh: jax.device_put(x, split_on(mesh, jnp.asarray(x)))  # noqa: E731
+    return model, [
+      jax.tree.map(functools.partial(put, mesh=mesh), part) for part, mesh in zip(parts, self.meshes, strict=True)
+    ]
 
   def _squares(self, stage: int, gradients: Params) -> float:
     with on_mesh(self.meshes[stage]):
@@ -315,6 +323,12 @@ class Pipeline:
       with on_mesh(mesh):
         sums[stage] = gradients if sums[stage] is None else jax.tree.map(jnp.add, sums[stage], gradients)
     return sums, sum(float(t) for t, _ in losses), sum(int(c) for _, c in losses), held
+
+
+def _require_apart(what: str, params: Params) -> None:
+  """Raises ValueError for values that several stages would refer to."""
+  if "shared" in params:
+    raise ValueError(f"a pipeline: {what} has values that the whole model shares, which stages cannot; use fsdp")
 
 
 def _merged(parts: Sequence[Any]) -> Any:

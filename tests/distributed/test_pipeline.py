@@ -182,7 +182,7 @@ def test_a_state_goes_on_with_and_without_a_pipeline(tmp_path):
 
 @pytest.mark.parametrize(("sizes", "given", "message"), [
   ({}, {"stages": 5}, "5 stages of 4 blocks"),
-  ({}, {"stages": 9}, "9 stages on 8 devices"),
+  ({}, {"stages": 9}, "9 stages on 8 devices"), ({}, {"stages": 0}, "stages=0: one, or as many"),
   ({"data": 2}, {"stages": 2}, "a mesh with fsdp=1"),
   ({}, {"stages": 2, "transform": lmc.prune_gradually(0.5)}, "sees a whole tree"),
   ({}, {"stages": 2, "training": dataclasses.replace(PLAIN, privacy=Privacy(1.0), accumulate=1)}, "leave out privacy"),
@@ -193,6 +193,29 @@ def test_what_a_pipeline_does_not_take(sizes, given, message):
   params = shard(model, params, make_mesh(**sizes)) if sizes else params
   with pytest.raises(ValueError, match=message):
     fit(model, params, ROWS, **{"training": PLAIN, **given})
+
+
+def test_shared_values_and_a_shallow_teacher_are_refused():
+  model, teacher = MODELS["tied"], MODELS["apart"]
+  params = model.init(jax.random.key(0))
+  shared, _ = lmc.compress(model, params, lmc.at("layers/*", lmc.share(values=4)))
+  with pytest.raises(ValueError, match="the tree has values that the whole model shares"):
+    fit(model, shared, ROWS, PLAIN, stages=2)
+  with pytest.raises(ValueError, match="the teacher: 4 stages of 3 blocks"):
+    guide = teacher, teacher.init(jax.random.key(1))
+    fit(model, params, ROWS, dataclasses.replace(PLAIN, loss=Distill()), stages=4, teacher=guide)
+
+
+def test_a_stage_is_split_as_the_tree_was_and_numpy_comes_back():
+  """Rules of one's own hold within stages; a tree that lies nowhere yet is trained all the same."""
+  model = MODELS["tied"]
+  placed = shard(model, model.init(jax.random.key(0)), make_mesh(fsdp=2, tensor=2), {"mlp": None, "embed": None})
+  pipeline = Pipeline(model, placed, PLAIN, 2)
+  for leaf in jax.tree.leaves(pipeline.spread(start(placed, PLAIN, lambda path: True)).trained):
+    assert "tensor" not in leaf.sharding.spec and leaf.sharding.num_devices == 2
+  plain = jax.tree.map(np.asarray, placed)
+  done, _ = fit(model, plain, ROWS, dataclasses.replace(PLAIN, steps=1), stages=2)
+  assert jax.tree.structure(done) == jax.tree.structure(plain)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

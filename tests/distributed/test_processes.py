@@ -23,7 +23,7 @@ from lmcompress.cli import app
 from lmcompress.config import check
 from lmcompress.distributed import make_mesh, processes, shard
 from lmcompress.errors import ConfigError
-from lmcompress.launch import launch
+from lmcompress.launch import cores_of, launch
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 
 
@@ -105,6 +105,13 @@ def test_all_end_with_one(word, code, said, tmp_path):
   assert (tmp_path / "run" / "process-2.log").read_text() == "process 2\n"
 
 
+def test_processes_share_cores_and_few_cores_are_nobodys_own(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6, 9, 11})
+  assert [cores_of(n, 2) for n in range(2)] == [[3, 5], [6, 9, 11]]
+  assert [cores_of(n, 5) for n in range(5)] == [[3], [5], [6], [9], [11]]
+  assert cores_of(0, 6) == []
+
+
 def test_all_that_go_well_end_well(tmp_path):
   assert launch(2, ["works"], tmp_path, pytest.fail, (sys.executable, "-c", SCRIPT)) == 0
   assert (tmp_path / "process-1.log").read_text() == "process 1\n"
@@ -140,9 +147,9 @@ def test_what_several_processes_do_not_run(over, message, tmp_path, monkeypatch)
 # ---------------------------------------------------------------------------------------- one run
 
 
-def two_and_one(table, place):
-  """Results of a config by two processes of one device each, and by this one without a mesh."""
-  (place / "c.yaml").write_text(yaml.safe_dump({**table, "mesh": {"data": -1}}))
+def two_and_one(table, place, axis):
+  """Results of a config by two processes of one device each on an axis, and by this one without a mesh."""
+  (place / "c.yaml").write_text(yaml.safe_dump({**table, "mesh": {axis: -1}}))
   command = [sys.executable, "-m", "lmcompress.cli", "run", str(place / "c.yaml")]
   command += ["--results", str(place / "two"), "--local-processes", "2"]
   quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -175,7 +182,7 @@ def test_two_processes_give_what_one_gives(saved, tmp_path):
     "calibration": {"text": text, "windows": 4, "length": 16},
     "finish": [{"name": "gptq", "at": "layers/*", "bits": 4, "group_size": 16}],
     "evaluate": {"texts": [text], "windows": 2, "length": 16},
-  }, tmp_path)  # fmt: skip
+  }, tmp_path, "data")  # fmt: skip
   assert one["training"]["rows"] == two["training"]["rows"]
   assert one["stages"][-1]["perplexity"][text] == pytest.approx(two["stages"][-1]["perplexity"][text], rel=1e-2)
 
@@ -186,7 +193,7 @@ def test_two_processes_learn_a_task(saved, tmp_path):
   two, one = two_and_one({
     **saved, "tasks": [{"name": "digits", "data": "digits", "length": 64, "rows": 40}], "evaluate": {"texts": []},
     "train": {"batch": 4, "steps": 3, "save_every": 3, "evaluate_every": 3},
-  }, tmp_path)  # fmt: skip
+  }, tmp_path, "fsdp")  # fmt: skip
   for a, b in zip(one["stages"], two["stages"], strict=True):
     assert {name: row["accuracy"] for name, row in a["tasks"].items()} == pytest.approx(
       {name: row["accuracy"] for name, row in b["tasks"].items()}, abs=0.01

@@ -71,8 +71,10 @@ def test_a_first_token_may_be_forced(beams, tmp_path):
     for ours, row in zip(found, rows, strict=True):
       assert ours.tokens[0] == given.get("first", 7)
       assert ours.tokens == row[: len(ours.tokens)] and set(row[len(ours.tokens) :]) <= {0, 1}
-  with pytest.raises(ValueError, match="first=29"):
-    beam_search(model, params, TOKENS, 12, MASK, beams, first=29)
+  assert [found.tokens for found in beam_search(model, params, TOKENS, 12, MASK, beams, first=1)] == [[1]] * 3
+  for outside in (29, -1):
+    with pytest.raises(ValueError, match=rf"first={outside}\): the vocabulary has 29 tokens"):
+      beam_search(model, params, TOKENS, 12, MASK, beams, first=outside)
 
 
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (2, 1.0), (4, 1.0), (3, 0.5), (3, 2.0)])

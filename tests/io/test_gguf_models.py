@@ -49,7 +49,7 @@ CASES = {
   "phi2": (MODEL_ARCH.PHI2, "PhiForCausalLM",
            {**QWEN, "num_key_value_heads": 6, "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}, LLAMA,
            {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4}),
-  "phi3": (MODEL_ARCH.PHI3, "Phi3ForCausalLM", {**QWEN, "eos_token_id": 0}, LLAMA,
+  "phi3": (MODEL_ARCH.PHI3, "Phi3ForCausalLM", {**QWEN, "eos_token_id": 0, "sliding_window": 7}, LLAMA,
            {"attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 7}),
   "gemma": (MODEL_ARCH.GEMMA, "GemmaForCausalLM", GEMMA, LLAMA,
             {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10}),

@@ -231,6 +231,7 @@ def test_a_cache_continues_what_was_read(name, tmp_path):
   ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1"),
   ("mistral", {"sliding_window": "wide"}, "sliding_window is 'wide'"),
   ("phi3", {"num_key_value_heads": 5}, "layers/0/attn/k/kernel has 25 outputs"),
+  ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not known here"),
   ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not known here"),
   ("qwen2 with a window", {"max_window_layers": "x", "layer_types": None}, "max_window_layers is 'x'"),
 ])  # fmt: skip

@@ -56,7 +56,7 @@ def test_tasks_are_learned_compressed_and_scored(place):
   ({"tasks": [{"name": "a/b", "data": "bbc"}]}, "tasks"),
   ({"tasks": [{"name": "digits", "data": "digits"}], "samples": {"judge": "digits"}}, "two have the name digits"),
   ({"train": {"text": "pydoc", "weighting": {}}, "tasks": []}, "there are none"),
-  ({"mesh": {"pipe": 2}}, "tasks are learned without a pipeline"),
+  ({"mesh": {"pipe": 2}}, "a pipeline has no tasks; say fsdp"),
 ])  # fmt: skip
 def test_tables_of_tasks_are_checked(over, said):
   table = {"name": "t", "model": "m", "recipe": [], "train": {"steps": 2}, "tasks": [{"name": "a", "data": "bbc"}]}

@@ -252,6 +252,13 @@ def test_rows_from_nothing_go_on_where_they_were_cut_off(tmp_path):
   assert told == [(5, 5)] and len({row.tobytes() for row in whole}) == 5
   with pytest.raises(FormatError, match="written otherwise"):
     write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", batch=2, seed=6)
+  for damage, message in ((b"no array", "cannot be read"), (None, "cannot be read")):
+    (tmp_path / "cut" / "rows.npy").unlink() if damage is None else (tmp_path / "cut" / "rows.npy").write_bytes(damage)
+    with pytest.raises(FormatError, match=message):
+      write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given)
+  np.save(tmp_path / "cut" / "rows.npy", whole[:2])
+  with pytest.raises(FormatError, match=r"int32\[2, 9\], and int32\[5, 9\] is needed"):
+    write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given)
   (tmp_path / "cut" / "record.json").write_text("[]")
   with pytest.raises(FormatError, match="not the record"):
     write_rows(TEACHER, THEIRS, 3, 5, 9, tmp_path / "cut", **given)

@@ -239,11 +239,13 @@ def products(jaxpr):
       yield from products(inner)
 
 
-@pytest.mark.parametrize("link", [None, fake_quantize(3, 16)], ids=["dense", "codes"])
-def test_bfloat16_means_every_product_and_gradients_stay_close(link):
+@pytest.mark.parametrize(("link", "where"), [
+  (None, "layers/*"), (fake_quantize(3, 16), "layers/*"), (fake_quantize(3, 16), "embed"),
+], ids=["dense", "codes", "codes of the embedding"])  # fmt: skip
+def test_bfloat16_means_every_product_and_gradients_stay_close(link, where):
   """Forward, back and in the teacher; against the gradients of float32, entries of a weight together."""
-  params = PARAMS if link is None else compress(MODEL, PARAMS, at("layers/*", link), None, None)[0]
-  trained, kept = tree.partition(params, lambda path: path.startswith("layers/"))
+  params = PARAMS if link is None else compress(MODEL, PARAMS, at(where, link), None, None)[0]
+  trained, kept = tree.partition(params, lambda path: tree.matches(where, path))
   found = {}
   for dtype in ("float32", "bfloat16"):
     settings = Training(2, batch=8, loss=Distill(labels=0.5), compute=dtype, chunk=8)

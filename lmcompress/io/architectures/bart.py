@@ -95,7 +95,7 @@ def write(model: Bart, params: Params) -> dict[str, Any]:
 def _kind(word: str) -> Foreign:
   return Foreign(
     Bart, (word,), _names, read, write, depth={"encoder/": "encoder_layers", "decoder/": "decoder_layers"},
-    prefixes=("model.", ""), tied=True, writing=("decoder_start_token_id", "forced_bos_token_id"),
+    prefixes=("model.", ""), tied=True, writing={"decoder_start_token_id": False, "forced_bos_token_id": True},
     ignored=(r"(model\.)?(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight"),
   )  # fmt: skip
 

@@ -156,8 +156,9 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
     raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
   theta = number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if config.get("model_type") == "phi3" and scaling.get("partial_rotary_factor", 1) != 1:
-    raise FormatError(f"{where}: partial_rotary_factor {scaling['partial_rotary_factor']!r} is not known here for phi3")
+  turned = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))
+  if config.get("model_type") == "phi3" and turned != 1:
+    raise FormatError(f"{where}: partial_rotary_factor {turned!r} is not known here for phi3")
   original = (
     scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
   )
