@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +67,11 @@ def test_a_first_token_may_be_forced(beams, tmp_path):
   save_folder(model, params, tmp_path / "out")
   again, _, _ = load_folder(tmp_path / "out")
   assert model.config.first == again.config.first == 7
+  said = json.loads((tmp_path / "in" / "generation_config.json").read_text())
+  (tmp_path / "in" / "generation_config.json").write_text(
+    json.dumps({**said, "decoder_start_token_id": None, "forced_bos_token_id": None})
+  )
+  assert load_folder(tmp_path / "in")[0].config == dataclasses.replace(model.config, first=None)
   for model_, given, theirs in ((model, {}, {}), (again, {"first": 9}, {"forced_bos_token_id": 9})):
     found = beam_search(model_, params, TOKENS, 12, MASK, beams, **given)
     with torch.no_grad():
