@@ -47,6 +47,10 @@ class SharedRef(CompressedArray):
   def kind(self) -> str:
     return f"shared {self.path.removeprefix(f'{SHARED}/')}"
 
+  def sharding_like(self, spec: Any) -> SharedRef:
+    """Itself: it has no arrays, and the value is split at its own place."""
+    return self
+
   def materialize(self) -> jax.Array:
     raise TypeError(f"a reference to {self.path} holds no values; arrays.resolve(params, leaf) finds them")
 

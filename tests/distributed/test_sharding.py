@@ -223,3 +223,11 @@ def test_a_single_block_stays_whole():
   placed = shard(model, ready, make_mesh(tensor=2))
   tokens = np.random.default_rng(0).integers(0, 48, (2, 8)).astype(np.int32)
   np.testing.assert_allclose(model.apply(placed, tokens), model.apply(ready, tokens), atol=2e-5)
+
+
+@pytest.mark.parametrize("link", [lmc.tie_layers(groups=[[0, 1]], rank=2), lmc.at("layers/*", lmc.share(values=8))])
+def test_shared_values_lie_where_their_own_path_says(link):
+  """A layer that two places read, and values of the whole model, over weights that are split both ways."""
+  small, _ = lmc.compress(MODEL, PARAMS, link)
+  placed = shard(MODEL, small, make_mesh(fsdp=2, tensor=2))
+  np.testing.assert_allclose(MODEL.apply(placed, ROWS), MODEL.apply(small, ROWS), atol=2e-5)

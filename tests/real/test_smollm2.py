@@ -39,7 +39,7 @@ def test_logits_and_perplexity_equal_transformers(smollm2):
   model, params, tokenizer = smollm2
   path = resolve_model("smollm2-135m")
   net = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-  tokens = windows(tokenizer, load_text("pydoc"), 2, 256)
+  tokens = windows(tokenizer, load_text("pydoc"), 2, 128)
   with torch.no_grad():
     expected = net(torch.tensor(tokens).long()).logits
   np.testing.assert_allclose(np.asarray(model.apply(params, tokens)), expected.numpy(), atol=1e-3)
@@ -50,7 +50,7 @@ def test_logits_and_perplexity_equal_transformers(smollm2):
 
 def test_compressed_is_small_readable_and_reloads_bitwise(smollm2, small, tmp_path):
   model, params, tokenizer = smollm2
-  tokens = windows(tokenizer, load_text("pydoc"), 2, 256)
+  tokens = windows(tokenizer, load_text("pydoc"), 2, 128)
   before, after = lmc.perplexity(model, params, tokens), lmc.perplexity(model, small, tokens)
   assert before < after < 1.6 * before
   lmc.save(tmp_path / "model", model, small, tokenizer)

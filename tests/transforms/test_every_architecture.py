@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -102,9 +103,18 @@ REASONS = {
 """A word for the table, by what the error says."""
 
 
+DEEP = ("prune_layers", "tie_layers")
+"""Methods that mean more than one layer; the others are given one of each stack, which compiles half as much."""
+
+
 @functools.cache
-def params_of(name):
-  return ARCHITECTURES[name].init(jax.random.key(0))
+def model_of(name, method):
+  """`(model, params)`."""
+  model = ARCHITECTURES[name]
+  if method not in DEEP:
+    depths = {key: 1 for key in ("layers", "decoder_layers") if hasattr(model.sizes, key)}
+    model = dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, **depths))
+  return model, model.init(jax.random.key(0))
 
 
 def given_to(model):
@@ -126,7 +136,7 @@ def form(params):
 @functools.cache
 def outcome(architecture, method):
   """`yes`, or in a word why the method is refused."""
-  model, params, key = ARCHITECTURES[architecture], params_of(architecture), jax.random.key(0)
+  (model, params), key = model_of(architecture, method), jax.random.key(0)
   make = functools.partial(METHODS[method], **GIVEN.get(method, {}))
   transform = make() if method in WHOLE else at("**/layers/*", make())
   first = [at("**/layers/*", FIRST[method]())] if method in FIRST else []
