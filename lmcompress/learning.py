@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmcompress import recipe as recipes
@@ -142,13 +141,13 @@ def _written(
 ) -> np.ndarray:
   """The rows that the teacher writes, in the dtype of training."""
   from lmcompress.training import write_rows
+  from lmcompress.training.step import floats_as
 
   begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
   if begin is None:
     raise ConfigError("train.written: the tokenizer has no token that begins or ends a text to start rows with")
   watcher.note(f"the teacher writes {table.rows} rows of {train.length} tokens")
-  floats = lambda x: x.astype(train.compute) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-  params = tree.map_leaves(lambda _, x: floats(x) if isinstance(x, jax.Array) else x, teacher[1])
+  params = floats_as(teacher[1], train.compute)
   told = functools.partial(watcher.step, "writing")
   with _settings("train.written"):
     return write_rows(

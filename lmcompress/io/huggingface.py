@@ -52,9 +52,8 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
   if kind is None:
     raise FormatError(f"{where}: model_type {word!r} is not known here; known are {', '.join(known)}")
   if (told := folder / "generation_config.json").is_file():  # newer folders say there how to write
-    said = read_json(told)  # a null of what may be none says that it is none
-    config |= {key: said[key] for key, may_be_none in kind.writing.items() if said.get(key) is not None or (
-               may_be_none and key in said)}  # fmt: skip
+    said = {key: value for key, value in read_json(told).items() if key in kind.writing}
+    config |= {key: value for key, value in said.items() if value is not None or kind.writing[key]}
   model = kind.read(config, where)
   files = _tensors(folder)
   depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}

@@ -90,7 +90,10 @@ def mix(
 def mix_parts(
   q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]], scale: float, view: View | None = None
 ) -> jax.Array:
-  """`mix` over several `(k, v, visible)` of the same slots, of which a query sees a slot in one at most."""
+  """`mix` over several `(k, v, visible)` of the same slots, of which a query sees a slot in one at most.
+
+  What each part gives is summed in the dtype of `q`.
+  """
   see = "btkgh,bksh->bkgts"
   scores = [product(see, q * scale, k.astype(q.dtype)) for k, _, _ in parts]
   if view is not None:

@@ -192,7 +192,7 @@ class Pipeline:
         gradients[0]["embed"] = jax.tree.map(jnp.add, gradients[0]["embed"], theirs)
       gradients[-1]["embed"] = jax.tree.map(lambda _: None, parts[-1]["embed"])
     tokens = max(count, 1)
-    norm = math.sqrt(sum(self._squares(stage, some) for stage, some in enumerate(gradients))) / tokens
+    norm = self._norm(gradients) / tokens
     clip = self.training.clip
     scale = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-30))) / tokens
     rate = float(self.training.rate(int(state.step)))
@@ -250,9 +250,13 @@ class Pipeline:
       jax.tree.map(functools.partial(put, mesh=mesh), part) for part, mesh in zip(parts, self.meshes, strict=True)
     ]
 
-  def _squares(self, stage: int, gradients: Params) -> float:
-    with on_mesh(self.meshes[stage]):
-      return float(_squares(gradients))
+  def _norm(self, gradients: Sequence[Params]) -> float:
+    """Of all stages together; all are asked before one is waited for."""
+    squares = []
+    for mesh, some in zip(self.meshes, gradients, strict=True):
+      with on_mesh(mesh):
+        squares.append(_squares(some))
+    return math.sqrt(sum(map(float, squares)))
 
   def _moving(self, stage: int, state: TrainState) -> TrainState:
     """A stage's arrays of a state, None where others' are; counts where they are needed."""

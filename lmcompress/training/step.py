@@ -203,11 +203,10 @@ def whole_tree(trained: Params, kept: Params, training: Training) -> Params:
   """
   fine = (FakeQuantArray, ScoredArray)
   narrow = lambda x: x if isinstance(x, fine) else x.astype(training.compute)  # noqa: E731
+  trained = jax.tree.map(narrow, trained, is_leaf=lambda x: isinstance(x, fine))
   if training.compute == "float32":
-    return tree.combine(jax.tree.map(narrow, trained, is_leaf=lambda x: isinstance(x, fine)), kept)
-  whole = tree.combine(
-    jax.tree.map(narrow, trained, is_leaf=lambda x: isinstance(x, fine)), floats_as(kept, training.compute)
-  )
+    return tree.combine(trained, kept)
+  whole = tree.combine(trained, floats_as(kept, training.compute))
   made = lambda x: dataclasses.replace(x, dtype=training.compute) if isinstance(x, FakeQuantArray) else x  # noqa: E731
   return tree.map_leaves(lambda _, leaf: made(leaf), whole)
 
