@@ -218,7 +218,7 @@ void few_table256(const Weight& w, int64_t tile, const Rows& x, int64_t r0, floa
 template <int bits, Read read, int rows, int span>
 void few_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* y, int64_t ldy) {
   Scratch scratch(w.groups);
-  bool shifted = affine(w, tile, read != Read::convert, scratch.scale, scratch.minimum);
+  bool shifted = affine(w, tile, true, scratch.scale, scratch.minimum);
   const f32 table = read == Read::table16 ? table16(w) : f32{};
   const uint8_t* p = w.data + tile * w.blocks * (bits * 64);
   constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
@@ -256,7 +256,7 @@ void few_plain(const Weight& w, int64_t tile, const Rows& x, int64_t r0, float* 
           for (int i = 0; i < 4; i++) {
             u32 code = (codes[v] >> (8 * i)) & 0xffu;
             f32 value;
-            if constexpr (read == Read::convert) value = to_f32(code);
+            if constexpr (read == Read::convert) value = to_f32((i32)code - w.code_offset());  // centered: sums stay small
             if constexpr (read == Read::table16) value = lookup16(table, code);
             if constexpr (read == Read::table256)
               for (int o = 0; o < 16; o++) value[o] = w.table[code[o]];
@@ -393,6 +393,8 @@ inline void in_parts(int64_t count, Body body) {
   int64_t r = 0;
 #if defined(__AVX512F__)
   for (; r + 8 <= count; r += 8) body.template operator()<8>(r);
+#endif
+#if defined(__AVX2__)
   for (; r + 4 <= count; r += 4) body.template operator()<4>(r);
 #endif
   for (; r + 2 <= count; r += 2) body.template operator()<2>(r);
@@ -524,6 +526,13 @@ void few_int8(const Weight& w, int64_t tile, const Rows& x, float* y, int64_t ld
 
 // ------------------------------------------------------------------------------------------------ many rows
 
+// Rows and tiles whose sums stay in registers: of 32 vectors, or of 16 halves.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kTiles = 2;
+#else
+constexpr int kRows = 6, kTiles = 1;
+#endif
+
 // y[rows, 16 tiles] (+)= a[rows, depth] @ b[tiles, depth, 16].
 template <int rows, int tiles>
 inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, f32 (&acc)[rows][tiles]) {
@@ -623,18 +632,25 @@ inline void in_blocks(int64_t count, Body body) {
   for (; r < count; r++) body.template operator()<1>(r);
 }
 
+// body.operator()<n>(t) over tiles, as many at a time as there are registers for.
+template <class Body>
+inline void in_tiles(int tiles, Body body) {
+  int t = 0;
+  for (; t + kTiles <= tiles; t += kTiles) body.template operator()<kTiles>(t);
+  for (; t < tiles; t++) body.template operator()<1>(t);
+}
+
 void many_float(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
   float* dense = (float*)scratch;
   int64_t depth = w.padded(), outputs = w.outputs - 16 * tile;
   for (int t = 0; t < tiles; t++) dense_tile(w, tile + t, dense + t * depth * 16);
-  auto run = [&]<int n>() {
-    in_blocks<12>(x.count, [&]<int rows>(int64_t r) {
+  in_tiles(tiles, [&]<int n>(int t) {
+    in_blocks<kRows>(x.count, [&]<int rows>(int64_t r) {
       f32 acc[rows][n] = {};
-      multiply<rows, n>(x.x + r * x.stride, x.stride, dense, depth * 16, depth, acc);
-      finish<rows, n>(acc, y + r * ldy, ldy, outputs);
+      multiply<rows, n>(x.x + r * x.stride, x.stride, dense + t * depth * 16, depth * 16, depth, acc);
+      finish<rows, n>(acc, y + r * ldy + 16 * t, ldy, outputs - 16 * t);
     });
-  };
-  tiles == 2 ? run.template operator()<2>() : run.template operator()<1>();
+  });
 }
 
 void many_bf16(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y, int64_t ldy, void* scratch) {
@@ -652,23 +668,23 @@ void many_bf16(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
       }
     }
   }
-  auto run = [&]<int n>() {
-    in_blocks<12>(x.count, [&]<int rows>(int64_t r) {
+  in_tiles(tiles, [&]<int n>(int first) {
+    in_blocks<kRows>(x.count, [&]<int rows>(int64_t r) {
       f32 acc[rows][n] = {};
       const uint16_t* a = x.bf16 + r * x.width;
+      const uint8_t* b = pairs + first * depth * 32;
       for (int64_t k = 0; k < depth; k += 2) {
         u32 v[n];
-        for (int t = 0; t < n; t++) v[t] = load<u32>(pairs + t * depth * 32 + 32 * k);
+        for (int t = 0; t < n; t++) v[t] = load<u32>(b + t * depth * 32 + 32 * k);
         for (int i = 0; i < rows; i++) {
           uint32_t pair;
           std::memcpy(&pair, a + i * x.width + k, 4);
           for (int t = 0; t < n; t++) acc[i][t] = dot2(acc[i][t], v[t], splat_bits(pair));
         }
       }
-      finish<rows, n>(acc, y + r * ldy, ldy, outputs);
+      finish<rows, n>(acc, y + r * ldy + 16 * first, ldy, outputs - 16 * first);
     });
-  };
-  tiles == 2 ? run.template operator()<2>() : run.template operator()<1>();
+  });
 }
 
 template <int rows, int tiles, bool wide, bool row_scale>
@@ -720,12 +736,14 @@ inline void int8_block(
   finish<rows, tiles>(total, y + r * ldy, ldy, outputs);
 }
 
-// Rows in parts of 6 or 8, and what is left over in parts of 4, 2 and 1.
+// Rows in parts of 6 or 8 where there are registers for them, and what is left over in parts of 4, 2 and 1.
 template <class Body>
 inline void in_sixes(int64_t count, Body body) {
   int64_t r = 0;
+#if defined(__AVX512F__)
   for (; count - r >= 6 && count - r != 8; r += 6) body.template operator()<6>(r);
   if (count - r == 8) return body.template operator()<8>(r);
+#endif
   for (; count - r >= 4; r += 4) body.template operator()<4>(r);
   for (; count - r >= 2; r += 2) body.template operator()<2>(r);
   if (r < count) body.template operator()<1>(r);
@@ -752,18 +770,21 @@ void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
     });
   }
   const uint8_t* next = w.data + (tile + tiles) * w.blocks * (w.bits * 64);
-  auto run = [&]<int n, bool wide>() {
+  auto run = [&]<int n, bool wide>(int t) {
+    const uint8_t* c = codes + t * depth * 16;
+    const float *s = scales + t * 16 * w.groups, *m = minima + t * 16 * w.groups;
     in_sixes(x.count, [&]<int rows>(int64_t r) {
+      const uint8_t* ahead = r || t ? nullptr : next;
+      float* to = y + 16 * t;
       if (w.groups == 1)
-        int8_block<rows, n, wide, true>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs, r ? nullptr : next);
+        int8_block<rows, n, wide, true>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);
       else
-        int8_block<rows, n, wide, false>(w, codes, x, r, scales, minima, shifted, y, ldy, outputs, r ? nullptr : next);
+        int8_block<rows, n, wide, false>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);
     });
   };
-  if (w.bits == 8)
-    tiles == 2 ? run.template operator()<2, true>() : run.template operator()<1, true>();
-  else
-    tiles == 2 ? run.template operator()<2, false>() : run.template operator()<1, false>();
+  in_tiles(tiles, [&]<int n>(int t) {
+    w.bits == 8 ? run.template operator()<n, true>(t) : run.template operator()<n, false>(t);
+  });
 }
 
 void row(const Weight& w, int64_t output, float* y) {
@@ -1300,15 +1321,12 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
     for (int64_t t = 0; t < whole / 16; t++) transpose16(k + 16 * t * head, head, turned + 16 * t * head);
 
     auto score = [&]<int count>(int64_t r) {
-      for (int64_t t = 0; t < whole / 16; t += 2) {
-        auto run = [&]<int tiles>() {
-          f32 acc[count][tiles] = {};
-          multiply<count, tiles>(q + r * head, head, turned + 16 * t * head, 16 * head, head, acc);
-          for (int i = 0; i < count; i++)
-            for (int j = 0; j < tiles; j++) store(scores + (r + i) * kKeys + 16 * (t + j), acc[i][j]);
-        };
-        t + 1 < whole / 16 ? run.template operator()<2>() : run.template operator()<1>();
-      }
+      in_tiles(int(whole / 16), [&]<int tiles>(int t) {
+        f32 acc[count][tiles] = {};
+        multiply<count, tiles>(q + r * head, head, turned + 16 * t * head, 16 * head, head, acc);
+        for (int i = 0; i < count; i++)
+          for (int j = 0; j < tiles; j++) store(scores + (r + i) * kKeys + 16 * (t + j), acc[i][j]);
+      });
     };
     int64_t r = 0;
     for (; r + kQueries <= rows; r += kQueries) score.template operator()<kQueries>(r);
@@ -1320,24 +1338,22 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
              out + r * head, maxima[r], sums[r]);
 
     auto mix = [&]<int count>(int64_t row0) {
-      for (int64_t d = 0; d < head; d += 32) {
-        auto run = [&]<int tiles>() {
-          f32 acc[count][tiles];
-          for (int i = 0; i < count; i++)
-            for (int j = 0; j < tiles; j++) acc[i][j] = load<f32>(out + (row0 + i) * head + d + 16 * j);
-          for (int64_t s = 0; s < n; s++) {
-            f32 b[tiles];
-            for (int j = 0; j < tiles; j++) b[j] = load<f32>(v + s * head + d + 16 * j);
-            for (int i = 0; i < count; i++) {
-              f32 p = splat(scores[(row0 + i) * kKeys + s]);
-              for (int j = 0; j < tiles; j++) acc[i][j] += p * b[j];
-            }
+      in_tiles(int(head / 16), [&]<int tiles>(int tile) {
+        const int64_t d = 16 * tile;
+        f32 acc[count][tiles];
+        for (int i = 0; i < count; i++)
+          for (int j = 0; j < tiles; j++) acc[i][j] = load<f32>(out + (row0 + i) * head + d + 16 * j);
+        for (int64_t s = 0; s < n; s++) {
+          f32 b[tiles];
+          for (int j = 0; j < tiles; j++) b[j] = load<f32>(v + s * head + d + 16 * j);
+          for (int i = 0; i < count; i++) {
+            f32 p = splat(scores[(row0 + i) * kKeys + s]);
+            for (int j = 0; j < tiles; j++) acc[i][j] += p * b[j];
           }
-          for (int i = 0; i < count; i++)
-            for (int j = 0; j < tiles; j++) store(out + (row0 + i) * head + d + 16 * j, acc[i][j]);
-        };
-        d + 16 < head ? run.template operator()<2>() : run.template operator()<1>();
-      }
+        }
+        for (int i = 0; i < count; i++)
+          for (int j = 0; j < tiles; j++) store(out + (row0 + i) * head + d + 16 * j, acc[i][j]);
+      });
     };
     r = 0;
     for (; r + kQueries <= rows; r += kQueries) mix.template operator()<kQueries>(r);

@@ -1,7 +1,9 @@
-// Vectors of 64 bytes, whatever the instruction set: the compiler splits them where registers are narrower.
+// Vectors of 64 bytes, whatever the instruction set. Where registers have 32, a vector is two of them (a compiler that
+// splits vectors itself keeps them in memory); where they have fewer, the compiler splits it.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -10,9 +12,72 @@ namespace lmc {
 
 constexpr int kLanes = 16;  // float32 values in a vector; also the outputs of a tile
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class T>
+struct Two {
+  typedef T Half __attribute__((vector_size(32)));
+  Half low, high;
+
+  T& operator[](int i) { return reinterpret_cast<T*>(this)[i]; }
+  T operator[](int i) const { return reinterpret_cast<const T*>(this)[i]; }
+  template <class U>
+  explicit operator Two<U>() const {  // the same bits
+    return {(typename Two<U>::Half)low, (typename Two<U>::Half)high};
+  }
+  Two operator-() const { return {-low, -high}; }
+  Two operator~() const { return {~low, ~high}; }
+};
+
+#define LMC_EACH(op)                                                                                         \
+  template <class T>                                                                                         \
+  inline Two<T> operator op(Two<T> a, Two<T> b) {                                                            \
+    return {a.low op b.low, a.high op b.high};                                                               \
+  }                                                                                                          \
+  template <class T>                                                                                         \
+  inline Two<T> operator op(Two<T> a, std::type_identity_t<T> b) {                                           \
+    return {a.low op b, a.high op b};                                                                        \
+  }                                                                                                          \
+  template <class T>                                                                                         \
+  inline Two<T>& operator op##=(Two<T>& a, Two<T> b) {                                                       \
+    return a = a op b;                                                                                       \
+  }                                                                                                          \
+  template <class T>                                                                                         \
+  inline Two<T>& operator op##=(Two<T>& a, std::type_identity_t<T> b) {                                      \
+    return a = a op b;                                                                                       \
+  }
+LMC_EACH(+)
+LMC_EACH(-)
+LMC_EACH(*)
+LMC_EACH(/)
+LMC_EACH(&)
+LMC_EACH(|)
+#undef LMC_EACH
+
+template <class T>
+inline Two<T> operator<<(Two<T> a, int b) { return {a.low << b, a.high << b}; }
+template <class T>
+inline Two<T> operator>>(Two<T> a, int b) { return {a.low >> b, a.high >> b}; }
+template <class T>
+inline Two<T> operator<<(Two<T> a, Two<T> b) { return {a.low << b.low, a.high << b.high}; }
+
+// All bits of a lane where it holds.
+template <class T>
+inline Two<int32_t> operator<(Two<T> a, Two<T> b) { return {a.low < b.low, a.high < b.high}; }
+template <class T>
+inline Two<int32_t> operator<(Two<T> a, std::type_identity_t<T> b) { return {a.low < b, a.high < b}; }
+template <class T>
+inline Two<int32_t> operator>(Two<T> a, std::type_identity_t<T> b) { return {a.low > b, a.high > b}; }
+template <class T>
+inline Two<int32_t> operator==(Two<T> a, std::type_identity_t<T> b) { return {a.low == b, a.high == b}; }
+
+typedef Two<float> f32;
+typedef Two<int32_t> i32;
+typedef Two<uint32_t> u32;
+#else
 typedef float f32 __attribute__((vector_size(64)));
 typedef int32_t i32 __attribute__((vector_size(64)));
 typedef uint32_t u32 __attribute__((vector_size(64)));
+#endif
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -35,6 +100,40 @@ inline f32 splat(float x) { return f32{} + x; }
 inline u32 splat_bits(uint32_t x) { return u32{} + x; }
 inline f32 as_f32(u32 v) { return (f32)v; }
 inline u32 as_u32(f32 v) { return (u32)v; }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+inline f32 load<f32>(const void* p) {
+  return {load<f32::Half>(p), load<f32::Half>((const char*)p + 32)};
+}
+template <>
+inline u32 load<u32>(const void* p) {
+  return {load<u32::Half>(p), load<u32::Half>((const char*)p + 32)};
+}
+template <class T>
+inline void store(void* p, Two<T> v) {
+  store(p, v.low), store((char*)p + 32, v.high);
+}
+inline f32 to_f32(i32 v) {
+  return {__builtin_convertvector(v.low, f32::Half), __builtin_convertvector(v.high, f32::Half)};
+}
+inline f32 to_f32(u32 v) { return to_f32((i32)v); }  // values below 2**31
+inline u32 widen(u8x16 v) {
+  __m128i bytes = (__m128i)v;
+  return {(u32::Half)_mm256_cvtepu8_epi32(bytes), (u32::Half)_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+inline i32 widen(i8x16 v) {
+  __m128i bytes = (__m128i)v;
+  return {(i32::Half)_mm256_cvtepi8_epi32(bytes), (i32::Half)_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
+inline u32 widen(u16x16 v) {
+  __m256i all = (__m256i)v;
+  return {(u32::Half)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(all)),
+          (u32::Half)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(all, 1))};
+}
+inline u16x16 narrow(u32 v) {  // values below 2**16
+  return (u16x16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v.low, (__m256i)v.high), 0xd8);
+}
+#else
 inline f32 to_f32(u32 v) { return __builtin_convertvector((i32)v, f32); }  // values below 2**31
 inline f32 to_f32(i32 v) { return __builtin_convertvector(v, f32); }
 inline u32 widen(u8x16 v) {
@@ -52,10 +151,14 @@ inline i32 widen(i8x16 v) {
 #endif
 }
 inline u32 widen(u16x16 v) { return __builtin_convertvector(v, u32); }
+inline u16x16 narrow(u32 v) { return __builtin_convertvector(v, u16x16); }
+#endif
 
 inline f32 max(f32 a, f32 b) {
 #if defined(__AVX512F__)
   return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return {(f32::Half)_mm256_max_ps((__m256)a.low, (__m256)b.low), (f32::Half)_mm256_max_ps((__m256)a.high, (__m256)b.high)};
 #else
   return a > b ? a : b;
 #endif
@@ -116,7 +219,7 @@ inline u16x16 to_bf16(f32 v) {
   u32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   u32 nan = (bits >> 16) | 0x40u;
   u32 is_nan = (u32)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), u16x16);
+  return narrow((rounded & ~is_nan) | (nan & is_nan));
 #endif
 }
 
@@ -140,6 +243,9 @@ inline float half_to_float(uint16_t h) {
 inline f32 f16_to_f32(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return {(f32::Half)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          (f32::Half)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 #else
   f32 v;
   for (int i = 0; i < kLanes; i++) v[i] = half_to_float(p[i]);
@@ -154,20 +260,16 @@ inline i32 dot4(i32 acc, u32 codes, u32 x) {
 #if defined(__AVX512VNNI__)
   return (i32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
 #elif defined(__AVX2__)
-  __m256i c[2], v[2], a[2];
-  std::memcpy(c, &codes, 64), std::memcpy(v, &x, 64), std::memcpy(a, &acc, 64);
-  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(0x7f);
-  for (int i = 0; i < 2; i++) {
-    __m256i seven = wide ? _mm256_and_si256(c[i], low) : c[i];
-    a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(_mm256_maddubs_epi16(seven, v[i]), ones));
-    if (wide) {
-      __m256i top = _mm256_and_si256(_mm256_srli_epi16(c[i], 7), _mm256_set1_epi8(1));
-      __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, v[i]), ones);
-      a[i] = _mm256_add_epi32(a[i], _mm256_slli_epi32(high, 7));
-    }
-  }
-  std::memcpy(&acc, a, 64);
-  return acc;
+  auto half = [](__m256i sum, __m256i c, __m256i v) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i seven = wide ? _mm256_and_si256(c, _mm256_set1_epi8(0x7f)) : c;
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(seven, v), ones));
+    if (!wide) return sum;
+    __m256i top = _mm256_and_si256(_mm256_srli_epi16(c, 7), _mm256_set1_epi8(1));
+    return _mm256_add_epi32(sum, _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(top, v), ones), 7));
+  };
+  return {(i32::Half)half((__m256i)acc.low, (__m256i)codes.low, (__m256i)x.low),
+          (i32::Half)half((__m256i)acc.high, (__m256i)codes.high, (__m256i)x.high)};
 #else
   for (int b = 0; b < 4; b++)
     acc += (i32)((codes >> (8 * b)) & 0xffu) * ((i32)(x << (24 - 8 * b)) >> 24);
@@ -189,6 +291,13 @@ inline f32 dot2(f32 acc, u32 w, u32 x) {
 inline f32 lookup16(f32 table, u32 index) {
 #if defined(__AVX512F__)
   return (f32)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
+#elif defined(__AVX2__)
+  auto half = [&](__m256i at) {  // a permutation takes the lowest three bits, the fourth says which half of the table
+    __m256 first = _mm256_permutevar8x32_ps((__m256)table.low, at);
+    __m256 second = _mm256_permutevar8x32_ps((__m256)table.high, at);
+    return (f32::Half)_mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  };
+  return {half((__m256i)index.low), half((__m256i)index.high)};
 #else
   float t[kLanes];
   uint32_t at[kLanes];

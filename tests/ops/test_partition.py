@@ -191,7 +191,8 @@ def test_a_model_reads_and_writes_its_cache_in_parts(dtype):
   by_head = lambda x: NamedSharding(mesh, P("data", "tensor") if x.ndim == 4 else P())  # noqa: E731
   cache = jax.device_put(cache, jax.tree.map(by_head, cache))
   (logits, after), messages = run(step, shard(model, params, mesh), jnp.asarray(tokens), cache)
-  chex.assert_trees_all_close(np.asarray(logits), np.asarray(whole[0]), atol=1e-4)
+  # where an entry of the cache is rounded, sums in another order can tip it to the next step
+  chex.assert_trees_all_close(np.asarray(logits), np.asarray(whole[0]), atol=1e-4 if dtype == "float32" else 5e-3)
   assert after.layers["layers/0"].k.sharding.spec[:2] == ("data", "tensor")
   assert messages == {"all-reduce": 5}  # the embedding, and two a layer
   kinds = {type(leaf).__name__ for path, leaf in tree.flatten(params).items() if tree.is_weight(path)}
