@@ -17,6 +17,7 @@ from lmcompress.arrays.input import (
   Int8Static,
   StaticStep,
   Threshold,
+  Uint8PerTensor,
   with_act,
 )
 from lmcompress.arrays.lattice import LatticeArray, lattice
@@ -72,6 +73,7 @@ __all__ = [
   "SumArray",
   "Table",
   "Threshold",
+  "Uint8PerTensor",
   "added",
   "bitmap",
   "clustered",

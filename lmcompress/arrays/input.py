@@ -90,6 +90,27 @@ class Float8PerToken:
 
 
 @dataclasses.dataclass(frozen=True)
+class Uint8PerTensor:
+  """Rounds an input to uint8 by the range of all its tokens, zero in it, as ONNX's DynamicQuantizeLinear.
+
+  `scale == (max - min) / 255`, `zero == round(-min / scale)`, `(clip(round(x / scale) + zero, 0, 255) - zero) * scale`.
+  What a token becomes depends on the others of the call, padding and other rows with them.
+  """
+
+  @property
+  def name(self) -> str:
+    return "uint8 per tensor"
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    low, high = jnp.min(x, initial=0.0), jnp.max(x, initial=0.0)
+    scale = jnp.where(high == low, 1.0, (high - low) / 255)
+    zero = jnp.clip(jnp.round(-low / scale), 0, 255)
+    rounded = (jnp.clip(jnp.round(x / scale) + zero, 0, 255) - zero) * scale
+    return _straight_through(x, rounded)
+
+
+@dataclasses.dataclass(frozen=True)
 class Int8Static:
   """Rounds to int8 by one scale that calibration chose beforehand: `clip(round(x / step), -127, 127) * step`."""
 
@@ -163,6 +184,7 @@ class Threshold:
 _GROUP = 32
 ACTS: dict[str, Act] = {
   "int8_per_token": Int8PerToken(), "int8_per_group": Int8PerGroup(), "fp8_per_token": Float8PerToken(),
+  "uint8_per_tensor": Uint8PerTensor(),
 }  # fmt: skip
 """What may be done to an input, by the name that a recipe gives it."""
 

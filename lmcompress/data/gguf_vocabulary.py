@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from lmcompress.types import FormatError
 
 if TYPE_CHECKING:
@@ -78,13 +80,12 @@ def build(metadata: Mapping[str, Any], source: str) -> Built:
   with library_errors(f"{source}: the tokenizer cannot be built"):
     backend, wants_bos = _BUILDERS[model](vocabulary)
     _add_tokens(backend, vocabulary)
-  tokens = {
-    role: vocabulary.role(key)
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
-  }
+  tokens = {role: vocabulary.role(*keys) for role, keys in _ROLES[model].items()}
   wants_bos = vocabulary.flag("add_bos_token", wants_bos)
-  if wants_bos and tokens["bos_token"] is not None:
-    _begin(backend, tokens["bos_token"])
+  begins = tokens.get("cls_token" if model == "bert" else "bos_token") if wants_bos else None
+  wants_eos = vocabulary.flag("add_eos_token", model in ("bert", "t5"))
+  ends = tokens.get("sep_token" if model == "bert" else "eos_token") if wants_eos else None
+  _frame(backend, begins, ends)
   stop_ids = [index for index in (vocabulary.index("eot"), vocabulary.index("eom")) if index is not None]
   return Built(backend, tokens, stop_ids, wants_bos)
 
@@ -137,9 +138,10 @@ class _Vocabulary:
       )
     return value
 
-  def role(self, key: str) -> str | None:
-    index = self.index(key)
-    return None if index is None else self.tokens[index]
+  def role(self, *keys: str) -> str | None:
+    """The spelling of the first of some keys that the metadata has."""
+    found = (index for index in map(self.index, keys) if index is not None)
+    return next((self.tokens[index] for index in found), None)
 
   def flag(self, key: str, default: bool) -> bool:
     value = self.metadata.get(f"tokenizer.ggml.{key}")
@@ -225,7 +227,64 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
   return [(left, right) for *_, left, right in ranked]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+def _word_pieces(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+  """WordPiece, as of BERT; a piece that begins a word is spelled with a space, one that goes on without."""
+  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  def spelled(token: str, kind: int) -> str:
+    if kind != _NORMAL or (token.startswith("[") and token.endswith("]")):
+      return token
+    return token.removeprefix(_SPACE) if token.startswith(_SPACE) else f"##{token}"
+
+  vocabulary.tokens = [spelled(*pair) for pair in zip(vocabulary.tokens, vocabulary.types, strict=True)]
+  ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+  if len(ids) != len(vocabulary.tokens):
+    raise vocabulary.fail(f"of {len(vocabulary.tokens)} pieces of words {len(vocabulary.tokens) - len(ids)} are alike")
+  unknown = vocabulary.role("unknown") or "[UNK]"
+  if unknown not in ids:
+    raise vocabulary.fail(f"the vocabulary has no token {unknown!r} for what it does not know")
+  backend = Tokenizer(models.WordPiece(vocab=ids, unk_token=unknown))
+  words = (token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _NORMAL)
+  cased = any(word != word.lower() for word in words if not word.startswith("["))
+  backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.decoder = decoders.WordPiece()
+  return backend, True
+
+
+def _unigram(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+  """The likeliest cut into pieces by their scores (Kudo 2018, arXiv:1804.10959), as of T5."""
+  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+  scores = vocabulary.numbers("scores", default=0.0)
+  pieces, unknown = list(zip(vocabulary.tokens, scores, strict=True)), vocabulary.index("unknown")
+  backend = Tokenizer(models.Unigram(pieces, 2 if unknown is None else unknown))
+  table = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap")
+  if table is not None and len(table):
+    backend.normalizer = normalizers.Precompiled((np.asarray(table, np.int64) & 255).astype(np.uint8).tobytes())
+  prefix = "always" if vocabulary.flag("add_space_prefix", True) else "never"
+  space = pre_tokenizers.Metaspace(prepend_scheme=prefix)
+  extra = vocabulary.flag("remove_extra_whitespaces", True)
+  backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if extra else space
+  backend.decoder = decoders.Metaspace(prepend_scheme=prefix)
+  return backend, False
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _word_pieces, "t5": _unigram}
+_COMMON = {"unk_token": ("unknown",), "pad_token": ("padding",)}
+_TEXTS = {"bos_token": ("bos",), "eos_token": ("eos",), **_COMMON}
+_ROLES = {
+  "gpt2": _TEXTS,
+  "llama": _TEXTS,
+  "t5": _TEXTS,
+  "bert": {
+    "cls_token": ("cls", "bos"),
+    "sep_token": ("seperator", "separator", "eos"),  # the first is how files spell it
+    "mask_token": ("mask",),
+    **_COMMON,
+  },
+}
+"""Special tokens by role, and the keys of metadata that may name each, by the tokenizer's model."""
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
@@ -241,12 +300,18 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
   backend.add_tokens(plain)
 
 
-def _begin(backend: tokenizers.Tokenizer, token: str) -> None:
+def _frame(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
+  """Texts of a model's own rows begin and end with these tokens; one in two parts has them about each."""
   from tokenizers import processors
 
-  name, index = "BOS", backend.token_to_id(token)
+  named = {name: token for name, token in (("FIRST", first), ("LAST", last)) if token is not None}
+  if not named:
+    return
+  begin, end = "FIRST " if first else "", " LAST" if last else ""
+  second = f"$B:1{end}:1" if end else f"{begin}$B:1"
+  special = [{"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]} for name, token in named.items()]
   backend.post_processor = processors.TemplateProcessing(
-    single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[{"id": name, "ids": [index], "tokens": [token]}]
+    single=f"{begin}$A{end}", pair=f"{begin}$A{end} {second}", special_tokens=special
   )
 
 

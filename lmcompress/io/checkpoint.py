@@ -52,6 +52,7 @@ from lmcompress.arrays import (
   SumArray,
   Table,
   Threshold,
+  Uint8PerTensor,
   resolve,
 )
 from lmcompress.arrays.shared import SHARED
@@ -87,7 +88,7 @@ _KINDS = {
     SumArray,
   )
 }
-_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, StaticStep, Threshold)
+_ACTS = (FixedStep, Float8PerToken, Int8PerGroup, Int8PerToken, Int8Static, StaticStep, Threshold, Uint8PerTensor)
 _VALUES = {c.__name__: c for c in (Integer, Float8, Table, *_ACTS)}
 _TABLES = {t.name: t for t in (NF4, E2M1)}
 _MAX_MANIFEST = 64 << 20
@@ -506,7 +507,7 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
   fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description["config"].items()}
   for name in ("rope", "local_rope"):
     if isinstance(fields.get(name), Mapping):
-      rope = {**fields[name], "factors": tuple(fields[name]["factors"])}
+      rope = {key: tuple(value) if isinstance(value, list) else value for key, value in fields[name].items()}
       fields[name] = _typed(Rope, rope, where)
   return model(_typed(config, fields, where))
 

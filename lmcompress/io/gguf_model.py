@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.types import FormatError, Params
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 def describe(path: Path) -> str:
@@ -44,17 +45,22 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
     raise FormatError(f"{path}: architecture {str(kind)[:80]!r} is not known here; known are {', '.join(KINDS)}")
   data = _Metadata(header, str(kind))
   word, config = KINDS[kind](data)
+  config = config if isinstance(config, LlamaConfig) else {"model_type": word, **config}
   model = Llama(config) if isinstance(config, LlamaConfig) else names.foreign()[word].read(config, path)
-  found = [name for name in header.tensors if name != _ROPE_FACTORS]
+  found = [name for name in header.tensors if name not in (_ROPE_FACTORS, _SHORT, _LONG)]
   heads = data.number("attention.head_count")
   kv_heads = data.number("attention.head_count_kv", heads)
+  layers: dict[str, int] = {"": data.number("block_count")}
   if isinstance(model, Llama):
     known = llama.gguf_names(word, heads, kv_heads)
   else:
-    known = names.foreign()[word].names({"model_type": word})
+    foreign = names.foreign()[word]
+    known = foreign.names(config)
+    if isinstance(foreign.depth, Mapping):
+      layers = {stack: config[key] for stack, key in foreign.depth.items()}
   # norms are as they are, and linears [out, in], in every architecture
   theirs = [dataclasses.replace(name, offset=0.0, turned=True) for name in known]
-  mapping = names.plan(theirs, "gguf", found, {"": data.number("block_count")}, str(path))
+  mapping = names.plan(theirs, "gguf", found, layers, str(path))
   pairs = {"q": heads, "k": kv_heads} if kind == "llama" else {}
 
   def read(path_: str) -> Any:
@@ -102,6 +108,19 @@ class _Metadata:
       )
     return kind(value)
 
+  def factors(self, name: str, count: int) -> tuple[float, ...]:
+    """A tensor of what divides each frequency; nothing where the file has none.
+
+    Raises:
+      FormatError: there are more or fewer, or one is not positive.
+    """
+    if name not in self.header.tensors:
+      return ()
+    found = tuple(float(f) for f in gguf.read_tensor(self.header, name).ravel())
+    if len(found) != count or not all(f > 0 for f in found):
+      raise FormatError(f"{self.where}: {name} holds {len(found)} factors, {count} positive ones expected")
+    return found
+
   @property
   def head_dim(self) -> int:
     """The width of a head."""
@@ -113,16 +132,10 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
   header, where, head_dim = data.header, data.where, data.head_dim
   if data.number("rope.dimension_count", head_dim) != head_dim or head_dim % 2:
     raise FormatError(f"{where}: rotations over a part of the head ({head_dim}) are not known here")
-  factors: tuple[float, ...] = ()
-  if _ROPE_FACTORS in header.tensors:
-    factors = tuple(float(f) for f in gguf.read_tensor(header, _ROPE_FACTORS).ravel())
-    if len(factors) != head_dim // 2 or not all(f > 0 for f in factors):
-      raise FormatError(
-        f"{where}: {_ROPE_FACTORS} holds {len(factors)} factors, {head_dim // 2} positive ones expected"
-      )
+  factors, long = (data.factors(name, head_dim // 2) for name in (_ROPE_FACTORS, _LONG))
   scaling = header.metadata.get(f"{data.kind}.rope.scaling.type", "none")
-  if scaling not in ("none", "linear", "yarn"):
-    known = "known are none, linear, yarn"
+  if scaling not in ("none", "linear", "yarn", "longrope"):
+    known = "known are none, linear, yarn, longrope"
     raise FormatError(f"{where}: {data.kind}.rope.scaling.type {str(scaling)[:80]!r} is not known here; {known}")
   length = data.number("context_length", 2048)
   rope = Rope(
@@ -133,6 +146,15 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
     high=32.0 if scaling == "yarn" else 4.0,
     factors=factors,
   )
+  if long:  # the type is not said where such factors are
+    rope = dataclasses.replace(
+      rope, kind="longrope", factor=length / rope.original_length, factors=data.factors(_SHORT, head_dim // 2),
+      long=long, attention_factor=data.number("rope.scaling.attn_factor", 1.0, float),
+    )  # fmt: skip
+    if not rope.factors:
+      raise FormatError(f"{where}: {_LONG} is there, and {_SHORT} is not")
+  elif scaling == "longrope":
+    raise FormatError(f"{where}: {data.kind}.rope.scaling.type is longrope, and there is no tensor {_LONG}")
   config = LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
   if word == "phi3" and f"{data.kind}.attention.sliding_window" in header.metadata:  # as in transformers
     config = dataclasses.replace(config, window=data.number("attention.sliding_window"))
@@ -144,6 +166,31 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
   normal = word != "qwen2_moe"  # llama.cpp's own rule
   word = "mixtral" if word == "llama" else word
   return word, dataclasses.replace(config, experts_per_token=chosen, normalize_experts=normal)
+
+
+def _bert(data: _Metadata) -> tuple[str, dict[str, Any]]:
+  """BERT and what llama.cpp writes as one: a RoBERTa without the positions of its padding, a DistilBERT."""
+  embed, heads = data.number("embedding_length"), data.number("attention.head_count")
+  length, distil = data.number("context_length"), "token_types.weight" not in data.header.tensors
+  if distil:
+    return "distilbert", {"dim": embed, "n_heads": heads, "max_position_embeddings": length}
+  return "bert", {
+    "hidden_size": embed, "num_attention_heads": heads, "max_position_embeddings": length,
+    "layer_norm_eps": data.number("attention.layer_norm_epsilon", 1e-12, float),
+  }  # fmt: skip
+
+
+def _t5(data: _Metadata) -> tuple[str, dict[str, Any]]:
+  """T5; which activation and whether states are scaled follows from its gates and its head, as in llama.cpp."""
+  tensors, layers = data.header.tensors, data.number("block_count")
+  return "t5", {
+    "d_kv": data.number("attention.key_length"), "num_layers": layers,
+    "num_decoder_layers": data.number("decoder_block_count", layers),
+    "layer_norm_epsilon": data.number("attention.layer_norm_rms_epsilon", 1e-6, float),
+    "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in tensors else "relu",
+    "tie_word_embeddings": "output.weight" not in tensors,
+    "decoder_start_token_id": data.header.metadata.get("t5.decoder_start_token_id", 0),
+  }  # fmt: skip
 
 
 def _gpt2(data: _Metadata) -> tuple[str, dict[str, Any]]:
@@ -195,6 +242,8 @@ KINDS: dict[str, Callable[[_Metadata], tuple[str, Any]]] = {
   "qwen3": functools.partial(_llama, word="qwen3"),
   "qwen2moe": functools.partial(_llama, word="qwen2_moe"),
   "qwen3moe": functools.partial(_llama, word="qwen3_moe"),
+  "bert": _bert,
+  "t5": _t5,
   "gpt2": _gpt2,
   "phi2": _phi,
   "phi3": functools.partial(_llama, word="phi3"),

@@ -17,13 +17,15 @@ class Rope:
   Attributes:
     theta: base of the frequencies.
     kind: `default`, `linear` (positions divided by the factor), `dynamic` (NTK-aware base that grows with
-      the length), `llama3` (long wavelengths scaled, short ones kept), or `yarn` (arXiv:2309.00071).
+      the length), `llama3` (long wavelengths scaled, short ones kept), `yarn` (arXiv:2309.00071), or `longrope`
+      (arXiv:2402.13753: frequencies divided by `factors`, and by `long` once a position is past the original length).
     factor: how much longer the context is than the original.
     original_length: positions that the model was trained on before scaling.
     low, high: `llama3`'s frequency factors, or `yarn`'s slow and fast rotations (beta_slow, beta_fast).
-    attention_factor: `yarn`'s scale of cos and sin; None computes it.
+    attention_factor: scale of cos and sin of `yarn` and `longrope`; None computes it.
     truncate: whether `yarn` rounds the ends of its ramp to whole dimensions.
     factors: per frequency, what divides it; empty for none (GGUF stores `llama3` scaling so).
+    long: of `longrope`, the same for long texts.
   """
 
   theta: float = 10000.0
@@ -35,6 +37,7 @@ class Rope:
   attention_factor: float | None = None
   truncate: bool = True
   factors: tuple[float, ...] = ()
+  long: tuple[float, ...] = ()
 
   def cos_sin(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin `[batch, length, head_dim / 2]` float32 of `positions: [batch, length]`."""
@@ -49,6 +52,11 @@ class Rope:
       stretch = self.factor * length / self.original_length - (self.factor - 1)
       return 1.0 / (self.theta * stretch ** (head_dim / (head_dim - 2))) ** jnp.asarray(exponents), 1.0
     base = (1.0 / self.theta ** exponents.astype(np.float64)).astype(np.float32)
+    if self.kind == "longrope":
+      far = jnp.max(positions) >= self.original_length
+      divided = jnp.where(far, jnp.asarray(self.long, jnp.float32), jnp.asarray(self.factors, jnp.float32))
+      known = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
+      return jnp.asarray(base) / divided, self.attention_factor or known
     if self.factors:
       base = base / np.asarray(self.factors, np.float32)
     if self.kind == "linear":

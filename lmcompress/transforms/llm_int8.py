@@ -12,6 +12,7 @@ from lmcompress.arrays import ACTS, split, with_act
 from lmcompress.ops.rounding import quantize
 from lmcompress.transforms.combine import require_dense, stagewise
 from lmcompress.transforms.round_to_nearest import quantize_matrix
+from lmcompress.transforms.smooth_quant import ActName
 from lmcompress.types import Transform, WeightError
 
 
@@ -21,7 +22,7 @@ def llm_int8(
   threshold: float | None = 6.0,
   fraction: float | None = None,
   outlier_bits: Literal[8, 16] = 16,
-  activations: Literal["int8_per_token", "int8_per_group", "fp8_per_token", "none"] = "int8_per_token",
+  activations: ActName | Literal["none"] = "int8_per_token",
 ) -> Transform:
   """Two precisions in one weight (Dettmers et al. 2022, arXiv:2208.07339), its outlier channels found by calibration.
 

@@ -15,7 +15,7 @@ from lmcompress.transforms.rescale import rescale
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.types import Transform, WeightError
 
-ActName = Literal["int8_per_token", "int8_per_group", "fp8_per_token"]
+ActName = Literal["int8_per_token", "int8_per_group", "fp8_per_token", "uint8_per_tensor"]
 
 
 def smooth(alpha: float = 0.5, sources: Literal["norms", "all"] = "norms") -> Transform:
@@ -80,7 +80,7 @@ def fresh_input(path: str, leaf: Any) -> None:
 
 
 def quantize_inputs(
-  activations: Literal["int8_per_token", "int8_per_group", "fp8_per_token", "int8_static"] = "int8_per_token",
+  activations: ActName | Literal["int8_static"] = "int8_per_token",
   observer: Literal["absmax", "percentile", "mse"] = "mse",
   percentile: float = 99.99,
 ) -> Transform:
@@ -89,7 +89,9 @@ def quantize_inputs(
   Args:
     activations: `int8_per_token` has a scale for each token (arXiv:2206.01861); `int8_per_group` one for every 32
       inputs of it, which outliers spoil less and which the CPU kernels multiply; `fp8_per_token` rounds to e4m3;
-      `int8_static` has one scale for all tokens, found on the calibration text (its product is a float one here).
+      `uint8_per_tensor` has one scale and one zero for all tokens of a call, as onnxruntime rounds at run time;
+      `int8_static` has one scale for all tokens, found on the calibration text (the products of these two are float
+      ones here).
     observer: how a static scale is found: `absmax` covers every input, `percentile` that share of them, `mse` loses
       least in the mean square.
     percentile: of `percentile`, 50 to 100.

@@ -51,6 +51,13 @@ CASES = {
            {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4}),
   "phi3": (MODEL_ARCH.PHI3, "Phi3ForCausalLM", {**QWEN, "eos_token_id": 0, "sliding_window": 7}, LLAMA,
            {"attention.layer_norm_rms_epsilon": 1e-5, "attention.sliding_window": 7}),
+  "phi3 long": (
+    MODEL_ARCH.PHI3, "Phi3ForCausalLM",
+    {**QWEN, "eos_token_id": 0, "sliding_window": None, "original_max_position_embeddings": 10, "rope_scaling": {
+      "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 4.5, 7.0]}},
+    LLAMA | {"rope.scaling.original_context_length": "original_max_position_embeddings"},
+    {"attention.layer_norm_rms_epsilon": 1e-5, "rope.scaling.attn_factor": float(1 + np.log(12.8) / np.log(10)) ** 0.5},
+  ),
   "gemma": (MODEL_ARCH.GEMMA, "GemmaForCausalLM", GEMMA, LLAMA,
             {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10}),
   "gemma2": (MODEL_ARCH.GEMMA2, "Gemma2ForCausalLM",
@@ -62,19 +69,37 @@ CASES = {
              {**GEMMA, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 10}, LLAMA,
              {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 10, "attention.sliding_window": 8,
               "rope.freq_base": 1e6}),
+  "t5": (
+    MODEL_ARCH.T5, "T5ForConditionalGeneration",
+    {"vocab_size": 97, "d_model": 36, "d_kv": 10, "d_ff": 52, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 3},
+    {"embedding_length": "d_model", "block_count": "num_layers", "decoder_block_count": "num_decoder_layers",
+     "attention.head_count": "num_heads", "attention.key_length": "d_kv", "feed_forward_length": "d_ff",
+     "decoder_start_token_id": "decoder_start_token_id"},
+    {"context_length": 64, "attention.layer_norm_rms_epsilon": 1e-6, "attention.relative_buckets_count": 32},
+  ),
+  "bert": (MODEL_ARCH.BERT, "BertModel",
+           {"vocab_size": 97, "hidden_size": 42, "num_hidden_layers": 3, "num_attention_heads": 6,
+            "intermediate_size": 70, "max_position_embeddings": 40, "type_vocab_size": 2, "layer_norm_eps": 1e-6},
+           {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+            "attention.head_count": "num_attention_heads"}, {"attention.layer_norm_epsilon": 1e-6}),
 }  # fmt: skip
 """The package's word, the class of transformers and its config, keys of metadata by the config's, and others."""
 
 
-def write(path, kind, change=None):
+def write(path, case, change=None):
   """A file as llama.cpp's converter writes it: norms of Gemma one more, linears of GPT-2 turned; and the net."""
-  word, net, config, keys, more = CASES[kind]
+  word, net, config, keys, more = CASES[case]
+  kind = case.split()[0]
   torch.manual_seed(0)
   cls = getattr(transformers, net)
   net = cls._from_config(cls.config_class(**config), attn_implementation="eager").eval()
   with torch.no_grad():
     for x in net.parameters():
       x.add_(torch.randn_like(x) * 0.1)
+  if kind == "t5":  # the class ties its head, folders of Flan-T5 have one of their own
+    net.lm_head.weight = torch.nn.Parameter(torch.randn_like(net.lm_head.weight))
   names = get_tensor_name_map(word, net.config.num_hidden_layers)
   writer = GGUFWriter(path, kind)
   numbers = {key: config[theirs] for key, theirs in keys.items()} | more | (change or {})
@@ -86,9 +111,11 @@ def write(path, kind, change=None):
   writer.add_token_types([1] * 97)
   writer.add_token_merges(["a b"])
   writer.add_eos_token_id(0)
-  tied = net.config.tie_word_embeddings
+  tied = net.config.tie_word_embeddings and kind != "t5"
   for name, x in net.state_dict().items():
     if name.endswith((".attn.bias", ".masked_bias", "inv_freq")) or (tied and name == "lm_head.weight"):
+      continue
+    if name.startswith("pooler.") or name.endswith("coder.embed_tokens.weight"):
       continue
     if name.endswith(("gate_up_proj", "experts.down_proj")):  # what transformers holds together
       block, word = f"blk.{name.split('.')[2]}", name.rsplit(".", 1)[1].removesuffix("_proj")
@@ -107,6 +134,9 @@ def write(path, kind, change=None):
     if kind.startswith("gemma") and name.endswith("norm.weight"):
       x = x + 1
     writer.add_tensor(theirs, np.ascontiguousarray(x.float().numpy()))
+  for long in ("long", "short") if "long" in case else ():
+    factors = config["rope_scaling"][f"{long}_factor"]
+    writer.add_tensor(f"rope_factors_{long}.weight", np.asarray(factors, np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -114,13 +144,19 @@ def write(path, kind, change=None):
   return net
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_logits_equal_transformers(kind, tmp_path):
-  net = write(tmp_path / "model.gguf", kind)
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_equal_transformers(case, tmp_path):
+  net = write(tmp_path / "model.gguf", case)
   model, params, tokenizer = load_gguf(tmp_path / "model.gguf")
+  written = {"decoder_input_ids": TOKENS[:, 4:]} if net.config.is_encoder_decoder else {}
   with torch.no_grad():
-    want = net(torch.tensor(TOKENS).long()).logits.numpy()
-  np.testing.assert_allclose(model.apply(params, TOKENS), want, atol=1e-4)
+    want = net(torch.tensor(TOKENS).long(), **{key: torch.tensor(ids).long() for key, ids in written.items()})
+  found = model.apply(params, TOKENS, **written)
+  if case == "bert":
+    found, want = found.hidden, want.last_hidden_state.numpy()
+  else:
+    want = want.logits.numpy()
+  np.testing.assert_allclose(found, want, atol=1e-4)
   assert tokenizer.vocab_size == 97
 
 
@@ -130,6 +166,9 @@ def test_logits_equal_transformers(kind, tmp_path):
   ("phi2", {"rope.dimension_count": 3}, "partial_rotary_factor turns 3 of 8"),
   ("qwen3moe", {"expert_used_count": 9}, "expert_used_count is 9, and there are 4 experts"),
   ("qwen2", {"rope.dimension_count": 4}, "rotations over a part of the head"),
+  ("t5", {"decoder_block_count": 3}, "the tensor 'dec.blk.2.attn_norm.weight' is missing"),
+  ("t5", {"attention.key_length": 7}, "no multiple of the head size 7"),
+  ("bert", {"attention.head_count": 5}, "hidden_size is 42, no multiple of num_attention_heads"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(kind, change, message, tmp_path):
   write(tmp_path / "model.gguf", kind, change)

@@ -23,6 +23,12 @@ LLAMA = {
   "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
   "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": None,
 }  # fmt: skip
+LONG = {
+  **LLAMA, "eos_token_id": 1,
+  "rope_scaling": {
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 4.5, 7.0]
+  },
+}  # fmt: skip
 GPT2 = {"vocab_size": 97, "n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 70, "n_positions": 64,
         "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 BERT = {
@@ -100,6 +106,8 @@ CASES = {
   }),
   "phi3": Case("Phi3ForCausalLM", {**LLAMA, "eos_token_id": 1}),
   "phi3 with a window": Case("Phi3ForCausalLM", {**LLAMA, "eos_token_id": 1, "sliding_window": 6}),
+  "phi3 within its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 64}),
+  "phi3 past its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 16}),
   "bert": Case("BertModel", BERT),
   "bert masked": Case("BertForMaskedLM", {**BERT, "hidden_act": "relu"}),
   "roberta": Case("RobertaForMaskedLM", {**BERT, "pad_token_id": 1, "hidden_size": 48}),
@@ -232,7 +240,8 @@ def test_a_cache_continues_what_was_read(name, tmp_path):
   ("mistral", {"sliding_window": "wide"}, "sliding_window is 'wide'"),
   ("phi3", {"num_key_value_heads": 5}, "layers/0/attn/k/kernel has 25 outputs"),
   ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not known here"),
-  ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not known here"),
+  ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor is None; a list of 4 positive numbers"),
+  ("phi3", {"rope_parameters": {"rope_type": "mystery"}}, "rope type 'mystery' is not known here"),
   ("qwen2 with a window", {"max_window_layers": "x", "layer_types": None}, "max_window_layers is 'x'"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(name, change, said, tmp_path):

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT in Hugging Face folders."""
+"""BERT, RoBERTa and DistilBERT in Hugging Face folders and in GGUF."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "g
                 "silu": "silu"}  # fmt: skip
 
 
+_GGUF = {
+  **{f"layers/{{i}}/attn/{x}": f"blk.{{i}}.attn_{'output' if x == 'o' else x}" for x in "qkvo"},
+  **{f"layers/{{i}}/mlp/{x}": f"blk.{{i}}.ffn_{x}" for x in ("up", "down")},
+}
+
+
 def _linears(*pairs: tuple[str, str]) -> tuple[Name, ...]:
-  return layer_names(*((path, hf, "") for path, hf in pairs), biases=True)
+  return layer_names(*((path, hf, _GGUF.get(path, "")) for path, hf in pairs), biases=True)
 
 
 def _layers(root: str, attention: str, ends: Mapping[str, str]) -> tuple[Name, ...]:
@@ -26,8 +32,8 @@ def _layers(root: str, attention: str, ends: Mapping[str, str]) -> tuple[Name, .
     *_linears((f"{at}attn/q", f"{root}.{q}"), (f"{at}attn/k", f"{root}.{k}"), (f"{at}attn/v", f"{root}.{v}"),
               (f"{at}attn/o", f"{root}.{ends['o']}"), (f"{at}mlp/up", f"{root}.{ends['up']}"),
               (f"{at}mlp/down", f"{root}.{ends['down']}")),
-    *norm_names(f"{at}attn_norm", f"{root}.{ends['attn_norm']}"),
-    *norm_names(f"{at}mlp_norm", f"{root}.{ends['mlp_norm']}"),
+    *norm_names(f"{at}attn_norm", f"{root}.{ends['attn_norm']}", "blk.{i}.attn_output_norm"),
+    *norm_names(f"{at}mlp_norm", f"{root}.{ends['mlp_norm']}", "blk.{i}.layer_output_norm"),
   )  # fmt: skip
 
 
@@ -36,9 +42,9 @@ def _optional(*names: Name, outside: bool = False) -> tuple[Name, ...]:
 
 
 _EMBEDDINGS = (
-  Name("embed/table", "embeddings.word_embeddings.weight"),
-  Name("positions/table", "embeddings.position_embeddings.weight"),
-  *norm_names("embed_norm", "embeddings.LayerNorm"),
+  Name("embed/table", "embeddings.word_embeddings.weight", "token_embd.weight"),
+  Name("positions/table", "embeddings.position_embeddings.weight", "position_embd.weight"),
+  *norm_names("embed_norm", "embeddings.LayerNorm", "token_embd_norm"),
 )
 _BERT_LAYERS = _layers(
   "encoder.layer.{i}",
@@ -49,7 +55,7 @@ _BERT_LAYERS = _layers(
   },
 )  # fmt: skip
 _BERT_ENDS = (
-  Name("types/table", "embeddings.token_type_embeddings.weight"),
+  Name("types/table", "embeddings.token_type_embeddings.weight", "token_types.weight"),
   *_BERT_LAYERS,
   *_optional(*_linears(("pooler", "pooler.dense"))),
 )

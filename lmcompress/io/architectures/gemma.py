@@ -63,14 +63,14 @@ def read(config: Mapping[str, Any], where: Any) -> Gemma:
   ropes = config.get("rope_parameters") or {}
   if isinstance(ropes, Mapping) and "full_attention" in ropes:  # one for each kind of layer
     rope, local = (
-      read_rope({**config, "rope_parameters": ropes.get(word)}, where, length)
+      read_rope({**config, "rope_parameters": ropes.get(word)}, where, length, head)
       for word in ("full_attention", "sliding_attention")
     )
   else:
-    rope, local = read_rope(config, where, length), None
+    rope, local = read_rope(config, where, length, head), None
     if kind == "gemma3_text":
       base = number(config, "rope_local_base_freq", 10000.0, where)
-      local = read_rope({"rope_theta": base}, where, length)
+      local = read_rope({"rope_theta": base}, where, length, head)
   window, full = (None, ()) if kind == "gemma" else windows(config, where)
   if kind != "gemma" and window is not None and not isinstance(config.get("layer_types"), list):
     every = 2 if kind == "gemma2" else integer(config, "sliding_window_pattern", where, 6)

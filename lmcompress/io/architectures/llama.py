@@ -94,7 +94,7 @@ def read(config: Mapping[str, Any], where: Any) -> Llama:
   return Llama(
     LlamaConfig(
       head_dim=head_dim,
-      rope=read_rope(config, where, max_length),
+      rope=read_rope(config, where, max_length, head_dim),
       rms_epsilon=number(config, "rms_norm_eps", 1e-6, where),
       max_length=max_length,
       window=window,
@@ -149,16 +149,20 @@ def write(model: Llama, params: Params) -> dict[str, Any]:
   return config
 
 
-def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
-  """Both spellings: `rope_parameters` (with the base inside), and `rope_theta` beside `rope_scaling`."""
+def read_rope(config: Mapping[str, Any], where: Any, max_length: int, turned: int) -> Rope:
+  """Both spellings: `rope_parameters` (with the base inside), and `rope_theta` beside `rope_scaling`.
+
+  Args:
+    turned: entries of a head that turn, two for each frequency.
+  """
   scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
   if not isinstance(scaling, Mapping):
     raise FormatError(f"{where}: rope parameters are {scaling!r}; an object is needed")
   theta = number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0, where)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  turned = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))
-  if config.get("model_type") == "phi3" and turned != 1:
-    raise FormatError(f"{where}: partial_rotary_factor {turned!r} is not known here for phi3")
+  part = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))
+  if config.get("model_type") == "phi3" and part != 1:
+    raise FormatError(f"{where}: partial_rotary_factor {part!r} is not known here for phi3")
   original = (
     scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
   )
@@ -166,6 +170,15 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
     raise FormatError(f"{where}: original_max_position_embeddings is {original!r}; a positive integer is needed")
   if kind == "default":
     return Rope(theta)
+  if kind == "longrope" or (kind == "su" and config.get("model_type") == "phi3"):
+    known = max_length / original
+    attention = scaling.get("attention_factor")
+    return Rope(
+      theta, "longrope", known if known > 1 else number(scaling, "factor", 1.0, where), original,
+      attention_factor=None if attention is None else number(scaling, "attention_factor", 1.0, where),
+      factors=_factors(scaling, "short_factor", where, turned // 2),
+      long=_factors(scaling, "long_factor", where, turned // 2),
+    )  # fmt: skip
   factor = number(scaling, "factor", 1.0, where)
   if kind == "linear":
     return Rope(theta, kind, factor)
@@ -191,7 +204,17 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int) -> Rope:
       None if scaling.get("attention_factor") is None else number(scaling, "attention_factor", 1.0, where),
       bool(scaling.get("truncate", True)),
     )
-  raise FormatError(f"{where}: rope type {kind!r} is not known here; known are default, linear, dynamic, llama3, yarn")
+  known = "default, linear, dynamic, llama3, yarn, longrope"
+  raise FormatError(f"{where}: rope type {kind!r} is not known here; known are {known}")
+
+
+def _factors(scaling: Mapping[str, Any], key: str, where: Any, count: int) -> tuple[float, ...]:
+  """What divides each frequency of a `longrope`."""
+  values = scaling.get(key)
+  good = isinstance(values, list) and all(type(x) in (int, float) and 0 < x < float("inf") for x in values)
+  if not good or len(values) != count:
+    raise FormatError(f"{where}: {key} is {str(values)[:80]}; a list of {count} positive numbers is needed")
+  return tuple(map(float, values))
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -200,17 +223,20 @@ def write_rope(rope: Rope) -> dict[str, Any]:
   Raises:
     FormatError: its frequencies have factors that only GGUF says.
   """
-  if rope.factors:
+  if rope.factors and rope.kind != "longrope":
     raise FormatError("rope: its frequencies have factors of their own, which config.json cannot say")
   told: dict[str, Any] = {"rope_type": rope.kind}
   if rope.kind != "default":
     told["factor"] = rope.factor
-  if rope.kind in ("dynamic", "llama3", "yarn"):
+  if rope.kind in ("dynamic", "llama3", "yarn", "longrope"):
     told["original_max_position_embeddings"] = rope.original_length
   if rope.kind == "llama3":
     told |= {"low_freq_factor": rope.low, "high_freq_factor": rope.high}
   if rope.kind == "yarn":
     told |= {"beta_slow": rope.low, "beta_fast": rope.high, "truncate": rope.truncate}
+  if rope.kind == "longrope":
+    told |= {"short_factor": list(rope.factors), "long_factor": list(rope.long)}
+  if rope.kind in ("yarn", "longrope"):
     told |= {} if rope.attention_factor is None else {"attention_factor": rope.attention_factor}
   scaling = {"rope_scaling": told} if rope.kind != "default" else {}
   return {"rope_theta": rope.theta, **scaling, "rope_parameters": {**told, "rope_theta": rope.theta}}

@@ -52,7 +52,7 @@ def read(config: Mapping[str, Any], where: Any) -> Phi:
     PhiConfig(
       head_dim=head,
       turned=turned,
-      rope=read_rope(config, where, length),
+      rope=read_rope(config, where, length, turned),
       norm_epsilon=number(config, "layer_norm_eps", 1e-5, where),
       activation=choice(config, "hidden_act", "gelu_new", _ACTIVATIONS, where),
       max_length=length,

@@ -1,4 +1,4 @@
-"""T5 and Flan-T5 in Hugging Face folders."""
+"""T5 and Flan-T5 in Hugging Face folders and in GGUF."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from lmcompress.types import FormatError, Params
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 
 
-def _attention(path: str, hf: str) -> tuple[Name, ...]:
-  return tuple(Name(f"{path}/{x}/kernel", f"{hf}.{x}.weight") for x in "qkvo")
+def _attention(path: str, hf: str, gguf: str) -> tuple[Name, ...]:
+  return tuple(Name(f"{path}/{x}/kernel", f"{hf}.{x}.weight", f"{gguf}_{x}.weight") for x in "qkvo")
 
 
 def _side(side: str, gated: bool) -> tuple[Name, ...]:
   """Names of the encoder or the decoder, whose parts of a layer are numbered."""
-  at, theirs = f"{side}/layers/{{i}}", f"{side}.block.{{i}}.layer"
+  at, theirs, short = f"{side}/layers/{{i}}", f"{side}.block.{{i}}.layer", side[:3]
+  block = f"{short}.blk.{{i}}"
   last = 2 if side == "decoder" else 1
   cross = (
-    Name(f"{at}/cross_norm/scale", f"{theirs}.1.layer_norm.weight"),
-    *_attention(f"{at}/cross", f"{theirs}.1.EncDecAttention"),
+    Name(f"{at}/cross_norm/scale", f"{theirs}.1.layer_norm.weight", f"{block}.cross_attn_norm.weight"),
+    *_attention(f"{at}/cross", f"{theirs}.1.EncDecAttention", f"{block}.cross_attn"),
   )
   dense = f"{theirs}.{last}.DenseReluDense"
   wide = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
   return (
-    Name(f"{side}/relative/bias", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
-    Name(f"{at}/attn_norm/scale", f"{theirs}.0.layer_norm.weight"),
-    *_attention(f"{at}/attn", f"{theirs}.0.SelfAttention"),
+    Name(f"{side}/relative/bias", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+         f"{short}.blk.0.attn_rel_b.weight"),
+    Name(f"{at}/attn_norm/scale", f"{theirs}.0.layer_norm.weight", f"{block}.attn_norm.weight"),
+    *_attention(f"{at}/attn", f"{theirs}.0.SelfAttention", f"{block}.attn"),
     *(cross if side == "decoder" else ()),
-    Name(f"{at}/mlp_norm/scale", f"{theirs}.{last}.layer_norm.weight"),
-    *(Name(f"{at}/mlp/{ours}/kernel", f"{dense}.{name}.weight") for ours, name in {**wide, "down": "wo"}.items()),
-    Name(f"{side}/final_norm/scale", f"{side}.final_layer_norm.weight"),
-  )
+    Name(f"{at}/mlp_norm/scale", f"{theirs}.{last}.layer_norm.weight", f"{block}.ffn_norm.weight"),
+    *(Name(f"{at}/mlp/{ours}/kernel", f"{dense}.{name}.weight", f"{block}.ffn_{ours}.weight")
+      for ours, name in {**wide, "down": "wo"}.items()),
+    Name(f"{side}/final_norm/scale", f"{side}.final_layer_norm.weight", f"{short}.output_norm.weight"),
+  )  # fmt: skip
 
 
 def names(gated: bool) -> tuple[Name, ...]:
   """Where the parameters lie, with or without gates."""
   return (
-    Name("embed/table", "shared.weight"), *_side("encoder", gated), *_side("decoder", gated),
-    Name("head/table", "lm_head.weight", optional=True),
+    Name("embed/table", "shared.weight", "token_embd.weight"), *_side("encoder", gated), *_side("decoder", gated),
+    Name("head/table", "lm_head.weight", "output.weight", optional=True),
   )  # fmt: skip
 
 
