@@ -45,19 +45,18 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
     raise FormatError(f"{path}: architecture {str(kind)[:80]!r} is not known here; known are {', '.join(KINDS)}")
   data = _Metadata(header, str(kind))
   word, config = KINDS[kind](data)
-  config = config if isinstance(config, LlamaConfig) else {"model_type": word, **config}
-  model = Llama(config) if isinstance(config, LlamaConfig) else names.foreign()[word].read(config, path)
   found = [name for name in header.tensors if name not in (_ROPE_FACTORS, _SHORT, _LONG)]
   heads = data.number("attention.head_count")
   kv_heads = data.number("attention.head_count_kv", heads)
-  layers: dict[str, int] = {"": data.number("block_count")}
-  if isinstance(model, Llama):
-    known = llama.gguf_names(word, heads, kv_heads)
+  layers = {"": data.number("block_count")}
+  if isinstance(config, LlamaConfig):
+    model, known = Llama(config), llama.gguf_names(word, heads, kv_heads)
   else:
+    told = {"model_type": word, **config}
     foreign = names.foreign()[word]
-    known = foreign.names(config)
+    model, known = foreign.read(told, path), foreign.names(told)
     if isinstance(foreign.depth, Mapping):
-      layers = {stack: config[key] for stack, key in foreign.depth.items()}
+      layers = {stack: told[key] for stack, key in foreign.depth.items()}
   # norms are as they are, and linears [out, in], in every architecture
   theirs = [dataclasses.replace(name, offset=0.0, turned=True) for name in known]
   mapping = names.plan(theirs, "gguf", found, layers, str(path))

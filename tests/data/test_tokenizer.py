@@ -382,7 +382,7 @@ def test_a_missing_an_undecodable_and_a_huge_file_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-  ("model", "bert", "'bert'; supported are gpt2, llama"),
+  ("model", "rwkv", "'rwkv'; supported are gpt2, llama, bert, t5"),
   ("model", None, "'None'; supported are gpt2, llama"),
   ("model", [1], "supported are gpt2, llama"),
   ("pre", "no-such", "'no-such'; supported are .*smollm"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import transformers
 
 import lmcompress as lmc
 from lmcompress.data.labelled import load_labelled
+from lmcompress.data.tokenizer import Tokenizer
+from lmcompress.errors import FormatError
 from lmcompress.evaluate.sentences import mean_cosine, sentence_vectors
 from lmcompress.io.hub import resolve_model
 
@@ -53,3 +57,24 @@ def test_vectors_stay_near(minilm, bbc, vectors, transform, least):
   model, params, tokenizer = minilm
   small, _ = lmc.compress(model, params, lmc.at("layers/*", transform), bbc[1], jax.random.key(0))
   assert least < mean_cosine(vectors, sentence_vectors(model, small, tokenizer, bbc[0], length=64)) < 1
+
+
+def test_its_vocabulary_in_gguf_gives_the_same_tokens(minilm, bbc):
+  """What llama.cpp's converter writes of a BERT: pieces that begin a word have a space, the others no ##."""
+  told = json.loads(minilm[2].backend.to_str())
+  pieces = sorted(told["model"]["vocab"], key=told["model"]["vocab"].get)
+  special = {token["content"]: token["id"] for token in told["added_tokens"]}
+  written = [piece if piece in special else piece[2:] if piece.startswith("##") else f"▁{piece}" for piece in pieces]
+  metadata = {
+    "tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": written,
+    "tokenizer.ggml.token_type": np.asarray([3 if piece in special else 1 for piece in pieces], np.int32),
+    **{f"tokenizer.ggml.{key}_token_id": special[token] for key, token in (
+      ("cls", "[CLS]"), ("seperator", "[SEP]"), ("mask", "[MASK]"), ("unknown", "[UNK]"), ("padding", "[PAD]"))},
+  }  # fmt: skip
+  tokenizer = Tokenizer.from_gguf(metadata)
+  for text in [*bbc[0], "Unaffable naïve e\u0301 中文, don't!", ""]:
+    ids = tokenizer.encode(text, add_special=True)
+    assert ids == minilm[2].encode(text, add_special=True) and (ids[0], ids[-1]) == (101, 102)
+    assert tokenizer.decode(ids) == minilm[2].decode(ids)
+  with pytest.raises(FormatError, match="of 30522 pieces of words 1 are alike"):
+    Tokenizer.from_gguf({**metadata, "tokenizer.ggml.tokens": [*written[:-2], "▁[one]", "[one]"]})

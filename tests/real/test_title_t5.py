@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 import lmcompress as lmc
 from lmcompress.data.labelled import load_labelled
+from lmcompress.data.tokenizer import Tokenizer
 from lmcompress.errors import FormatError
 from lmcompress.generation.seq2seq import rewrite
 from lmcompress.io.hub import resolve_model
@@ -77,6 +80,29 @@ def test_eight_bits_write_the_same_and_are_saved(title, articles, tmp_path):
   back, read, tokens = lmc.load(tmp_path / "small")
   both = [rewrite(*given, articles[:4], 6) for given in ((model, small, tokenizer), (back, read, tokens))]
   assert both[0] == both[1]
+
+
+def test_its_vocabulary_in_gguf_gives_the_same_tokens(title, articles):
+  """What llama.cpp's converter writes of a T5: pieces, scores and the table of characters."""
+  told = json.loads(title[2].backend.to_str())
+  pieces, scores = zip(*told["model"]["vocab"], strict=True)
+  special = {token["content"] for token in told["added_tokens"]}
+  steps = told["normalizer"].get("normalizers", [told["normalizer"]])
+  table = next(step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled")
+  metadata = {
+    "tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": list(pieces),
+    "tokenizer.ggml.scores": np.asarray(scores, np.float32),
+    "tokenizer.ggml.token_type": np.asarray([3 if piece in special else 1 for piece in pieces], np.int32),
+    "tokenizer.ggml.precompiled_charsmap": np.frombuffer(base64.b64decode(table), np.uint8),
+    "tokenizer.ggml.unknown_token_id": told["model"]["unk_id"], "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.add_eos_token": True,
+  }  # fmt: skip
+  tokenizer = Tokenizer.from_gguf(metadata)
+  for text in [*map(str.rstrip, articles), "  two  spaces, ½ and ﬁ; naïve e\u0301 中文"]:  # a last space is left out
+    ids = tokenizer.encode(text, add_special=True)
+    assert ids == title[2].encode(text, add_special=True) and ids[-1] == 1
+    assert tokenizer.decode(ids) == title[2].decode(ids)
+  assert tokenizer.stop_ids == {1}
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -211,9 +211,9 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int, turned: in
 def _factors(scaling: Mapping[str, Any], key: str, where: Any, count: int) -> tuple[float, ...]:
   """What divides each frequency of a `longrope`."""
   values = scaling.get(key)
-  good = isinstance(values, list) and all(type(x) in (int, float) and 0 < x < float("inf") for x in values)
-  if not good or len(values) != count:
-    raise FormatError(f"{where}: {key} is {str(values)[:80]}; a list of {count} positive numbers is needed")
+  values = values if isinstance(values, list) else []
+  if len(values) != count or not all(type(x) in (int, float) and 0 < x < float("inf") for x in values):
+    raise FormatError(f"{where}: {key} is {str(scaling.get(key))[:80]}; a list of {count} positive numbers is needed")
   return tuple(map(float, values))
 
 
