@@ -53,7 +53,9 @@ def floating(path: Path) -> Any:
   return model
 
 
-def by_onnxruntime(folder: Path, tokenizer: Any, rows: list[list[int]], rounded: bool, exact: bool = False) -> list[str]:
+def by_onnxruntime(
+  folder: Path, tokenizer: Any, rows: list[list[int]], rounded: bool, exact: bool = False
+) -> list[str]:
   """Greedy titles from the two files, each row of tokens alone; `exact`: no sum of 8-bit products saturates."""
   import numpy as np
   import onnxruntime

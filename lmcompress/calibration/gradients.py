@@ -34,10 +34,10 @@ def gradients(
   dense values that they hold.
 
   Args:
-    batches: each `tokens` and `attention_mask` `[n, length]`.
+    batches: each `tokens` and `attention_mask` `[n, length]`, of an encoder-decoder `decoder_input_ids` and its mask.
 
   Raises:
-    WeightError: the loss is not finite.
+    WeightError: the loss is not finite, or the model predicts no next token.
   """
   leaves = {path: _dense(resolve(params, leaf)) for path, leaf in tree.flatten(params).items()}
   floats = {path: leaf for path, leaf in leaves.items() if tree.is_weight(path)}
@@ -45,9 +45,9 @@ def gradients(
   sums: dict[str, dict[str, jax.Array]] = {
     name: {path: jnp.zeros(leaf.shape, jnp.float32) for path, leaf in floats.items()} for name in sorted(wanted)
   }
-  rows = [(b["tokens"][j][None], b["attention_mask"][j][None]) for b in batches for j in range(len(b["tokens"]))]
-  for i, (row, real) in enumerate(rows):
-    loss, sums = _add(model, floats, rest, sums, row, real)
+  rows = [{name: x[j][None] for name, x in b.items()} for b in batches for j in range(len(b["tokens"]))]
+  for i, row in enumerate(rows):
+    loss, sums = _add(model, floats, rest, sums, row)
     if not bool(jnp.isfinite(loss)):
       raise WeightError(f"the loss on row {i} of the calibration tokens is {float(loss)}; its gradient says nothing")
     if progress is not None:
@@ -66,12 +66,10 @@ def _add(
   floats: Mapping[str, jax.Array],
   rest: Mapping[str, jax.Array],
   sums: dict[str, dict[str, jax.Array]],
-  tokens: jax.Array,
-  mask: jax.Array,
+  row: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
   def lost(w: Mapping[str, jax.Array]) -> jax.Array:
-    batch = {"tokens": tokens, "attention_mask": mask}
-    total, count = mean_loss(model, tree.unflatten({**rest, **w}), batch, cross_entropy)
+    total, count = mean_loss(model, tree.unflatten({**rest, **w}), row, cross_entropy)
     return total / jnp.maximum(count, 1)
 
   loss, found = jax.value_and_grad(lost)(floats)

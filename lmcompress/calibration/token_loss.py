@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.distributed.sharding import gathered
+from lmcompress.models.base import DECODER
 from lmcompress.types import Params, WeightError
 
 
@@ -75,14 +76,20 @@ def mean_loss(
 
   Args:
     batch: `tokens: [batch, length]` and perhaps `attention_mask` and `counted`, alike: the real tokens, and those among
-      them whose prediction counts.
+      them whose prediction counts. Of an encoder-decoder the tokens of `decoder_input_ids` are predicted.
     loss: `(logits [..., vocab], ids that follow [...], the teacher's logits or None) -> [...]`, nats.
     teacher: its model and parameters; gradients do not reach them.
+
+  Raises:
+    WeightError: the model predicts no next token.
   """
-  require_causal(model, "a loss over next tokens")
+  writes = "decoder_input_ids" in getattr(model, "takes", ())
+  if not writes:
+    require_causal(model, "a loss over next tokens")
   carry, _ = forward(model, params, batch, remat)
   guide = None if teacher is None else predictions(*teacher, forward(*teacher, batch, remat=False)[0])
-  return head_loss(model, params, carry, batch, loss, guide, chunk)
+  said = {"tokens": batch["decoder_input_ids"], "attention_mask": batch.get(DECODER)} if writes else batch
+  return head_loss(model, params, carry, said, loss, guide, chunk)
 
 
 def predictions(model: Any, params: Params, carry: Any) -> Callable[[Any, int], jax.Array]:

@@ -12,6 +12,8 @@ from lmcompress.arrays import MaskedArray, QuantizedArray
 from lmcompress.calibration import compress
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.io.checkpoint import tree_hash
+from lmcompress.models import T5, T5Config
+from lmcompress.models.t5 import T5Sizes
 from lmcompress.ops.observers import edges
 from lmcompress.transforms import at, chain, freeze, leafwise, magnitude, named_chain, round_to_nearest
 from lmcompress.types import Evidence, WeightError
@@ -300,3 +302,34 @@ def test_what_calibration_will_take(tiny):
   assert parts["streams"] == 2 * 8 * 10 * 32 * 4 and parts["statistics"] == 2 * 64 * 64 * 4
   deeper = {**params, "layers": params["layers"] | {str(i): params["layers"]["0"] for i in (2, 3)}}
   assert expected_bytes(deeper, 8, 10, frozenset({"hessian", "reference_hessian"})) == parts
+
+
+def test_gradients_of_an_encoder_decoder():
+  """Of what its decoder writes, as differentiated by hand; padding of either side and the last token count nothing."""
+  sizes = T5Sizes(vocab=40, embed=16, mlp=24, layers=1, decoder_layers=1, heads=2)
+  model = T5(T5Config(head_dim=8), sizes)
+  params, rng = model.init(jax.random.key(0)), np.random.default_rng(0)
+  given = {"tokens": rng.integers(0, 40, (2, 9)), "decoder_input_ids": rng.integers(0, 40, (2, 6))}
+  masks = {"attention_mask": np.arange(9) < [[9], [5]], "decoder_attention_mask": np.arange(6) < [[6], [4]]}
+  seen = {}
+
+  def method(w, *, path, grads):
+    seen[path] = grads
+    return w
+
+  compress(model, params, leafwise(method, name="spy"), {**given, **masks})
+
+  def loss(params, row):
+    whole = {name: x[row][None] for name, x in given.items()}
+    real = masks["attention_mask"][row][None]
+    logits = jax.nn.log_softmax(model.apply(params, whole.pop("tokens"), attention_mask=real, **whole), axis=-1)
+    n = int(masks["decoder_attention_mask"][row].sum()) - 1
+    return -sum(logits[0, i, given["decoder_input_ids"][row, i + 1]] for i in range(n)) / n
+
+  wanted = jax.grad(lambda params: (loss(params, 0) + loss(params, 1)) / 2)(params)
+  for path in ("encoder/layers/0/attn/q/kernel", "decoder/layers/0/cross/k/kernel", "decoder/layers/0/mlp/down/kernel"):
+    want = np.asarray(tree.get(wanted, path))
+    assert np.abs(want).max() > 1e-4
+    np.testing.assert_allclose(seen[path], want, atol=1e-5 * np.abs(want).max(), rtol=1e-4)
+  with pytest.raises(WeightError, match="takes decoder_input_ids"):
+    compress(model, params, leafwise(method, name="spy"), given["tokens"])

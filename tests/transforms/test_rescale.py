@@ -7,7 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from lmcompress import tree
 from lmcompress.arrays import InputArray, QuantizedArray
@@ -120,6 +122,29 @@ def test_inputs_are_rounded(tiny, name):
   step = np.abs(np.asarray(x)) * 2**-4 + largest / 448 * 2**-9 if name == "fp8_per_token" else largest / 127 / 2
   assert (error <= step * (1 + 1e-5)).all()
   np.testing.assert_array_equal(np.asarray(act(jnp.zeros((2, 70)))), 0)
+
+
+def test_the_range_of_a_tensor_as_onnxruntime(tiny):
+  """DynamicQuantizeLinear and back: inputs of both signs, of one, zeros, and ties of rounding."""
+  model, params = tiny
+  graph = helper.make_graph(
+    [helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+     helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"])],
+    "rounding", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])],
+    [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+  )  # fmt: skip
+  file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+  session = onnxruntime.InferenceSession(file.SerializeToString())
+  done, _ = compress(model, params, quantize_inputs("uint8_per_tensor"))
+  act = done["layers"]["0"]["mlp"]["up"]["kernel"].act
+  normal = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
+  halves = np.linspace(0, 255, 511, dtype=np.float32)[None]
+  for x in (normal, np.abs(normal) + 3, -np.abs(normal), normal * 1e-4, np.zeros((2, 3), np.float32), halves):
+    (want,) = session.run(None, {"x": x})
+    np.testing.assert_allclose(act(jnp.asarray(x)), want, rtol=1e-6, atol=1e-6 * np.abs(x).max())
+  grads = jax.grad(lambda x: jnp.sum(act(x) * x))(jnp.asarray(normal))
+  np.testing.assert_allclose(grads, np.asarray(act(jnp.asarray(normal))) + normal, rtol=1e-6)
+  assert np.isnan(np.asarray(act(jnp.asarray(normal).at[0, 0].set(jnp.nan)))).all()
 
 
 def test_activations_at_a_fixed_step(tiny):
