@@ -394,7 +394,7 @@ inline void in_parts(int64_t count, Body body) {
 #if defined(__AVX512F__)
   for (; r + 8 <= count; r += 8) body.template operator()<8>(r);
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__AVX512F__)
   for (; r + 4 <= count; r += 4) body.template operator()<4>(r);
 #endif
   for (; r + 2 <= count; r += 2) body.template operator()<2>(r);
@@ -774,7 +774,7 @@ void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
     const uint8_t* c = codes + t * depth * 16;
     const float *s = scales + t * 16 * w.groups, *m = minima + t * 16 * w.groups;
     in_sixes(x.count, [&]<int rows>(int64_t r) {
-      const uint8_t* ahead = r || t ? nullptr : next;
+      const uint8_t* ahead = r ? nullptr : next + t * w.blocks * (w.bits * 64);
       float* to = y + 16 * t;
       if (w.groups == 1)
         int8_block<rows, n, wide, true>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);

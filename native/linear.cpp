@@ -266,7 +266,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
   for (int64_t i = 0; i < count; i++) {
     const Weight& w = weights[i];
     int mode = int8(w) ? kInt8 : bf16(w) ? kBfloat16 : kFloat32;
-    bool sums = w.plain() && (mode == kInt8 ? w.zero || w.minimum : !many(w));
+    bool sums = w.plain() && (w.zero || w.minimum) && (mode == kInt8 || !many(w));
     int64_t j = 0;
     for (; j < int64_t(prepared.size()); j++) {
       const Prepared& p = prepared[j];

@@ -8,11 +8,17 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LMC_TWO 1  // a vector is two registers
+#else
+#define LMC_TWO 0
+#endif
+
 namespace lmc {
 
 constexpr int kLanes = 16;  // float32 values in a vector; also the outputs of a tile
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if LMC_TWO
 template <class T>
 struct Two {
   typedef T Half __attribute__((vector_size(32)));
@@ -100,7 +106,7 @@ inline f32 splat(float x) { return f32{} + x; }
 inline u32 splat_bits(uint32_t x) { return u32{} + x; }
 inline f32 as_f32(u32 v) { return (f32)v; }
 inline u32 as_u32(f32 v) { return (u32)v; }
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if LMC_TWO
 template <>
 inline f32 load<f32>(const void* p) {
   return {load<f32::Half>(p), load<f32::Half>((const char*)p + 32)};
@@ -157,7 +163,7 @@ inline u16x16 narrow(u32 v) { return __builtin_convertvector(v, u16x16); }
 inline f32 max(f32 a, f32 b) {
 #if defined(__AVX512F__)
   return (f32)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
+#elif LMC_TWO
   return {(f32::Half)_mm256_max_ps((__m256)a.low, (__m256)b.low), (f32::Half)_mm256_max_ps((__m256)a.high, (__m256)b.high)};
 #else
   return a > b ? a : b;
@@ -243,7 +249,7 @@ inline float half_to_float(uint16_t h) {
 inline f32 f16_to_f32(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
+#elif LMC_TWO
   return {(f32::Half)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
           (f32::Half)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 #else
@@ -259,7 +265,7 @@ template <bool wide>
 inline i32 dot4(i32 acc, u32 codes, u32 x) {
 #if defined(__AVX512VNNI__)
   return (i32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
-#elif defined(__AVX2__)
+#elif LMC_TWO
   auto half = [](__m256i sum, __m256i c, __m256i v) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i seven = wide ? _mm256_and_si256(c, _mm256_set1_epi8(0x7f)) : c;
@@ -291,7 +297,7 @@ inline f32 dot2(f32 acc, u32 w, u32 x) {
 inline f32 lookup16(f32 table, u32 index) {
 #if defined(__AVX512F__)
   return (f32)_mm512_permutexvar_ps((__m512i)index, (__m512)table);
-#elif defined(__AVX2__)
+#elif LMC_TWO
   auto half = [&](__m256i at) {  // a permutation takes the lowest three bits, the fourth says which half of the table
     __m256 first = _mm256_permutevar8x32_ps((__m256)table.low, at);
     __m256 second = _mm256_permutevar8x32_ps((__m256)table.high, at);

@@ -94,7 +94,8 @@ class Uint8PerTensor:
   """Rounds an input to uint8 by the range of all its tokens, zero in it, as ONNX's DynamicQuantizeLinear.
 
   `scale == (max - min) / 255`, `zero == round(-min / scale)`, `(clip(round(x / scale) + zero, 0, 255) - zero) * scale`.
-  What a token becomes depends on the others of the call, padding and other rows with them.
+  What a token becomes depends on the others of the call, padding and other rows with them. A range past float32's
+  largest number gives NaN, there as here.
   """
 
   @property

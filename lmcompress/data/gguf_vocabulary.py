@@ -81,11 +81,15 @@ def build(metadata: Mapping[str, Any], source: str) -> Built:
     backend, wants_bos = _BUILDERS[model](vocabulary)
     _add_tokens(backend, vocabulary)
   tokens = {role: vocabulary.role(*keys) for role, keys in _ROLES[model].items()}
+  if model == "bert":  # llama.cpp asks no flag; files may lack the ids, whose tokens all vocabularies spell alike
+    for role, spelled in _SPELLED.items():
+      tokens[role] = tokens[role] or (spelled if spelled in vocabulary.tokens else None)
+    _frame(backend, tokens["cls_token"], tokens["sep_token"])
+    return Built(backend, tokens, [], False)
   wants_bos = vocabulary.flag("add_bos_token", wants_bos)
-  begins = tokens.get("cls_token" if model == "bert" else "bos_token") if wants_bos else None
-  wants_eos = vocabulary.flag("add_eos_token", model in ("bert", "t5"))
-  ends = tokens.get("sep_token" if model == "bert" else "eos_token") if wants_eos else None
-  _frame(backend, begins, ends)
+  wants_eos = vocabulary.flag("add_eos_token", model == "t5")
+  twice = vocabulary.flag("add_sep_token", False)
+  _frame(backend, tokens["bos_token"] if wants_bos else None, tokens["eos_token"] if wants_eos else None, twice)
   stop_ids = [index for index in (vocabulary.index("eot"), vocabulary.index("eom")) if index is not None]
   return Built(backend, tokens, stop_ids, wants_bos)
 
@@ -232,9 +236,9 @@ def _word_pieces(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   def spelled(token: str, kind: int) -> str:
-    if kind != _NORMAL or (token.startswith("[") and token.endswith("]")):
-      return token
-    return token.removeprefix(_SPACE) if token.startswith(_SPACE) else f"##{token}"
+    if kind != _CONTROL and token.startswith(_SPACE):
+      return token.removeprefix(_SPACE)
+    return token if kind != _NORMAL or (token.startswith("[") and token.endswith("]")) else f"##{token}"
 
   vocabulary.tokens = [spelled(*pair) for pair in zip(vocabulary.tokens, vocabulary.types, strict=True)]
   ids = {token: i for i, token in enumerate(vocabulary.tokens)}
@@ -254,18 +258,19 @@ def _word_pieces(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
 
 def _unigram(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
   """The likeliest cut into pieces by their scores (Kudo 2018, arXiv:1804.10959), as of T5."""
-  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+  from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   scores = vocabulary.numbers("scores", default=0.0)
   pieces, unknown = list(zip(vocabulary.tokens, scores, strict=True)), vocabulary.index("unknown")
   backend = Tokenizer(models.Unigram(pieces, 2 if unknown is None else unknown))
-  table = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap")
+  table, steps = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap"), []
   if table is not None and len(table):
-    backend.normalizer = normalizers.Precompiled((np.asarray(table, np.int64) & 255).astype(np.uint8).tobytes())
+    steps.append(normalizers.Precompiled((np.asarray(table, np.int64) & 255).astype(np.uint8).tobytes()))
   prefix = "always" if vocabulary.flag("add_space_prefix", True) else "never"
-  space = pre_tokenizers.Metaspace(prepend_scheme=prefix)
-  extra = vocabulary.flag("remove_extra_whitespaces", True)
-  backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space]) if extra else space
+  if vocabulary.flag("remove_extra_whitespaces", True):
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+  backend.normalizer = normalizers.Sequence(steps)
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
   backend.decoder = decoders.Metaspace(prepend_scheme=prefix)
   return backend, False
 
@@ -285,6 +290,9 @@ _ROLES = {
   },
 }
 """Special tokens by role, and the keys of metadata that may name each, by the tokenizer's model."""
+_SPELLED = {
+  "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]", "pad_token": "[PAD]",
+}  # fmt: skip
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
@@ -300,15 +308,15 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
   backend.add_tokens(plain)
 
 
-def _frame(backend: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
-  """Texts of a model's own rows begin and end with these tokens; one in two parts has them about each."""
+def _frame(backend: tokenizers.Tokenizer, first: str | None, last: str | None, twice: bool = False) -> None:
+  """What begins and ends a model's own rows; between two parts the last stands too, once or `twice`."""
   from tokenizers import processors
 
   named = {name: token for name, token in (("FIRST", first), ("LAST", last)) if token is not None}
   if not named:
     return
   begin, end = "FIRST " if first else "", " LAST" if last else ""
-  second = f"$B:1{end}:1" if end else f"{begin}$B:1"
+  second = f"{end.strip()} $B:1{end}:1" if end and twice else f"$B:1{end}:1" if end else f"{begin}$B:1"
   special = [{"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]} for name, token in named.items()]
   backend.post_processor = processors.TemplateProcessing(
     single=f"{begin}$A{end}", pair=f"{begin}$A{end} {second}", special_tokens=special

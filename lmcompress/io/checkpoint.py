@@ -534,8 +534,11 @@ def _typed(cls: Any, fields: Mapping[str, Any], where: Path) -> Any:
     except (KeyError, pydantic.ValidationError):
       raise FormatError(f"{where}: {cls.__name__} takes no {name}={str(value)[:80]!r}") from None
   made = cls(**fields)
-  if isinstance(made, Rope) and made.kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
+  if isinstance(made, Rope) and made.kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
     raise FormatError(f"{where}: rope {made.kind!r} is unknown")
+  long = made if isinstance(made, Rope) and made.kind == "longrope" else None
+  if long is not None and (long.original_length < 2 or not len(long.factors) == len(long.long) > 0):
+    raise FormatError(f"{where}: a longrope has as many short factors as long ones, and a first length above 1")
   odd = getattr(made, "head_dim", 2) % 2 and hasattr(made, "rope")
   if getattr(made, "head_dim", 1) < 1 or odd or getattr(made, "max_length", 1) < 1:
     raise FormatError(f"{where}: head_dim or max_length out of range")

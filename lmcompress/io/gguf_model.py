@@ -65,14 +65,17 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   def read(path_: str) -> Any:
     name, tensor = mapping[path_]
     array, part = gguf.read_tensor(header, tensor), path_.split("/")[-2]
-    if part == "shared_gate":
-      array = array.reshape(1, -1)  # files hold a vector
+    if part in ("shared_gate", "types") and array.ndim == 1:
+      array = array.reshape(1, -1)  # files leave out an axis of one
     return name.read(unpermute(array, pairs[part], path_, path) if part in pairs else array)
 
   with ThreadPoolExecutor(max_workers=2) as pool:  # NumPy's loops release the lock
     leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
   params = tree.unstack_experts(tree.unflatten(leaves))
   names.check_shapes(model, params, str(path))
+  rows, start = params["embed"]["table"].shape[0], getattr(model.config, "start", 0)
+  if start >= rows:
+    raise FormatError(f"{path}: {kind}.decoder_start_token_id is {start}, and the table has {rows} rows")
   return model, params, Tokenizer.from_gguf(header.metadata, str(path))
 
 
@@ -116,7 +119,7 @@ class _Metadata:
     if name not in self.header.tensors:
       return ()
     found = tuple(float(f) for f in gguf.read_tensor(self.header, name).ravel())
-    if len(found) != count or not all(f > 0 for f in found):
+    if len(found) != count or not all(0 < f < float("inf") for f in found):
       raise FormatError(f"{self.where}: {name} holds {len(found)} factors, {count} positive ones expected")
     return found
 
@@ -150,12 +153,12 @@ def _llama(data: _Metadata, word: str = "llama") -> tuple[str, LlamaConfig]:
       rope, kind="longrope", factor=length / rope.original_length, factors=data.factors(_SHORT, head_dim // 2),
       long=long, attention_factor=data.number("rope.scaling.attn_factor", 1.0, float),
     )  # fmt: skip
-    if not rope.factors:
-      raise FormatError(f"{where}: {_LONG} is there, and {_SHORT} is not")
+    if not rope.factors or rope.original_length < 2:
+      raise FormatError(f"{where}: {_LONG} is there without {_SHORT} or a first length above 1")
   elif scaling == "longrope":
     raise FormatError(f"{where}: {data.kind}.rope.scaling.type is longrope, and there is no tensor {_LONG}")
   config = LlamaConfig(head_dim, rope, data.number("attention.layer_norm_rms_epsilon", 1e-5, float), length)
-  if word == "phi3" and f"{data.kind}.attention.sliding_window" in header.metadata:  # as in transformers
+  if word == "phi3" and header.metadata.get(f"{data.kind}.attention.sliding_window"):  # 0 where there is none
     config = dataclasses.replace(config, window=data.number("attention.sliding_window"))
   if f"{data.kind}.expert_count" not in header.metadata:
     return word, config

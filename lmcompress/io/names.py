@@ -211,6 +211,9 @@ def check_shapes(model: Any, params: Params, where: str) -> None:
     if len(left) == len(open_):
       break
     open_ = left
+  table, most = leaves.get("positions/table"), getattr(getattr(model, "config", None), "max_length", 0)
+  if table is not None and table.shape[0] < most:
+    raise FormatError(f"{where}: positions/table has {table.shape[0]} rows, and the context is said to be {most}")
   _check_heads(model, leaves, known, where)
 
 

@@ -212,7 +212,7 @@ class Decoder(BlockModel):
     """The hidden stream `[batch, length, embed]` before the first layer."""
     return ops.embed(tokens, resolve(params, params["embed"]["table"]))
 
-  def turned(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def turned(self, positions: jax.Array, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
     """cos and sin of each position, `[batch, length, head / 2]`; as they are here they turn nothing."""
     return unturned(positions, self.config.head_dim)
 
@@ -233,7 +233,7 @@ class Decoder(BlockModel):
     else:
       cache = cache.reserve(mask)
       positions, real, slot = cache.positions(mask.shape[1]), cache.real, cache.length
-    view = ops.View(real, slot, *self.turned(positions))
+    view = ops.View(real, slot, *self.turned(positions, None if cache is None else cache.real.shape[1]))
     return {"h": self.embedded(params, tokens, positions), "view": view, "cache": cache}
 
   def blocks(self, params: Params) -> tuple[Block, ...]:

@@ -182,11 +182,11 @@ class Gemma(Decoder):
     h = super().embedded(params, tokens, positions)
     return h * jnp.asarray(h.shape[-1] ** 0.5, h.dtype)
 
-  def turned(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def turned(self, positions: jax.Array, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
     """The rotary positions, those of layers with a window behind those of layers that see all where they differ."""
     c = self.config
     ropes = [c.rope] if c.local_rope is None else [c.rope, c.local_rope]
-    both = [rope.cos_sin(positions, c.head_dim) for rope in ropes]
+    both = [rope.cos_sin(positions, c.head_dim, slots) for rope in ropes]
     cos, sin = (jnp.concatenate(some, axis=-1) for some in zip(*both, strict=True))
     return cos, sin
 

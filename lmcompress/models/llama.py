@@ -191,6 +191,6 @@ class Llama(Decoder):
     """The RMS norm after the last layer."""
     return RMSNorm(self.config.rms_epsilon)
 
-  def turned(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def turned(self, positions: jax.Array, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
     """The rotary positions."""
-    return self.config.rope.cos_sin(positions, self.config.head_dim)
+    return self.config.rope.cos_sin(positions, self.config.head_dim, slots)

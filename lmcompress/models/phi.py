@@ -117,9 +117,9 @@ class Phi(Decoder):
     params = self.made(key, _Layer(self.config, s), s.vocab, s.embed, s.layers, tied=False)
     return {**params, "head": {**params["head"], "bias": jnp.zeros((s.vocab,), jnp.float32)}}
 
-  def turned(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def turned(self, positions: jax.Array, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
     """cos and sin of each position, `[batch, length, turned / 2]`."""
-    return self.config.rope.cos_sin(positions, self.config.turned)
+    return self.config.rope.cos_sin(positions, self.config.turned, slots)
 
   def layer_of(self, block: Block) -> nn.Module:
     """The one form of layer."""

@@ -18,7 +18,7 @@ class Rope:
     theta: base of the frequencies.
     kind: `default`, `linear` (positions divided by the factor), `dynamic` (NTK-aware base that grows with
       the length), `llama3` (long wavelengths scaled, short ones kept), `yarn` (arXiv:2309.00071), or `longrope`
-      (arXiv:2402.13753: frequencies divided by `factors`, and by `long` once a position is past the original length).
+      (arXiv:2402.13753: frequencies divided by `factors`, and in texts over the original length by `long`).
     factor: how much longer the context is than the original.
     original_length: positions that the model was trained on before scaling.
     low, high: `llama3`'s frequency factors, or `yarn`'s slow and fast rotations (beta_slow, beta_fast).
@@ -39,13 +39,20 @@ class Rope:
   factors: tuple[float, ...] = ()
   long: tuple[float, ...] = ()
 
-  def cos_sin(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin `[batch, length, head_dim / 2]` float32 of `positions: [batch, length]`."""
-    frequencies, scale = self._frequencies(positions, head_dim)
+  def cos_sin(
+    self, positions: jax.Array, head_dim: int, slots: int | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """cos and sin `[batch, length, head_dim / 2]` float32 of `positions: [batch, length]`.
+
+    `slots` are those of the cache where there is one: by them `longrope` tells how long the text may become, so that
+    keys that are there already never turn otherwise than those to come (llama.cpp goes by its context in the same way;
+    transformers reads the whole text again when it passes the original length).
+    """
+    frequencies, scale = self._frequencies(positions, head_dim, slots)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
-  def _frequencies(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, float]:
+  def _frequencies(self, positions: jax.Array, head_dim: int, slots: int | None) -> tuple[jax.Array, float]:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     if self.kind == "dynamic":
       length = jnp.maximum(jnp.max(positions) + 1, self.original_length).astype(jnp.float32)
@@ -53,10 +60,12 @@ class Rope:
       return 1.0 / (self.theta * stretch ** (head_dim / (head_dim - 2))) ** jnp.asarray(exponents), 1.0
     base = (1.0 / self.theta ** exponents.astype(np.float64)).astype(np.float32)
     if self.kind == "longrope":
-      far = jnp.max(positions) >= self.original_length
+      far = jnp.max(positions) >= self.original_length if slots is None else slots > self.original_length
       divided = jnp.where(far, jnp.asarray(self.long, jnp.float32), jnp.asarray(self.factors, jnp.float32))
-      known = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
-      return jnp.asarray(base) / divided, self.attention_factor or known
+      scale = self.attention_factor
+      if scale is None:
+        scale = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length)) if self.factor > 1 else 1.0
+      return jnp.asarray(base) / divided, scale
     if self.factors:
       base = base / np.asarray(self.factors, np.float32)
     if self.kind == "linear":

@@ -381,6 +381,33 @@ def test_a_missing_an_undecodable_and_a_huge_file_are_named(tmp_path):
     Tokenizer.from_folder(tmp_path)
 
 
+def test_word_pieces_without_ids():
+  """What a converter leaves of a folder that names no special tokens: their spelling tells, also of a user's own."""
+  tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁play", "ing", "▁,", "▁<e1>"]
+  metadata = {"tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.add_bos_token": False,
+              "tokenizer.ggml.token_type": np.array([3, 2, 3, 3, 1, 1, 1, 4], np.int32)}  # fmt: skip
+  tokenizer = Tokenizer.from_gguf(metadata)
+  assert tokenizer.encode("Playing, <e1>", add_special=True) == [2, 4, 5, 6, 7, 3]
+  pair = tokenizer.backend.encode("play", "playing")
+  assert pair.ids == [2, 4, 3, 4, 5, 3] and pair.type_ids == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("flags", "ids"), [
+  ({}, [3, 4, 1]), ({"add_space_prefix": False}, [5, 4, 1]), ({"add_eos_token": False}, [3, 4]),
+])  # fmt: skip
+def test_unigrams(flags, ids):
+  """The likeliest cut; spaces are one, and none begins or ends a text."""
+  metadata = {
+    "tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["<pad>", "</s>", "<unk>", "▁ab", "▁cd", "ab", "cd", "▁"],
+    "tokenizer.ggml.scores": np.array([0, 0, 0, -1, -1, -1.5, -2, -3], np.float32),
+    "tokenizer.ggml.token_type": np.array([3, 3, 2, 1, 1, 1, 1, 1], np.int32), "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.unknown_token_id": 2, **{f"tokenizer.ggml.{key}": value for key, value in flags.items()},
+  }  # fmt: skip
+  tokenizer = Tokenizer.from_gguf(metadata)
+  found = tokenizer.encode("  ab   cd ", add_special=True)
+  assert found == ids and tokenizer.decode(found) == "ab cd"
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
   ("model", "rwkv", "'rwkv'; supported are gpt2, llama, bert, t5"),
   ("model", None, "'None'; supported are gpt2, llama"),

@@ -108,6 +108,8 @@ CASES = {
   "phi3 with a window": Case("Phi3ForCausalLM", {**LLAMA, "eos_token_id": 1, "sliding_window": 6}),
   "phi3 within its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 64}),
   "phi3 past its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 16}),
+  "phi3 one past its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 29}),
+  "phi3 as long as its first length": Case("Phi3ForCausalLM", {**LONG, "original_max_position_embeddings": 30}),
   "bert": Case("BertModel", BERT),
   "bert masked": Case("BertForMaskedLM", {**BERT, "hidden_act": "relu"}),
   "roberta": Case("RobertaForMaskedLM", {**BERT, "pad_token_id": 1, "hidden_size": 48}),
@@ -204,7 +206,7 @@ def test_every_architecture_is_here():
     assert any(net.startswith(name) for net in nets), name
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2 odd heads", "phi"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2 odd heads", "phi", "phi3 past its first length"])
 def test_a_cache_continues_what_was_read(name, tmp_path):
   """Windows, two kinds of positions and learned ones, over a cache as all at once; saved by us and read again."""
   net = CASES[name].build()
@@ -241,6 +243,8 @@ def test_a_cache_continues_what_was_read(name, tmp_path):
   ("phi3", {"num_key_value_heads": 5}, "layers/0/attn/k/kernel has 25 outputs"),
   ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not known here"),
   ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "short_factor is None; a list of 4 positive numbers"),
+  ("phi3", {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 1}},
+   "original_max_position_embeddings is 1"),
   ("phi3", {"rope_parameters": {"rope_type": "mystery"}}, "rope type 'mystery' is not known here"),
   ("qwen2 with a window", {"max_window_layers": "x", "layer_types": None}, "max_window_layers is 'x'"),
 ])  # fmt: skip

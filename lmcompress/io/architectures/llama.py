@@ -163,18 +163,18 @@ def read_rope(config: Mapping[str, Any], where: Any, max_length: int, turned: in
   part = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))
   if config.get("model_type") == "phi3" and part != 1:
     raise FormatError(f"{where}: partial_rotary_factor {part!r} is not known here for phi3")
-  original = (
-    scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or max_length
-  )
-  if type(original) is not int or original < 1:
+  phi3 = config.get("model_type") == "phi3"
+  kind = "longrope" if phi3 and kind in ("su", "yarn") else kind  # what its first folders called it
+  told = (known.get("original_max_position_embeddings") for known in (scaling, config))
+  original = next((length for length in told if length), 4096 if kind == "longrope" and phi3 else max_length)
+  if type(original) is not int or original < (2 if kind == "longrope" else 1):
     raise FormatError(f"{where}: original_max_position_embeddings is {original!r}; a positive integer is needed")
   if kind == "default":
     return Rope(theta)
-  if kind == "longrope" or (kind == "su" and config.get("model_type") == "phi3"):
-    known = max_length / original
+  if kind == "longrope":
     attention = scaling.get("attention_factor")
     return Rope(
-      theta, "longrope", known if known > 1 else number(scaling, "factor", 1.0, where), original,
+      theta, kind, number(scaling, "factor", max_length / original, where), original,
       attention_factor=None if attention is None else number(scaling, "attention_factor", 1.0, where),
       factors=_factors(scaling, "short_factor", where, turned // 2),
       long=_factors(scaling, "long_factor", where, turned // 2),
@@ -212,7 +212,8 @@ def _factors(scaling: Mapping[str, Any], key: str, where: Any, count: int) -> tu
   """What divides each frequency of a `longrope`."""
   values = scaling.get(key)
   values = values if isinstance(values, list) else []
-  if len(values) != count or not all(type(x) in (int, float) and 0 < x < float("inf") for x in values):
+  good = all(type(x) in (int, float) and 1e-30 < x < 1e30 for x in values)
+  if len(values) != count or not good:
     raise FormatError(f"{where}: {key} is {str(scaling.get(key))[:80]}; a list of {count} positive numbers is needed")
   return tuple(map(float, values))
 
