@@ -507,7 +507,8 @@ def _model(description: Mapping[str, Any], where: Path) -> Any:
   fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in description["config"].items()}
   for name in ("rope", "local_rope"):
     if isinstance(fields.get(name), Mapping):
-      rope = {key: tuple(value) if isinstance(value, list) else value for key, value in fields[name].items()}
+      rope = fields[name]
+      rope = {**rope, "factors": tuple(rope["factors"]), "long": tuple(rope.get("long", ()))}
       fields[name] = _typed(Rope, rope, where)
   return model(_typed(config, fields, where))
 
