@@ -86,6 +86,13 @@ CASES = {
             "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
             "attention.head_count": "num_attention_heads"}, {"attention.layer_norm_epsilon": 1e-6}),
 }  # fmt: skip
+CASES["bert distilled"] = (
+  MODEL_ARCH.BERT, "DistilBertModel",
+  {"vocab_size": 97, "dim": 42, "hidden_dim": 70, "n_layers": 3, "n_heads": 6, "max_position_embeddings": 40},
+  {"context_length": "max_position_embeddings", "embedding_length": "dim", "block_count": "n_layers",
+   "feed_forward_length": "hidden_dim", "attention.head_count": "n_heads"},
+  {"attention.layer_norm_epsilon": 1e-12},
+)  # fmt: skip
 CASES["bert one type"] = (*CASES["bert"][:2], {**CASES["bert"][2], "type_vocab_size": 1}, *CASES["bert"][3:])
 """The package's word, the class of transformers and its config, keys of metadata by the config's, and others."""
 
