@@ -59,7 +59,8 @@ from lmcompress.arrays.lattice import patterns
 from lmcompress.arrays.packing import PLANES
 from lmcompress.arrays.tiled import TiledArray
 from lmcompress.distributed import make_mesh, shard
-from lmcompress.io import checkpoint, safetensors
+from lmcompress.io import safetensors
+from lmcompress.io.leaves import describe, rebuild
 from lmcompress.ops.kernels.tiling import tile
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import CompressedArray
@@ -816,10 +817,10 @@ def test_sharding_like(row, axis):
 def test_checkpoint_round_trip(row, axis, tmp_path):
   """Bitwise, static fields and all; a rebuilt leaf multiplies without a new trace."""
   leaf = leaf_of(row, axis)
-  descriptions, arrays = checkpoint.describe({"w": {"kernel": leaf}})
+  descriptions, arrays = describe({"w": {"kernel": leaf}})
   safetensors.write(tmp_path / "weights.safetensors", arrays)
   file = safetensors.open_file(tmp_path / "weights.safetensors")
-  again = checkpoint.rebuild(descriptions["w/kernel"], file.read, "w/kernel", Path("manifest.json"))
+  again = rebuild(descriptions["w/kernel"], file.read, "w/kernel", Path("manifest.json"))
   again = jax.device_put(again)
   assert jax.tree.structure(again) == jax.tree.structure(leaf)
   for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(leaf), strict=True):

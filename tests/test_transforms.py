@@ -19,6 +19,7 @@ from lmcompress import tree
 from lmcompress.arrays import MaskedArray, QuantizedArray, added, low_rank, masked
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
+from lmcompress.io.leaves import describe, rebuild
 from lmcompress.models import Llama, LlamaConfig
 from lmcompress.ops import rounding
 from lmcompress.ops.masks import Target
@@ -463,11 +464,11 @@ def test_nothing_is_compiled_twice(row, params, others, results):
 @each_row
 def test_round_trip_through_a_checkpoint(row, results, tmp_path):
   done = results(row)
-  descriptions, arrays = checkpoint.describe(done)
+  descriptions, arrays = describe(done)
   safetensors.write(tmp_path / "weights.safetensors", arrays)
   file = safetensors.open_file(tmp_path / "weights.safetensors")
   again = tree.unflatten({
-    path: checkpoint.rebuild(d, file.read, path, Path("manifest.json")) for path, d in descriptions.items()
+    path: rebuild(d, file.read, path, Path("manifest.json")) for path, d in descriptions.items()
   })
   same_tree(again, done)
   assert jax.tree.structure(again) == jax.tree.structure(done)

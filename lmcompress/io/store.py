@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from lmcompress.arrays.stored import StoredArray
-from lmcompress.io import checkpoint, safetensors
+from lmcompress.io import safetensors
+from lmcompress.io.leaves import describe, rebuild
 from lmcompress.types import CompressedArray, FormatError
 
 _MARK = "about.json"
@@ -53,7 +54,7 @@ class Store:
     mark = self.folder / _MARK
     if not mark.is_file():
       mark.write_text(self._about, "utf-8")
-    described, arrays = checkpoint.describe(dict(leaves), paths=True)
+    described, arrays = describe(dict(leaves), paths=True)
     name = self._name(link, part)
     partial = self.folder / f".{name}.partial"
     digests = safetensors.write(partial, arrays)
@@ -93,7 +94,7 @@ class Store:
     for where, description in described.items():
 
       def read(description: Any = description, where: str = where) -> Any:
-        return checkpoint.rebuild(description, safetensors.open_file(path).read, where, path)
+        return rebuild(description, safetensors.open_file(path).read, where, path)
 
       leaf = read()
       if not self.mapped:

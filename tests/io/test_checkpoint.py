@@ -30,6 +30,7 @@ from lmcompress.distributed import make_mesh
 from lmcompress.evaluate.size import bytes_in_memory, sizes
 from lmcompress.io import checkpoint, safetensors, yaml_text
 from lmcompress.io.checkpoint import MANIFEST, WEIGHTS, tree_hash, weights_size
+from lmcompress.io.leaves import describe
 from lmcompress.models import Llama, LlamaConfig, Rope
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import CompressedArray, FormatError
@@ -205,7 +206,7 @@ def test_the_file_is_as_large_as_the_bits_say(tmp_path, links):
 
 
 def test_the_safetensors_package_reads_the_weights(mixed, saved):
-  _, arrays = checkpoint.describe(mixed[1])
+  _, arrays = describe(mixed[1])
   found = dict(package.deserialize((saved / WEIGHTS).read_bytes()))
   assert {name for name in found if not name.startswith(safetensors.PAD)} == set(arrays)
   for name, array in arrays.items():

@@ -16,6 +16,7 @@ from lmcompress.calibration import compress
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.evaluate.size import sizes
 from lmcompress.io import checkpoint
+from lmcompress.io.leaves import describe
 from lmcompress.ops.kmeans import linear_seeds, lloyd, nearest, optimal
 from lmcompress.transforms import (
   at,
@@ -339,7 +340,7 @@ def test_four_families_on_one_tree(tiny, tmp_path):
   assert np.isfinite(np.asarray(model.apply(done, TOKENS))).all()
   rows = {p: row["bits"] * np.prod(row["shape"]) for p, row in report.last().items()}
   rest = sum(tree.leaf_nbits(leaf) for p, leaf in tree.flatten(done).items() if p not in rows)
-  arrays = checkpoint.describe(done)[1]
+  arrays = describe(done)[1]
   total = sum(x.size * np.dtype(x.dtype).itemsize for x in arrays.values())
   assert (sum(rows.values()) + rest) / 8 == total
   size = checkpoint.weights_size(done)
