@@ -83,9 +83,9 @@ def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
 
 
 def study(
-  path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path, gather: bool = False
+  path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path, gather: bool, earlier: list[Any]
 ) -> dict[str, Any]:
-  """Runs what has left no file yet (nothing with `gather`), and gathers the medians."""
+  """Runs what has left no file yet (nothing with `gather`), and gathers the medians; `earlier` rows are completed."""
   config = load_config(path, [])
   if config.calibration is None:
     raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
@@ -115,14 +115,21 @@ def study(
           subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
   from lmcompress.environment import device, versions
 
-  rows = []
-  for who, name in jobs:
+  rows, known = [], {(row["who"], row["name"]): row for row in earlier}
+  for who, name in dict.fromkeys([*known, *jobs]):
     files = [folder / f"{who}-{name}-{seed}.json" for seed in seeds]
-    found = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
-    if found:
-      middle = {k: statistics.median(f[k] for f in found) for k in FIGURES if k in found[0]}
-      rows.append({"who": who, "name": name, "seeds": len(found), "float32": found[0]["float32"], **middle,
-                   "ratios": [f["ratio"] for f in found], "recipe": found[0].get("recipe")})
+    old = known.get((who, name))
+    ratios = {str(seed): ratio for seed, ratio in enumerate(old["ratios"])} if old else {}
+    found = {str(s): json.loads(f.read_text("utf-8")) for s, f in zip(seeds, files, strict=True) if f.exists()}
+    if not found and old:
+      rows.append(old)
+    elif found:
+      ratios, first = ratios | {seed: row["ratio"] for seed, row in found.items()}, next(iter(found.values()))
+      middle = {k: statistics.median(f[k] for f in found.values()) for k in FIGURES if k in first}
+      middle["ratio"] = statistics.median(ratios.values())
+      middle["perplexity"] = middle["ratio"] * first["float32"]
+      rows.append({"who": who, "name": name, "seeds": len(ratios), "float32": first["float32"], **middle,
+                   "ratios": [ratios[seed] for seed in sorted(ratios)], "recipe": first.get("recipe")})
   return {"format": 1, "name": config.name, "model": config.model, "calibration": config.calibration.model_dump(),
           "evaluate": config.evaluate.model_dump(mode="json"), "versions": versions(), "device": device(), "rows": rows}
 
@@ -134,6 +141,7 @@ def main() -> int:
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration texts")
   parser.add_argument("--only", nargs="+", default=[], help="names of variants, or peer-gptq4 and so on")
   parser.add_argument("--gather", action="store_true", help="run nothing: the medians of what there is")
+  parser.add_argument("--extend", type=Path, help="an earlier result of the first seeds: its rows stay, or get more seeds")
   parser.add_argument("--peer", help="the Python of quantization-requirements.txt")
   parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json", help="result")
   parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -144,7 +152,7 @@ def main() -> int:
       return 0
     result = study(
       arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization",
-      arguments.gather,
+      arguments.gather, json.loads(arguments.extend.read_text("utf-8"))["rows"] if arguments.extend else [],
     )
   except LmcompressError as error:
     print(f"quantization: {error}", file=sys.stderr)

@@ -289,6 +289,17 @@ def by_stage(
   return list(groups.values())
 
 
+def sequentially(name: str, transform: Transform, sequential: str) -> Transform:
+  """The transform with statistics of each `stage` taken after the stages before it, or of a whole `block` at once.
+
+  Raises:
+    ValueError: neither is asked.
+  """
+  if sequential not in ("stage", "block"):
+    raise ValueError(f"{name}(sequential={sequential!r}): stage or block")
+  return transform._replace(scope="block") if sequential == "block" else transform
+
+
 def side_by_side(weights: Mapping[str, Any], solved: Any) -> Iterator[tuple[str, Any, Any]]:
   """Takes apart what was solved for weights put side by side: `(path, weight, its columns of every array)`."""
   start = 0

@@ -13,7 +13,7 @@ from lmcompress.ops.masks import Target
 from lmcompress.ops.removal import Removal
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import solve, warn_of_damping
-from lmcompress.transforms.combine import require_dense, side_by_side, stagewise
+from lmcompress.transforms.combine import require_dense, sequentially, side_by_side, stagewise
 from lmcompress.types import Transform, WeightError
 
 
@@ -70,8 +70,6 @@ def gptq(
       f"gptq(damping={damping}, error_propagation={error_propagation}, sweeps={sweeps}): damping lies between 0 and 1, "
       "error_propagation is 0 to 1, sweeps are not negative"
     )
-  if sequential not in ("stage", "block"):
-    raise ValueError(f"gptq(sequential={sequential!r}): stage or block")
   rounding = Rounding(bits, symmetric, grid, convention, zero, scale_dtype)
   options: dict[str, Any] = {
     "rounding": rounding, "group_size": size, "order": order, "clip": clip == "error", "sweeps": sweeps,
@@ -79,8 +77,7 @@ def gptq(
   }  # fmt: skip
 
   needs = frozenset({"hessian"} | ({"reference_hessian"} if error_propagation else set()))
-  solved = by_error_feedback("gptq", options, needs)
-  return solved._replace(scope="block") if sequential == "block" else solved
+  return sequentially("gptq", by_error_feedback("gptq", options, needs), sequential)
 
 
 def by_error_feedback(

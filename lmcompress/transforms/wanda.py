@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray, parts
 from lmcompress.ops.masks import Target, target
-from lmcompress.transforms.combine import leafwise
+from lmcompress.transforms.combine import leafwise, sequentially
 from lmcompress.transforms.magnitude import pruned, require_prunable
 from lmcompress.types import Transform, WeightError
 
 
 def wanda(
-  sparsity: float | None = None, pattern: str | None = None, scope: Literal["row", "weight"] = "row"
+  sparsity: float | None = None,
+  pattern: str | None = None,
+  scope: Literal["row", "weight"] = "row",
+  sequential: Literal["stage", "block"] = "stage",
 ) -> Transform:
   """Removes the least `|w_ij| * ||x_i||` (Sun et al. 2023, arXiv:2306.11695); what stays is not changed.
 
@@ -25,6 +28,8 @@ def wanda(
     sparsity: fraction removed, exact to the entry. Or:
     pattern: `"n:m"` keeps n of each m consecutive inputs, e.g. `"2:4"`.
     scope: over what a sparsity is met: the inputs of one output (the paper), or each `weight`.
+    sequential: `stage` takes the statistics of each stage with the stages before it pruned, `block` those of all
+      stages of a block before any of it is (the paper's code).
 
   Raises:
     ValueError: not exactly one of the two is given, or it is out of range.
@@ -38,7 +43,8 @@ def wanda(
     values = parts.materialize(w)
     return pruned(w, keep_active(values, second_moment, goal, axis, scope == "row"), axis)
 
-  return leafwise(prune, name="wanda", check=functools.partial(check_target, "wanda", goal))
+  check = functools.partial(check_target, "wanda", goal)
+  return sequentially("wanda", leafwise(prune, name="wanda", check=check), sequential)
 
 
 @functools.partial(jax.jit, static_argnames=("goal", "axis", "per_row"))
