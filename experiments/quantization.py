@@ -141,7 +141,7 @@ def main() -> int:
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="calibration texts")
   parser.add_argument("--only", nargs="+", default=[], help="names of variants, or peer-gptq4 and so on")
   parser.add_argument("--gather", action="store_true", help="run nothing: the medians of what there is")
-  parser.add_argument("--extend", type=Path, help="an earlier result of the first seeds: its rows stay, or get more seeds")
+  parser.add_argument("--extend", type=Path, help="an earlier result of the first seeds, to be added to")
   parser.add_argument("--peer", help="the Python of quantization-requirements.txt")
   parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json", help="result")
   parser.add_argument("--worker", help=argparse.SUPPRESS)
