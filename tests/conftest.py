@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_co
 if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT} {_QUICK}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+gc.set_threshold(200_000, 50, 1000)  # what JAX keeps of programs is much and lives long; to go through it takes a 15th
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait by spinning, which other workers pay for
 os.environ.setdefault("NPROC", "32")  # XLA's threads: programs of eight devices in flight must not starve each other
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # workers, and the next run, share what one compiled
@@ -30,7 +33,7 @@ _MAPPINGS = 40_000
 """Memory mappings above which compiled programs are dropped; Linux allows 65,530 and each program takes a few."""
 
 
-LONGEST = ("test_every_architecture.py", "test_training.py", "test_docs.py", "test_smollm2.py", "test_processes.py")
+LONGEST = ("test_every_architecture.py", "test_docs.py", "test_smollm2.py", "test_processes.py")
 """Files that begin first, so that no worker is left alone with one of them at the end."""
 
 

@@ -33,6 +33,8 @@ from lmcompress.types import (
 
 TOKENS = 4096
 """Tokens that run at once, at most (one row at least)."""
+_LARGE = 1 << 20
+"""Bytes of weights after which it pays to give memory back."""
 
 
 class Kept(Protocol):
@@ -123,8 +125,10 @@ def block_by_block(
             work.output_error[path] = float(_output_error(leaves[path], leaf, statistics[path]["hessian"]))
       seconds = (time.perf_counter() - begun) / len(statistics)  # each weight's share
       work.seconds.update(dict.fromkeys(statistics, seconds))
+      large = sum(x.nbytes for x in jax.tree.leaves(leaves)) > _LARGE
       del values, statistics, leaves, done
-      trim()
+      if large:
+        trim()
     if kept is not None and found is None:
       changed = {p: leaf for p in before if (leaf := tree.get(params, p)) is not before[p]}
       both = {"seconds": work.seconds, "output_error": work.output_error}

@@ -108,10 +108,10 @@ DEEP = ("prune_layers", "tie_layers")
 
 
 @functools.cache
-def model_of(name, method):
+def model_of(name, deep):
   """`(model, params)`."""
   model = ARCHITECTURES[name]
-  if method not in DEEP:
+  if not deep:
     depths = {key: 1 for key in ("layers", "decoder_layers") if hasattr(model.sizes, key)}
     model = dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, **depths))
   return model, model.init(jax.random.key(0))
@@ -136,7 +136,7 @@ def form(params):
 @functools.cache
 def outcome(architecture, method):
   """`yes`, or in a word why the method is refused."""
-  (model, params), key = model_of(architecture, method), jax.random.key(0)
+  (model, params), key = model_of(architecture, method in DEEP), jax.random.key(0)
   make = functools.partial(METHODS[method], **GIVEN.get(method, {}))
   transform = make() if method in WHOLE else at("**/layers/*", make())
   first = [at("**/layers/*", FIRST[method]())] if method in FIRST else []

@@ -222,7 +222,7 @@ def test_weights_that_cannot_be_quantized():
 
 
 def test_jit_equals_eager():
-  w, x = weight(), inputs()
+  w, x = weight(32, 8), inputs(32)
   h = jnp.asarray(2 / len(x) * x.T @ x)
   options = dict(group_size=16, order="group", clip=True, sweeps=1, damping=0.01, rounding=Rounding(4))
   jitted = solve(w, h, None, None, **options)
