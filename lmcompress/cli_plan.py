@@ -100,6 +100,8 @@ def plan(
     "Estimates: a roofline of data sheets, from all overlapped to nothing; latencies are not in it. Energy is the "
     "highest draw for the least time. Activations are by theory: a block at a time, and each block's input."
   )
+  if asked.note:
+    console.print(f"Note: {asked.note}.")
   if asked.waiting:
     console.print(f"Stages wait for one another {asked.waiting:.0%} of a step, which is not in the seconds either.")
   if out is not None:

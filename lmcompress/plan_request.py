@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lmcompress import tree
 from lmcompress.distributed.accelerators import Accelerator
 from lmcompress.distributed.sharding import AXES, RULES
 from lmcompress.models import Gemma, GemmaConfig, GemmaSizes, Llama, LlamaConfig, LlamaSizes
@@ -70,8 +72,11 @@ class Asked:
   """A model, a machine and a kind of work.
 
   Attributes:
-    params: shapes; for decoding, as the weights are stored.
+    params: shapes; for decoding, as the weights are stored; for training, as a config's recipe leaves them.
     dense: shapes in float32.
+    trainable: patterns of the arrays that train.
+    teacher: a model to be distilled, and its shapes.
+    note: what is not planned as the config says, in words.
   """
 
   model: Any
@@ -82,6 +87,9 @@ class Asked:
   training: Training | None
   batch: int
   length: int
+  trainable: tuple[str, ...] = ("**",)
+  teacher: tuple[Any, Params] | None = None
+  note: str = ""
 
   @classmethod
   def of(
@@ -96,7 +104,7 @@ class Asked:
       raise ConfigError(f"--compute {compute}: bfloat16 or float32")
     if min(batch or 1, length or 1) < 1:
       raise ConfigError(f"--batch {batch}, --length {length}: from 1")
-    rules, sizes, training, recipe = dict(RULES), {}, None, None
+    rules, sizes, training, recipe, table, teacher, note = dict(RULES), {}, None, None, None, None, ""
     if name in PRESETS:
       model = PRESETS[name]
       dense = shapes_of(model)
@@ -111,9 +119,12 @@ class Asked:
         if config.mesh is not None:
           sizes = {axis: getattr(config.mesh, axis) for axis in (*AXES, "pipe")}
         if config.train is not None and not serve:
-          training = config.train.settings()
-          length, compute = length or config.train.length, training.compute
+          table = config.train
+          training = table.settings()
+          length, compute = length or table.length, training.compute
           training = dataclasses.replace(training, batch=batch or training.batch)
+          if training.needs_teacher and table.teacher_top_k is None:  # else it has gone before the training
+            teacher = (model, dense) if table.teacher is None else _named(table.teacher)[:2]
     sizes = sizes if topology is None else parse_topology(topology)
     if -1 in sizes.values():
       raise ConfigError("a mesh with a size of -1 takes what devices there are; say all sizes by --topology")
@@ -126,9 +137,19 @@ class Asked:
     if not serve and training is None:
       rows = batch or ways(sizes) * stages
       training = Training(steps=2, batch=rows, accumulate=stages, compute=compute)  # type: ignore[arg-type]
-    params = stored(dense, recipe) if serve else dense
+    trainable = ("**",) if table is None else table.trainable
+    try:
+      dtype = jnp.bfloat16 if serve else jnp.float32
+      params = stored(dense, recipe, dtype, model) if serve or table is not None else dense
+    except ConfigError:
+      paths: list[str] = []
+      tree.partition(dense, lambda path: bool(paths.append(path)))
+      if serve or not all(any(tree.matches(pattern, path) for path in paths) for pattern in trainable):
+        raise
+      params, note = dense, "the recipe reads weights: planned as if it left them dense"
     rows = batch or (ways(sizes) if training is None else training.batch)
-    return cls(model, params, dense, sizes, rules, None if serve else training, rows, tokens)
+    settings = None if serve else training
+    return cls(model, params, dense, sizes, rules, settings, rows, tokens, trainable, teacher, note)
 
   @property
   def devices(self) -> int:
@@ -153,7 +174,8 @@ class Asked:
       weights = self.params if params is None else params
       return serve_plan(self.model, weights, batch, self.length, self.sizes, self.rules)
     training = dataclasses.replace(self.training, batch=batch)
-    return train_plan(self.model, self.dense, training, self.length, self.sizes, self.rules)
+    selected = lambda path: any(tree.matches(pattern, path) for pattern in self.trainable)  # noqa: E731
+    return train_plan(self.model, self.params, training, self.length, self.sizes, self.rules, selected, self.teacher)
 
   def on(self, made: Plan, device: Accelerator) -> dict[str, Any]:
     """Whether it `fits` a device, the `estimate`, the `largest_batch`, and the first `form` of `FORMS` that fits."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lmcompress import tree
+from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.calibration.token_loss import require_causal
 from lmcompress.distributed.accelerators import Accelerator
 from lmcompress.distributed.sharding import (
@@ -26,7 +27,7 @@ from lmcompress.distributed.sharding import (
   shardings,
 )
 from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds, share
-from lmcompress.training import Training, compiled_step
+from lmcompress.training import Training, compiled_step, start
 from lmcompress.training.pipeline import is_tied, stages_of
 from lmcompress.types import ConfigError, Evidence, Params, WeightError
 
@@ -104,7 +105,8 @@ def ring(kind: str, nbytes: float, n: int) -> float:
 
 def train_plan(
   model: Any, params: Params, training: Training, length: int, sizes: Mapping[str, int],
-  rules: Mapping[str, str | None] = RULES,
+  rules: Mapping[str, str | None] = RULES, trainable: Callable[[str], bool] = lambda path: True,
+  teacher: tuple[Any, Params] | None = None,
 ) -> Plan:  # fmt: skip
   """What a training step takes on a mesh of such sizes, of which `pipe` is the stages of a pipeline.
 
@@ -112,47 +114,72 @@ def train_plan(
   the model's ends and one block, and nothing is run; the input of each block is kept beside them. Of stages, it is the
   one that holds most; what a device waits for others is not counted.
 
+  Args:
+    params: shapes, of compressed leaves too.
+    trainable: as of `tree.partition`; the rest has no gradients and no moments.
+    teacher: the model whose predictions are distilled, and the shapes of its parameters.
+
   Raises:
-    ConfigError: the mesh does not divide the model or the batch, or there are more stages than blocks.
+    ConfigError: the mesh does not divide the model or the batch, there are more stages than blocks, or nothing trains.
     WeightError: the model predicts no next token.
   """
   require_causal(model, "a plan of training")
   stages, sizes = sizes.get("pipe", 1), {name: sizes.get(name, 1) for name in AXES}
-  require_division(model, params, {**sizes, "fsdp": sizes["fsdp"] * stages}, rules)  # as a run lies outside training
-  params = as_on(params, sizes)
   rows = _rows(training.batch, training.accumulate, sizes)
-  split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
-  own, tied = _heaviest(model, params, stages)
-  held = _bytes(_only(split, own))
-  blocks = _blocks(model, _only(params, own))
+  student = _Part.of(model, params, sizes, stages, rules)
+  guide = None if teacher is None else _Part.of(*teacher, sizes, stages, rules)
+  try:
+    state = jax.eval_shape(lambda p: start(p, training, trainable), _only(student.split, student.own))
+  except ValueError as error:
+    raise ConfigError(f"a plan of training: {error}") from None
+  learned = {path: _elements(leaf) for path, leaf in tree.flatten(tree.partition(student.params, trainable)[0]).items()}
+  trained, kept, average = map(_nbytes, (state.trained, state.kept, state.average))
+  moments = _nbytes([x for x in jax.tree.leaves(state.moments) if x.ndim])  # not the count of steps
+  blocks = _blocks(model, _only(student.params, student.own))
   width = 2 if training.compute == "bfloat16" else 4
-  moments = 2 if training.optimizer == "adamw" else 1
-  first = _with_layers(model, whole, 1)
-  of_layer = _bytes(first) - _bytes(_with_layers(model, whole, 0))
+  first, of_layer = _with_layers(model, student.whole, 1), student.layer
+  some = trainable if jax.tree.leaves(tree.partition(first, trainable)[0]) else lambda path: True
   step = dataclasses.replace(training, batch=rows)
-  one = _temporaries(model, first, step, length)
-  hidden = float(rows // training.accumulate * length * params["embed"]["table"].shape[-1] * width)
-  activations = max(one - _bytes(first), 0.0)  # the program's gradients are counted as they lie
+  beside = None if guide is None else (guide.model, _with_layers(guide.model, guide.whole, 1))
+
+  def temporaries(params: Params) -> float:
+    made = compiled_step(model, params, step, length, some, None, beside)
+    return made.memory_analysis().temp_size_in_bytes - _nbytes(tree.partition(params, some)[0])  # gradients are apart
+
+  hidden = float(rows // training.accumulate * length * student.embed * width)
+  activations, inner = max(temporaries(first), 0.0), hidden
+  if not training.remat and len(blocks) > 1:
+    inner = max(temporaries(_with_layers(model, student.whole, 2)) - activations, 0.0)
+  lying = [x for x in jax.tree.leaves(_only(student.split, student.own)) if x.dtype == jnp.float32]
+  copies = _nbytes(lying) / 2 + (0 if guide is None else guide.held / 2)
   parts = {
-    "weights, float32": float(held), "moments": float(moments * held), "gradients": float(held),
-    "average": float(held if training.average is not None else 0),
-    "gathered weights": float(2 * of_layer * (sizes["fsdp"] > 1)),
+    "weights, float32": float(trained), "weights that do not train": float(kept), "moments": float(moments),
+    "gradients": float(trained), "average": float(average),
+    "the teacher": 0.0 if guide is None else float(guide.held),
+    "gathered weights": 2.0 * (of_layer + (0 if guide is None else guide.layer)) * (sizes["fsdp"] > 1),
     "activations of a block and the head": activations,
-    "block inputs": hidden * (len(blocks) - 1) if training.remat else activations * (len(blocks) - 1),
+    "block inputs" if training.remat else "activations of the other blocks": inner * (len(blocks) - 1),
     "inputs of small batches on their way": hidden * min(stages, training.accumulate) if stages > 1 else 0.0,
-    "the first stage's table": float(_bytes(_only(split, tied))),
-    "copies in bfloat16": held / 2 if width == 2 else 0.0,
+    "the first stage's table": float(_bytes(_only(student.split, student.tied))),
+    "copies in bfloat16": copies if width == 2 else 0.0,
   }  # fmt: skip
   tokens = training.batch * length
-  forward = _operations(model, params, tokens, length)
   sent = tokens // ways(sizes)
-  messages = _messages(model, params, own, sizes, rules, sent, width, training.remat, True, training.accumulate)
+  messages = _messages(student, sizes, rules, sent, width, training.remat, learned, training.accumulate)
+  if guide is not None:
+    told = _messages(guide, sizes, rules, sent, width, False, None, training.accumulate)
+    messages += [m._replace(what=f"{m.what} of the teacher") for m in told]
   if stages > 1:
     count = 2 * training.accumulate
     messages.append(Message("states to the next stage, gradients back", "send", "pipe", count, count * hidden))
+  weights = sum(leaf.size for leaf in tree.weights(student.params).values())
+  backward = 1 + min(1.0, sum(n for path, n in learned.items() if tree.is_weight(path)) / weights)
+  operations = (1 + training.remat + backward) * _operations(model, student.params, tokens, length)
+  operations += 0 if guide is None else _operations(guide.model, guide.params, tokens, length)
+  read = 4 * trained + 2 * moments + 2 * kept + (0 if guide is None else guide.held)
   return Plan(
-    placements(model, _only(params, own), sizes, rules), {name: n for name, n in parts.items() if n}, messages,
-    (4.0 if training.remat else 3.0) * forward, float((4 + moments * 2) * held), tokens,
+    placements(model, _only(student.params, student.own), sizes, rules), {name: n for name, n in parts.items() if n},
+    messages, operations, float(read), tokens,
   )  # fmt: skip
 
 
@@ -170,20 +197,18 @@ def serve_plan(
   """
   require_causal(model, "a plan of decoding")
   sizes = {name: sizes.get(name, 1) for name in AXES}
-  require_division(model, params, sizes, rules)
-  params = as_on(params, sizes)
   rows = _rows(batch, 1, sizes)
-  held = _bytes(_local(model, params, sizes, rules))
-  whole = _local(model, params, {**sizes, "fsdp": 1}, rules)
+  part = _Part.of(model, params, sizes, 1, rules)
+  params, whole = part.params, part.whole
   cache = sum(2 * kv * head * length * rows * kv_bytes for kv, head in model.cache_shapes(whole).values())
   layer = max((_bytes(whole) - _bytes(_with_layers(model, whole, 0))) / max(1, len(_blocks(model, params))), 0)
   parts = {
-    "weights": float(held), "keys and values": float(cache),
+    "weights": float(part.held), "keys and values": float(cache),
     "gathered weights": float(2 * layer if sizes["fsdp"] > 1 else 0),
     "activations": 4.0 * rows * max(x.shape[-1] for x in tree.weights(whole).values()),
   }  # fmt: skip
   operations = _operations(model, params, batch, 1, seen=length)
-  messages = _messages(model, params, set(tree.flatten(params)), sizes, rules, rows, 2, False, False)
+  messages = _messages(part, sizes, rules, rows, 2, False, None)
   return Plan(
     placements(model, params, sizes, rules), {name: n for name, n in parts.items() if n}, messages, operations,
     float(_bytes(whole) - _unread(model, params, whole, rows) + cache), batch,
@@ -216,24 +241,44 @@ def largest_batch(total: Callable[[int], float], room: float, step: int) -> int:
   return low * step
 
 
-def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16) -> Params:
-  """The shapes of a tree after a recipe that needs no statistics, what it leaves dense in `dtype`.
+def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16, model: Any = None) -> Params:
+  """The shapes of a tree after a recipe, what it leaves dense in `dtype`.
+
+  Args:
+    model: gives methods that calibrate the shapes of what they would collect, and its structure.
 
   Raises:
-    ConfigError: the recipe reads values, which are not there.
+    ConfigError: what the recipe makes hangs on values, which are not there.
   """
-  links = () if recipe is None else (recipe.links or (recipe,))
+  links, first = () if recipe is None else (recipe.links or (recipe,)), params
   try:
     for link in links:
-      params = jax.eval_shape(lambda p, link=link: link.apply(p, link.init(p), Evidence())[0], params)
-  except (jax.errors.ConcretizationTypeError, TypeError, WeightError) as error:
+      if link.plan is not None:
+        raise WeightError("it measures first, and then decides")
+      apply = lambda p, link=link: link.apply(p, link.init(p), _evidence(link.needs, p, first, model))[0]  # noqa: E731
+      params = jax.eval_shape(apply, params)
+  except (AttributeError, jax.errors.ConcretizationTypeError, TypeError, WeightError) as error:
     what = str(error).splitlines()[0]
     raise ConfigError(
-      f"the recipe reads weights, and a plan has their shapes alone ({what}); name a method that stores them alike, "
-      "such as round_to_nearest with the same bits and group_size"
+      f"the recipe reads weights, and a plan has their shapes alone ({link.name}: {what}); name a method that stores "
+      "them alike, such as round_to_nearest with the same bits and group_size"
     ) from None
   narrow = lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if x.dtype == jnp.float32 else x  # noqa: E731
   return tree.map_leaves(lambda _, x: narrow(x) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
+
+
+def _evidence(needs: frozenset[str], params: Params, first: Params, model: Any) -> Evidence:
+  """Evidence of the right shapes, all zeros."""
+  weights = tree.weights(params)
+  blocks = () if model is None else model.blocks(params)
+  paths = [f"{b.path}/{linear}/kernel" for b in blocks for stage in b.stages for linear in stage.linears]
+  wanted = [name for name in STATISTICS if name in needs]
+  inputs = {path: weights[path].shape[tree.contraction_axis(path)] for path in paths if path in weights}
+  dense = tree.map_leaves(lambda _, x: jnp.zeros(x.shape, jnp.float32), first)
+  return Evidence(
+    key=jax.random.key(0), structure=model, grads=dense, fisher=dense, reference=dense,
+    statistics={path: {name: STATISTICS[name].init(n) for name in wanted} for path, n in inputs.items()},
+  )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- parts
@@ -253,6 +298,54 @@ def _rows(batch: int, accumulate: int, sizes: Mapping[str, int]) -> int:
       f"of {accumulate * parts}"
     )
   return batch // parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """What one device holds of a model on a mesh; of stages, the one that holds most.
+
+  Attributes:
+    params: the whole model's shapes, as they lie on such a mesh.
+    split: what a device has of each leaf; whole: the same where `fsdp` were one.
+    own: the paths of the stage; tied: of a table that it has from another.
+  """
+
+  model: Any
+  params: Params
+  split: Params
+  whole: Params
+  own: set[str]
+  tied: set[str]
+
+  @classmethod
+  def of(
+    cls, model: Any, params: Params, sizes: Mapping[str, int], stages: int, rules: Mapping[str, str | None]
+  ) -> _Part:
+    require_division(model, params, {**sizes, "fsdp": sizes["fsdp"] * stages}, rules)  # as a run lies outside training
+    params = as_on(params, sizes)
+    split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
+    return cls(model, params, split, whole, *_heaviest(model, params, stages))
+
+  @property
+  def held(self) -> int:
+    return _bytes(_only(self.split, self.own))
+
+  @property
+  def layer(self) -> int:
+    """Bytes of the first block, gathered."""
+    return _bytes(_with_layers(self.model, self.whole, 1)) - _bytes(_with_layers(self.model, self.whole, 0))
+
+  @property
+  def embed(self) -> int:
+    return self.params["embed"]["table"].shape[-1]
+
+
+def _elements(part: Any) -> int:
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+
+
+def _nbytes(arrays: Any) -> int:
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _bytes(params: Params) -> int:
@@ -296,12 +389,6 @@ def _local(model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[
   return jax.tree.map(part, params, placed, is_leaf=lambda x: isinstance(x, NamedSharding))
 
 
-def _temporaries(model: Any, params: Params, training: Training, length: int) -> float:
-  """Bytes that a compiled step holds beside its arguments."""
-  step = compiled_step(model, params, training, length, lambda path: True)
-  return float(step.memory_analysis().temp_size_in_bytes)
-
-
 def _operations(model: Any, params: Params, tokens: int, length: int, seen: int | None = None) -> float:
   """Of a forward pass: products with every weight (of experts, those of a token), and of queries with what they see,
   half of a row in the mean."""
@@ -330,11 +417,16 @@ def _chosen(model: Any) -> int:
 
 
 def _messages(
-  model: Any, params: Params, own: Container[str], sizes: Mapping[str, int], rules: Mapping[str, str | None],
-  tokens: int, width: int, remat: bool, trains: bool, pieces: int = 1,
+  part: _Part, sizes: Mapping[str, int], rules: Mapping[str, str | None], tokens: int, width: int, remat: bool,
+  learned: Mapping[str, int] | None, pieces: int = 1,
 ) -> list[Message]:  # fmt: skip
   """What theory asks of the leaves of a stage: Megatron's sums over `tensor` (arXiv:1909.08053), ZeRO's gathers
-  (arXiv:1910.02054), once for each of the pieces that a batch is cut into."""
+  (arXiv:1910.02054), once for each of the pieces that a batch is cut into.
+
+  Args:
+    learned: how many numbers of each leaf train; None where nothing does.
+  """
+  model, params, own, trains = part.model, part.params, part.own, learned is not None
   specs, embed = dense_specs(model, params, sizes, rules), tree.flatten(params)["embed/table"].shape[-1]
   leaves = {path: leaf for path, leaf in tree.flatten(params).items() if path in own}
   t, f = sizes["tensor"], sizes["fsdp"]
@@ -368,17 +460,19 @@ def _messages(
   add("sums over experts", "all-reduce", "expert", sums * (passes + trains))
   if trains:
     add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward)
-  size = (lambda leaf: leaf.size * width) if trains else leaf_bytes
+  narrow = lambda leaf: trains and isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
+  size = lambda leaf: leaf.size * width if narrow(leaf) else leaf_bytes(leaf)  # noqa: E731
   e = sizes["expert"]
   parts = {p: (t if "tensor" in specs[p] else 1) * (e if "expert" in specs[p] else 1) for p in leaves}
   mine = {p: size(leaf) / parts[p] for p, leaf in leaves.items()}
   split = {p: float(n) for p, n in mine.items() if "fsdp" in specs[p]}
   gathers = [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))]
   add("weights", "all-gather", "fsdp", gathers * pieces)
-  if trains:
-    add("gradients", "reduce-scatter", "fsdp", list(split.values()) * pieces)
-    add("gradients", "all-reduce", "fsdp", [float(n) for p, n in mine.items() if p not in split])
-    add("gradients", "all-reduce", "data", [float(n / (f if p in split else 1)) for p, n in mine.items()])
+  if learned is not None:
+    moved = {p: learned[p] * width / parts[p] for p in mine if learned.get(p)}
+    add("gradients", "reduce-scatter", "fsdp", [n for p, n in moved.items() if p in split] * pieces)
+    add("gradients", "all-reduce", "fsdp", [n for p, n in moved.items() if p not in split])
+    add("gradients", "all-reduce", "data", [n / (f if p in split else 1) for p, n in moved.items()])
   return found
 
 

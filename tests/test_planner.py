@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import lmcompress as lmc
+from lmcompress import tree
 from lmcompress.cli import app
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.distributed.accelerators import ACCELERATORS
@@ -33,7 +34,8 @@ from lmcompress.planner import (
   stored,
   train_plan,
 )
-from lmcompress.training import Pipeline, Training, start, train_step
+from lmcompress.training import Distill, Pipeline, Training, start, train_step
+from lmcompress.transforms import at, chain, lora
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=8, kv_heads=8, tied=False)
 MODEL = Llama(LlamaConfig(head_dim=8), SIZES)
@@ -63,6 +65,29 @@ def test_weights_and_moments_are_what_a_device_holds(shape):
   assert plan.nbytes["weights, float32"] == sum(map(first, jax.tree.leaves(state.trained)))
   moments = [x for x in jax.tree.leaves(state.moments) if x.ndim]  # not the count of steps
   assert plan.nbytes["moments"] == sum(map(first, moments))
+
+
+@pytest.mark.parametrize("shape", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_adapters_over_codes_and_a_teacher(shape):
+  """What trains has moments and gradients, what stays has not; the teacher lies beside them and sends for itself."""
+  recipe = chain(at("layers/*", lmc.round_to_nearest(4, 16)), at("layers/*", lora(2)))
+  small = lmc.compress(MODEL, PARAMS, recipe, key=jax.random.key(0))[0]
+  deltas = lambda path: tree.matches("**/delta", path)  # noqa: E731
+  training = Training(steps=1, batch=BATCH, loss=Distill("forward"))
+  state = start(shard(MODEL, small, make_mesh(**shape)) if shape else small, training, deltas)
+  first = lambda arrays: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays) if x.ndim)  # noqa: E731
+  shapes = stored(SHAPES, recipe, jnp.float32)
+  plan = train_plan(MODEL, shapes, training, LENGTH, shape, trainable=deltas, teacher=(MODEL, SHAPES))
+  assert plan.nbytes["weights, float32"] == plan.nbytes["gradients"] == first(state.trained)
+  assert plan.nbytes["weights that do not train"] == first(state.kept)
+  assert plan.nbytes["moments"] == first(state.moments)
+  whole = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, shape)
+  assert plan.nbytes["the teacher"] == whole.nbytes["weights, float32"]
+  sent, all_sent = ({m.what: m.nbytes for m in p.messages if m.axis == "data"} for p in (plan, whole))
+  assert not shape or sent["gradients"] < all_sent["gradients"] / 4
+  assert any(m.what == "weights of the teacher" for m in plan.messages) == bool(shape)
+  with pytest.raises(ConfigError, match="nothing trains"):
+    train_plan(MODEL, SHAPES, training, LENGTH, shape, trainable=deltas, teacher=(MODEL, SHAPES))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -251,3 +276,22 @@ def test_a_config_says_the_rest(tmp_path):
   assert asked.batch == 4 and asked.length == 16
   assert asked.training is not None and asked.training.compute == "bfloat16" and asked.devices == 4
   assert parse_topology("data=2, tensor=2") == {"data": 2, "tensor": 2}
+  table["recipe"] = [{"name": "round_to_nearest", "at": "layers/*", "bits": 4, "group_size": 16},
+                     {"name": "lora", "at": "layers/*", "rank": 2}]  # fmt: skip
+  table["train"] |= {"trainable": ["**/delta"], "loss": {"name": "distill", "kind": "reverse"}}
+  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
+  asked = Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32")
+  made = asked.plan(4)
+  assert made.nbytes["moments"] < made.nbytes["weights that do not train"] < made.nbytes["the teacher"]
+  table["recipe"] = [{"name": "prune_neurons", "fraction": 0.5}]
+  table["calibration"] = {"text": "grimm", "windows": 1, "length": 8}
+  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
+  with pytest.raises(ConfigError, match="the recipe reads weights"):
+    Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32")
+  table["train"]["trainable"] = ["layers/**"]
+  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
+  assert "planned as if" in Asked.of(str(tmp_path / "c.yaml"), None, False, None, None, "float32").note
+  table["recipe"] = [{"name": "gptq", "at": "layers/*", "group_size": 16}]
+  (tmp_path / "c.yaml").write_text(yaml.safe_dump(table))
+  served = Asked.of(str(tmp_path / "c.yaml"), None, True, None, None, "float32")
+  assert tree.get(served.params, "layers/0/mlp/up/kernel").codes.bits == 4

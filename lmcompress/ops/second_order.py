@@ -8,6 +8,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,6 +22,8 @@ _TRIES = 8
 
 def warn_of_damping(name: str, path: str, used: Any, first: Any) -> None:
   """Says so where a Hessian took more damping than asked for, or could not be factored at all."""
+  if isinstance(used, jax.core.Tracer):
+    return  # shapes alone
   used, first = float(used), float(first)
   if not used <= 1.01 * first:
     found = "none works, this is done without feedback" if np.isinf(used) else f"{used:.3g} works"
