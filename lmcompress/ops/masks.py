@@ -58,12 +58,12 @@ def target(name: str, sparsity: float | None, pattern: str | None) -> Target:
   return Target(sparsity)
 
 
-def parse_pattern(name: str, pattern: str) -> tuple[int, int]:
-  """n and m of `"n:m"`."""
+def parse_pattern(name: str, pattern: str, argument: str = "pattern", or_else: str = "") -> tuple[int, int]:
+  """n and m of `"n:m"`; `argument` is what a message calls it, `or_else` the words that would do too."""
   found = re.fullmatch(r"(\d+):(\d+)", pattern)
   n, m = (int(found[1]), int(found[2])) if found else (0, 0)
   if not 0 < n < m:
-    raise ValueError(f"{name}(pattern={pattern!r}): write n:m with 0 < n < m, e.g. '2:4'")
+    raise ValueError(f"{name}({argument}={pattern!r}): write n:m with 0 < n < m, e.g. '2:4'{or_else}")
   return n, m
 
 

@@ -45,7 +45,9 @@ def freeze(sparse: str = "none") -> Transform:
     ValueError: no such form.
     WeightError (when applied): a weight does not fit the form that was asked for.
   """
-  n, m = (0, 0) if sparse in ("none", "auto", "bitmap") else masks.parse_pattern("freeze", sparse)
+  n, m = (0, 0) if sparse in ("none", "auto", "bitmap") else masks.parse_pattern(
+    "freeze", sparse, "sparse", ", or none, auto or bitmap"
+  )
 
   def stored(w: Any, axis: int) -> Any:
     if sparse == "none":

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import parts
+from lmcompress.arrays import SharedRef, parts, resolve
+from lmcompress.arrays.shared import SHARED
 from lmcompress.ops.divergence import divergence
 from lmcompress.types import Evidence, Params, State, Transform, WeightError
 
@@ -63,7 +64,7 @@ def prune_layers(
     found = candidates(model, params, evidence.selected)
     total = len(_layers(model, params))
     if threshold is not None:
-      gone = [path for path in found if _left(tree.get(params, path), threshold)]
+      gone = [path for path in found if _left(params, path, threshold)]
       if len(gone) >= total:
         raise WeightError(f"prune_layers(threshold={threshold}): all {total} layers have less; none would be left")
       return without(params, gone), state
@@ -81,6 +82,10 @@ def prune_layers(
     steps = [1] * count if iterative else [count] if count else []
     for step in steps:
       costs = _influences(model, params, some) if want is None else _divergences(model, params, some, want, found)
+      if lost := [path for path in found if math.isnan(costs[path])]:
+        raise WeightError(
+          f"prune_layers at {lost[0]}: its score is no number; a weight or the calibration text drives the model to NaN"
+        )
       gone = sorted(found, key=lambda path: costs[path])[:step]
       if wide := [path for path in gone if math.isinf(costs[path])]:
         raise WeightError(f"prune_layers at {wide[0]}: it changes the width of the stream, so what follows needs it")
@@ -97,18 +102,21 @@ def _layers(model: Any, params: Params) -> list[str]:
 
 
 def without(params: Params, paths: list[str]) -> Params:
-  """The tree without some subtrees."""
-  return tree.unflatten({
+  """The tree without some subtrees, and without shared values that nothing refers to any more."""
+  left = {
     path: leaf
     for path, leaf in tree.flatten(params).items()
     if not any(path.startswith(f"{gone}/") for gone in paths)
-  })  # fmt: skip
+  }  # fmt: skip
+  nodes = jax.tree.leaves(list(left.values()), is_leaf=lambda x: isinstance(x, SharedRef))
+  named = {node.path for node in nodes if isinstance(node, SharedRef)}
+  return tree.unflatten({p: x for p, x in left.items() if not p.startswith(f"{SHARED}/") or p in named})
 
 
-def _left(layer: Params, threshold: float) -> bool:
-  """Whether fewer entries than the threshold are not 0."""
-  weights = tree.weights(layer)
-  left = sum(int(jnp.sum(parts.materialize(w) != 0)) for w in weights.values())
+def _left(params: Params, layer: str, threshold: float) -> bool:
+  """Whether fewer entries of a layer than the threshold are not 0."""
+  weights = tree.weights(tree.get(params, layer))
+  left = sum(int(jnp.sum(parts.materialize(resolve(params, w)) != 0)) for w in weights.values())
   return left < (threshold if threshold >= 1 else threshold * sum(w.size for w in weights.values()))
 
 

@@ -118,7 +118,8 @@ def _keep(
   left = n - (count if count is not None else round(n * (fraction or 0.0)))
   left = min(n, math.ceil(left / multiple) * multiple)
   if left < 1:
-    raise WeightError(f"prune_width(count={count}): the stream has {n} channels, and at least one stays")
+    asked = f"count={count}" if count is not None else f"fraction={fraction}"
+    raise WeightError(f"prune_width({asked}): the stream has {n} channels, and at least one stays")
   return np.sort(np.argsort(-score, kind="stable")[:left])
 
 

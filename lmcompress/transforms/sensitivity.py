@@ -68,7 +68,7 @@ def sensitivity(
     )
   if not 0 <= spread < 1 or not outlier > 0 or tokens < 2:
     raise ValueError(f"sensitivity(spread={spread}, outlier={outlier}, tokens={tokens}): spread below 1, tokens from 2")
-  levels = tuple(sorted({min(max(sparsity + step, 0.0), 0.99 if sparsity < 1 else 1.0) for step in _STEPS}))
+  levels = tuple(sorted({min(max(sparsity + step, 0.0), 0.99 if sparsity < 0.99 else 1.0) for step in _STEPS}))
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
     leafwise(lambda w: w, check=functools.partial(require_prunable, "sensitivity")).init(params, selected)

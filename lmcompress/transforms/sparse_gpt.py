@@ -58,18 +58,30 @@ def sparse_gpt(
     raise ValueError(f"sparse_gpt(order={order!r}): group or none")
   rounding, size, clip = None, block_size, False
   if quantize is not None:
+    if not isinstance(quantize, Mapping):
+      raise ValueError(f"sparse_gpt(quantize={quantize!r}): a table, such as {{'bits': 4}}")
     if unknown := set(quantize) - set(_QUANTIZE):
       raise ValueError(f"sparse_gpt(quantize=...) does not take {min(unknown)!r}; it takes {', '.join(_QUANTIZE)}")
     q = {**_QUANTIZE, **quantize}
     if not isinstance(q["bits"], int) or not 2 <= q["bits"] <= 8 or q["clip"] not in ("error", "none"):
       raise ValueError(f"sparse_gpt(quantize={dict(quantize)}): bits are 2 to 8, clip is error or none")
+    bad = q["grid"] not in ("int", "nf4", "mxfp4") or q["convention"] not in ("full", "narrow", "signed")
+    if bad or type(q["symmetric"]) is not bool or type(q["group_size"]) is not int:
+      raise ValueError(
+        f"sparse_gpt(quantize={dict(quantize)}): grid is int, nf4 or mxfp4, convention full, narrow or signed, "
+        "symmetric true or false, group_size a number"
+      )
+    if q["grid"] != "int" and q["bits"] != 4:
+      raise ValueError(f"sparse_gpt(quantize={dict(quantize)}): codes of {q['grid']} have 4 bits")
     if q["grid"] != "int" and not q["symmetric"]:
       raise ValueError("sparse_gpt(quantize=...): only integer grids have a zero; leave symmetric out")
     size, clip = 32 if q["grid"] == "mxfp4" else q["group_size"], q["clip"] == "error"
     rounding = Rounding(q["bits"], q["symmetric"], q["grid"], q["convention"], "integer", "bfloat16")
   if size != -1 and (size < 16 or size % max(goal.m, 1)):
+    asked = f"pattern={pattern!r}, " if goal.m else ""
     raise ValueError(
-      f"sparse_gpt({'group_size' if quantize else 'block_size'}={size}): at least 16, and a multiple of the pattern's m"
+      f"sparse_gpt({asked}{'group_size' if quantize else 'block_size'}={size}): at least 16, and a multiple of the "
+      "pattern's m"
     )
   options = {
     "rounding": rounding, "group_size": size, "order": order, "clip": clip, "damping": damping,

@@ -38,7 +38,7 @@ def tie_layers(
   """
   named = [tuple(group) for group in groups] if groups is not None else None
   flat = [i for group in named or () for i in group]
-  if size < 2 or rank < 0 or len(set(flat)) != len(flat) or any(len(group) < 2 for group in named or ()):
+  if size < 2 or rank < 0 or len(set(flat)) != len(flat) or any(len(group) < 2 for group in named or ()) or named == []:
     raise ValueError(
       f"tie_layers(groups={groups}, size={size}, rank={rank}): groups of two layers or more, each layer in one; a size "
       "from 2, a rank from 0"
@@ -52,6 +52,11 @@ def tie_layers(
     if runs is None:
       inner = range(1, len(blocks) - 1)
       runs = [tuple(inner[i : i + size]) for i in range(0, len(inner) - size + 1, size)]
+    if not runs:
+      raise WeightError(
+        f"tie_layers(size={size}): there is no run of {size} layers between the first and the last of {len(blocks)}; "
+        "name the groups"
+      )
     if bad := [i for group in runs for i in group if not 0 <= i < len(blocks)]:
       raise WeightError(f"tie_layers: no layer {bad[0]} among {len(blocks)}")
     for group in runs:
@@ -62,12 +67,15 @@ def tie_layers(
 
 
 def _tie(params: Params, paths: Sequence[str], rank: int, bits: int | None, selected: frozenset[str] | None) -> Params:
-  first = [p.removeprefix(f"{paths[0]}/") for p in tree.weights(params) if p.startswith(f"{paths[0]}/")]
-  for part in first:
+  own_parts = [p.removeprefix(f"{paths[0]}/") for p in tree.weights(params) if p.startswith(f"{paths[0]}/")]
+  tied = [p for p in own_parts if selected is None or all(f"{path}/{p}" in selected for path in paths)]
+  if not tied:
+    raise WeightError(f"tie_layers: no weight is selected in all of {', '.join(paths)}, the layers that are to share")
+  for part in tied:
     members = {path: tree.get(params, f"{path}/{part}") for path in paths}
-    if selected is not None and not all(f"{path}/{part}" in selected for path in paths):
-      continue
     for path, leaf in members.items():
+      if leaf is None:
+        raise WeightError(f"tie_layers at {path}/{part}: there is none; layers that share have the same weights")
       require_dense("tie_layers", f"{path}/{part}", leaf)
       if isinstance(leaf, MaskedArray) or leaf.shape != members[paths[0]].shape:
         raise WeightError(f"tie_layers at {path}/{part}: layers that share are dense and of one shape")

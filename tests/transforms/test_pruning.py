@@ -226,6 +226,8 @@ def test_gradient_scores(tiny):
   lambda: wanda(pattern="4:2"), lambda: wanda(0.5, scope="tree"), lambda: sparse_gpt(2.0), lambda: sparse_gpt("2:4"),
   lambda: sparse_gpt(0.5, refit=-1), lambda: sparse_gpt(0.5, block_size=8), lambda: sparse_gpt(0.5, damping=0.0),
   lambda: sparse_gpt(0.5, quantize={"width": 4}), lambda: sparse_gpt(0.5, quantize={"bits": 9}),
+  lambda: sparse_gpt(0.5, quantize={"grid": "fp8_e4m3"}), lambda: sparse_gpt(0.5, quantize={"symmetric": "no"}),
+  lambda: sparse_gpt(0.5, quantize={"grid": "nf4", "bits": 3}), lambda: sparse_gpt(0.5, quantize="int4"),  # type: ignore[arg-type]
   lambda: sparse_gpt(pattern="2:7", quantize={"group_size": 32}), lambda: sparse_gpt(0.5, order="last"),
   lambda: alps(0.5, iterations=0), lambda: alps(pattern="2"), lambda: gradient(0.5, score="none"),
   lambda: gradient(pattern="2:4", scope="global"), lambda: freeze("3"),

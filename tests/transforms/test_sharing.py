@@ -17,6 +17,7 @@ from lmcompress.distributed import make_mesh, shard
 from lmcompress.evaluate.size import sizes
 from lmcompress.io import checkpoint
 from lmcompress.io.leaves import describe
+from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.ops.kmeans import linear_seeds, lloyd, nearest, optimal
 from lmcompress.transforms import (
   at,
@@ -25,6 +26,7 @@ from lmcompress.transforms import (
   kmeans,
   low_rank_residual,
   magnitude,
+  prune_layers,
   prune_neurons,
   round_to_nearest,
   share,
@@ -264,10 +266,23 @@ def test_tied_layers(tiny, tmp_path):
   assert near == sorted(near, reverse=True)
 
 
+def test_layers_with_little_left_go_with_what_they_alone_share():
+  """The article's rule after its sharing; what no layer refers to any more is not kept."""
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=32, mlp=32, layers=4, heads=4, kv_heads=4))
+  params = model.init(jax.random.key(0))
+  sparse = (at(f"layers/{i}", magnitude(0.9)) for i in (1, 2))
+  less = compress(model, params, chain(*sparse, freeze(), tie_layers([[1, 2]], rank=0), prune_layers(threshold=0.5)))[0]
+  assert set(less["layers"]) == {"0", "3"} and "shared" not in less
+  shared = compress(model, params, chain(share(16), prune_layers(threshold=0.5)))[0]
+  assert set(shared["layers"]) == set(params["layers"]) and "codebook" in shared["shared"]
+
+
 def test_ties_that_cannot_be(tiny):
   model, params = tiny
   for make, message in (
-    (lambda: tie_layers([[0, 5]]), "no layer 5 among 2"), (lambda: tie_layers([[0, 1]], rank=99), "full rank is"),
+    (lambda: tie_layers([[0, 5]]), "no layer 5 among 2"), (lambda: tie_layers(rank=2), "no run of 2 layers"),
+    (lambda: at("layers/1", tie_layers([[0, 1]], rank=2)), "no weight is selected in all of layers/0, layers/1"),
+    (lambda: tie_layers([[0, 1]], rank=99), "full rank is"),
   ):  # fmt: skip
     with pytest.raises(WeightError, match=message):
       compress(model, params, make())
@@ -353,7 +368,8 @@ def test_four_families_on_one_tree(tiny, tmp_path):
   lambda: kmeans(1), lambda: kmeans(257), lambda: kmeans(8, "column"), lambda: kmeans(8, 0),
   lambda: kmeans(8, method="x"), lambda: kmeans(8, sensitivity="x"), lambda: kmeans(8, outlier_fraction=1.0),
   lambda: share(1), lambda: share(257),
-  lambda: share(8, threshold=-1.0), lambda: share(8, threshold=float("nan")), lambda: tie_layers([[0]]),
+  lambda: share(8, threshold=-1.0), lambda: share(8, threshold=float("nan")),
+  lambda: tie_layers([[0]]), lambda: tie_layers([]),
   lambda: tie_layers([[0, 1], [1, 2]]), lambda: tie_layers(rank=-1), lambda: tie_layers(size=1),
   lambda: truncated_svd(), lambda: truncated_svd(0.5, 3), lambda: truncated_svd(0.0), lambda: truncated_svd(rank=0),
   lambda: truncated_svd(energy=1.1),

@@ -206,6 +206,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("score", ["influence", "kl"])
+def test_scores_that_are_no_number_are_named(params, score):
+  broken = tree.put(params, "layers/1/mlp_norm/scale", params["layers"]["1"]["mlp_norm"]["scale"] * jnp.nan)
+  with pytest.raises(WeightError, match=r"prune_layers at layers/\d: its score is no number"):
+    run(broken, prune_layers(1, score=score))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_removing_too_much(params, name):
   make, message = BAD[name]
