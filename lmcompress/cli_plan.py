@@ -108,6 +108,7 @@ def plan(
     body = {
       "format": 1, "model": model, "devices": devices, "sizes": asked.sizes, "serve": serve, "batch": asked.batch,
       "length": asked.length, "nbytes": made.nbytes, "total": made.total, "operations": made.operations,
+      "note": asked.note,
       "messages": [m._asdict() for m in made.messages], "placements": [p._asdict() for p in made.placements],
       "devices_of": {name: {**found, "estimate": found["estimate"]._asdict()} for name, found in rows.items()},
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
@@ -27,9 +28,9 @@ from lmcompress.distributed.sharding import (
   shardings,
 )
 from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds, share
-from lmcompress.training import Training, compiled_step, start
+from lmcompress.training import Labels, Training, compiled_step
 from lmcompress.training.pipeline import is_tied, stages_of
-from lmcompress.types import ConfigError, Evidence, Params, WeightError
+from lmcompress.types import ConfigError, Evidence, Params, Transform, WeightError
 
 
 def shapes_of(model: Any) -> Params:
@@ -126,20 +127,21 @@ def train_plan(
   require_causal(model, "a plan of training")
   stages, sizes = sizes.get("pipe", 1), {name: sizes.get(name, 1) for name in AXES}
   rows = _rows(training.batch, training.accumulate, sizes)
-  student = _Part.of(model, params, sizes, stages, rules)
+  learned = {path: _elements(leaf) for path, leaf in tree.flatten(tree.partition(params, trainable)[0]).items()}
+  if not any(learned.values()):
+    raise ConfigError("a plan of training: nothing trains, no float array of the tree is selected")
+  student = _Part.of(model, params, sizes, stages, rules, learned)
   guide = None if teacher is None else _Part.of(*teacher, sizes, stages, rules)
-  try:
-    state = jax.eval_shape(lambda p: start(p, training, trainable), _only(student.split, student.own))
-  except ValueError as error:
-    raise ConfigError(f"a plan of training: {error}") from None
-  learned = {path: _elements(leaf) for path, leaf in tree.flatten(tree.partition(student.params, trainable)[0]).items()}
-  trained, kept, average = map(_nbytes, (state.trained, state.kept, state.average))
-  moments = _nbytes([x for x in jax.tree.leaves(state.moments) if x.ndim])  # not the count of steps
+  mine, rest = tree.partition(_only(student.split, student.own), trainable)
+  trained, kept = 4 * _elements(mine), _nbytes(rest)  # what trains does so in float32
+  moments = trained * (2 if training.optimizer == "adamw" else 1)
   blocks = _blocks(model, _only(student.params, student.own))
   width = 2 if training.compute == "bfloat16" else 4
   first, of_layer = _with_layers(model, student.whole, 1), student.layer
-  some = trainable if jax.tree.leaves(tree.partition(first, trainable)[0]) else lambda path: True
-  step = dataclasses.replace(training, batch=rows)
+  block = f"{_blocks(model, first)[0].path}/"
+  some = trainable if any(n for path, n in learned.items() if path.startswith(block)) else lambda path: True
+  loss = training.loss if guide is not None else Labels()  # predictions that were written before, and not by a teacher
+  step = dataclasses.replace(training, batch=rows, match=None, loss=loss)
   beside = None if guide is None else (guide.model, _with_layers(guide.model, guide.whole, 1))
 
   def temporaries(params: Params) -> float:
@@ -150,31 +152,32 @@ def train_plan(
   activations, inner = max(temporaries(first), 0.0), hidden
   if not training.remat and len(blocks) > 1:
     inner = max(temporaries(_with_layers(model, student.whole, 2)) - activations, 0.0)
-  lying = [x for x in jax.tree.leaves(_only(student.split, student.own)) if x.dtype == jnp.float32]
-  copies = _nbytes(lying) / 2 + (0 if guide is None else guide.held / 2)
+  lying = jax.tree.leaves([_only(part.split, part.own) for part in (student, guide) if part is not None])
+  narrowed = _nbytes([x for x in lying if x.dtype == jnp.float32]) / 2
+  states = hidden if guide is None else hidden * (1 + guide.embed / student.embed)
   parts = {
     "weights, float32": float(trained), "weights that do not train": float(kept), "moments": float(moments),
-    "gradients": float(trained), "average": float(average),
+    "gradients": float(trained), "average": float(trained if training.average is not None else 0),
     "the teacher": 0.0 if guide is None else float(guide.held),
     "gathered weights": 2.0 * (of_layer + (0 if guide is None else guide.layer)) * (sizes["fsdp"] > 1),
     "activations of a block and the head": activations,
     "block inputs" if training.remat else "activations of the other blocks": inner * (len(blocks) - 1),
-    "inputs of small batches on their way": hidden * min(stages, training.accumulate) if stages > 1 else 0.0,
+    "inputs of small batches on their way": states * min(stages, training.accumulate) if stages > 1 else 0.0,
     "the first stage's table": float(_bytes(_only(student.split, student.tied))),
-    "copies in bfloat16": copies if width == 2 else 0.0,
+    "copies in bfloat16": narrowed if width == 2 else 0.0,
   }  # fmt: skip
   tokens = training.batch * length
   sent = tokens // ways(sizes)
   messages = _messages(student, sizes, rules, sent, width, training.remat, learned, training.accumulate)
   if guide is not None:
-    told = _messages(guide, sizes, rules, sent, width, False, None, training.accumulate)
+    told = _messages(guide, sizes, rules, sent, width, False, None, training.accumulate, narrow=True)
     messages += [m._replace(what=f"{m.what} of the teacher") for m in told]
   if stages > 1:
     count = 2 * training.accumulate
-    messages.append(Message("states to the next stage, gradients back", "send", "pipe", count, count * hidden))
-  weights = sum(leaf.size for leaf in tree.weights(student.params).values())
-  backward = 1 + min(1.0, sum(n for path, n in learned.items() if tree.is_weight(path)) / weights)
-  operations = (1 + training.remat + backward) * _operations(model, student.params, tokens, length)
+    nbytes = training.accumulate * (hidden + states)
+    messages.append(Message("states to the next stage, gradients back", "send", "pipe", count, nbytes))
+  operations = (2 + training.remat) * _operations(model, student.params, tokens, length)
+  operations += _operations(model, student.params, tokens, length, learned=learned)
   operations += 0 if guide is None else _operations(guide.model, guide.params, tokens, length)
   read = 4 * trained + 2 * moments + 2 * kept + (0 if guide is None else guide.held)
   return Plan(
@@ -251,13 +254,20 @@ def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16, model: Any = 
     ConfigError: what the recipe makes hangs on values, which are not there.
   """
   links, first = () if recipe is None else (recipe.links or (recipe,)), params
+
+  def applied(link: Transform, params: Params) -> Params:
+    state = link.init(params)  # what it refuses of any weights is no matter of values
+    try:
+      return link.apply(params, state, _evidence(link.needs, params, first, model))[0]
+    except (AttributeError, WeightError) as error:
+      raise TypeError(error) from None
+
   try:
     for link in links:
       if link.plan is not None:
-        raise WeightError("it measures first, and then decides")
-      apply = lambda p, link=link: link.apply(p, link.init(p), _evidence(link.needs, p, first, model))[0]  # noqa: E731
-      params = jax.eval_shape(apply, params)
-  except (AttributeError, jax.errors.ConcretizationTypeError, TypeError, WeightError) as error:
+        raise TypeError("it measures first, and then decides")
+      params = jax.eval_shape(functools.partial(applied, link), params)
+  except (jax.errors.ConcretizationTypeError, TypeError) as error:
     what = str(error).splitlines()[0]
     raise ConfigError(
       f"the recipe reads weights, and a plan has their shapes alone ({link.name}: {what}); name a method that stores "
@@ -319,12 +329,13 @@ class _Part:
 
   @classmethod
   def of(
-    cls, model: Any, params: Params, sizes: Mapping[str, int], stages: int, rules: Mapping[str, str | None]
-  ) -> _Part:
+    cls, model: Any, params: Params, sizes: Mapping[str, int], stages: int, rules: Mapping[str, str | None],
+    learned: Mapping[str, int] | None = None,
+  ) -> _Part:  # fmt: skip
     require_division(model, params, {**sizes, "fsdp": sizes["fsdp"] * stages}, rules)  # as a run lies outside training
     params = as_on(params, sizes)
     split, whole = _local(model, params, sizes, rules), _local(model, params, {**sizes, "fsdp": 1}, rules)
-    return cls(model, params, split, whole, *_heaviest(model, params, stages))
+    return cls(model, params, split, whole, *_heaviest(model, params, stages, learned or {}))
 
   @property
   def held(self) -> int:
@@ -356,8 +367,8 @@ def _blocks(model: Any, params: Params) -> tuple[Any, ...]:
   return model.blocks(params)
 
 
-def _heaviest(model: Any, params: Params, stages: int) -> tuple[set[str], set[str]]:
-  """The paths of the stage that holds most, and of a table that it has from another."""
+def _heaviest(model: Any, params: Params, stages: int, learned: Mapping[str, int]) -> tuple[set[str], set[str]]:
+  """The paths of the stage that holds most, gradients and moments counted, and of a table that it has from another."""
   if stages == 1:
     return set(tree.flatten(params)), set()
   try:
@@ -365,7 +376,8 @@ def _heaviest(model: Any, params: Params, stages: int) -> tuple[set[str], set[st
   except ValueError as error:
     raise ConfigError(f"mesh pipe={stages}: {error}") from None
   leaves = tree.flatten(params)
-  held = [sum(leaf_bytes(leaves[path]) for path, home in homes.items() if home == stage) for stage in range(stages)]
+  nbytes = {path: leaf_bytes(leaves[path]) + 12 * learned.get(path, 0) for path in homes}
+  held = [sum(nbytes[path] for path, home in homes.items() if home == stage) for stage in range(stages)]
   heaviest = held.index(max(held))
   tied = {path for path in leaves if is_tied(path, params)} if heaviest == stages - 1 else set()
   return {path for path, home in homes.items() if home == heaviest}, tied
@@ -389,13 +401,16 @@ def _local(model: Any, params: Params, sizes: Mapping[str, int], rules: Mapping[
   return jax.tree.map(part, params, placed, is_leaf=lambda x: isinstance(x, NamedSharding))
 
 
-def _operations(model: Any, params: Params, tokens: int, length: int, seen: int | None = None) -> float:
+def _operations(
+  model: Any, params: Params, tokens: int, length: int, seen: int | None = None,
+  learned: Mapping[str, int] | None = None,
+) -> float:  # fmt: skip
   """Of a forward pass: products with every weight (of experts, those of a token), and of queries with what they see,
-  half of a row in the mean."""
+  half of a row in the mean. With `learned`, of the gradients of as many numbers of each weight, and of queries."""
   head = "head/table" if "head" in params else "embed/table"
   weights = tree.weights(params)
   adds = sum(
-    multiply_adds(leaf) * share(weights, path, _chosen(model))
+    (multiply_adds(leaf) if learned is None else learned.get(path, 0)) * share(weights, path, _chosen(model))
     for path, leaf in weights.items() if path == head or not path.endswith("/table")
   )  # fmt: skip
   attended = sum(leaf.shape[-1] for path, leaf in weights.items() if path.endswith("attn/q/kernel"))
@@ -418,15 +433,17 @@ def _chosen(model: Any) -> int:
 
 def _messages(
   part: _Part, sizes: Mapping[str, int], rules: Mapping[str, str | None], tokens: int, width: int, remat: bool,
-  learned: Mapping[str, int] | None, pieces: int = 1,
+  learned: Mapping[str, int] | None, pieces: int = 1, narrow: bool = False,
 ) -> list[Message]:  # fmt: skip
   """What theory asks of the leaves of a stage: Megatron's sums over `tensor` (arXiv:1909.08053), ZeRO's gathers
   (arXiv:1910.02054), once for each of the pieces that a batch is cut into.
 
   Args:
     learned: how many numbers of each leaf train; None where nothing does.
+    narrow: a teacher's, whose dense weights are sent in the dtype of products too.
   """
   model, params, own, trains = part.model, part.params, part.own, learned is not None
+  narrow = narrow or trains
   specs, embed = dense_specs(model, params, sizes, rules), tree.flatten(params)["embed/table"].shape[-1]
   leaves = {path: leaf for path, leaf in tree.flatten(params).items() if path in own}
   t, f = sizes["tensor"], sizes["fsdp"]
@@ -460,13 +477,12 @@ def _messages(
   add("sums over experts", "all-reduce", "expert", sums * (passes + trains))
   if trains:
     add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward)
-  narrow = lambda leaf: trains and isinstance(leaf, jax.ShapeDtypeStruct)  # noqa: E731
-  size = lambda leaf: leaf.size * width if narrow(leaf) else leaf_bytes(leaf)  # noqa: E731
+  size = lambda x: x.size * width if narrow and isinstance(x, jax.ShapeDtypeStruct) else leaf_bytes(x)  # noqa: E731
   e = sizes["expert"]
   parts = {p: (t if "tensor" in specs[p] else 1) * (e if "expert" in specs[p] else 1) for p in leaves}
   mine = {p: size(leaf) / parts[p] for p, leaf in leaves.items()}
   split = {p: float(n) for p, n in mine.items() if "fsdp" in specs[p]}
-  gathers = [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, trains))]
+  gathers = [n for p, n in split.items() for _ in range(_passes(p, leaves, remat, narrow))]
   add("weights", "all-gather", "fsdp", gathers * pieces)
   if learned is not None:
     moved = {p: learned[p] * width / parts[p] for p in mine if learned.get(p)}

@@ -47,6 +47,7 @@ def _forget() -> None:
   maps = Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
     jax.clear_caches()
+    gc.collect()  # programs that lie in cycles
 
 
 @pytest.fixture(scope="module", autouse=True)

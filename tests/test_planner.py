@@ -34,7 +34,7 @@ from lmcompress.planner import (
   stored,
   train_plan,
 )
-from lmcompress.training import Distill, Pipeline, Training, start, train_step
+from lmcompress.training import Distill, Match, Pipeline, Training, start, train_step
 from lmcompress.transforms import at, chain, lora
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=8, kv_heads=8, tied=False)
@@ -88,6 +88,20 @@ def test_adapters_over_codes_and_a_teacher(shape):
   assert any(m.what == "weights of the teacher" for m in plan.messages) == bool(shape)
   with pytest.raises(ConfigError, match="nothing trains"):
     train_plan(MODEL, SHAPES, training, LENGTH, shape, trainable=deltas, teacher=(MODEL, SHAPES))
+
+
+def test_what_a_plan_of_training_takes_as_it_is():
+  """Predictions written before, a teacher of another width, and a stage in which nothing trains."""
+  written = Training(steps=1, batch=BATCH, loss=Distill("forward"))
+  plain = train_plan(MODEL, SHAPES, Training(steps=1, batch=BATCH), LENGTH, {})
+  assert train_plan(MODEL, SHAPES, written, LENGTH, {}).nbytes == plain.nbytes
+  wide = Llama(LlamaConfig(head_dim=8), dataclasses.replace(SIZES, embed=64))
+  matched = dataclasses.replace(written, match=Match(hidden=1.0))
+  beside = train_plan(MODEL, SHAPES, matched, LENGTH, {}, teacher=(wide, shapes_of(wide)))
+  assert beside.nbytes["the teacher"] > 2 * plain.nbytes["weights, float32"] * 0.9
+  staged = dataclasses.replace(Training(steps=1, batch=BATCH), accumulate=2)
+  early = train_plan(MODEL, SHAPES, staged, LENGTH, {"pipe": 2}, trainable=lambda path: path.startswith("layers/0/"))
+  assert early.nbytes["weights, float32"] == sum(x.size * 4 for x in tree.weights(SHAPES["layers"]["0"]).values()) + 256
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -59,9 +59,16 @@ def tie_layers(
       )
     if bad := [i for group in runs for i in group if not 0 <= i < len(blocks)]:
       raise WeightError(f"tie_layers: no layer {bad[0]} among {len(blocks)}")
+    done = params
     for group in runs:
-      params = _tie(params, [blocks[i] for i in group], rank, bits, evidence.selected)
-    return params, state
+      after = _tie(done, [blocks[i] for i in group], rank, bits, evidence.selected)
+      if named is not None and after is done:
+        where = ", ".join(blocks[i] for i in group)
+        raise WeightError(f"tie_layers: no weight is selected in all of {where}, the layers that are to share")
+      done = after
+    if done is params:
+      raise WeightError(f"tie_layers(size={size}): no {size} layers in a row have a weight that is selected in all")
+    return done, state
 
   return Transform(lambda params, selected=None: (), apply, scope="model", name="tie_layers")
 
@@ -69,8 +76,6 @@ def tie_layers(
 def _tie(params: Params, paths: Sequence[str], rank: int, bits: int | None, selected: frozenset[str] | None) -> Params:
   own_parts = [p.removeprefix(f"{paths[0]}/") for p in tree.weights(params) if p.startswith(f"{paths[0]}/")]
   tied = [p for p in own_parts if selected is None or all(f"{path}/{p}" in selected for path in paths)]
-  if not tied:
-    raise WeightError(f"tie_layers: no weight is selected in all of {', '.join(paths)}, the layers that are to share")
   for part in tied:
     members = {path: tree.get(params, f"{path}/{part}") for path in paths}
     for path, leaf in members.items():

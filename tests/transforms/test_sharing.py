@@ -277,6 +277,12 @@ def test_layers_with_little_left_go_with_what_they_alone_share():
   assert set(shared["layers"]) == set(params["layers"]) and "codebook" in shared["shared"]
 
 
+def test_a_pattern_says_which_layers_share():
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=32, mlp=32, layers=16, heads=4, kv_heads=4))
+  done = compress(model, model.init(jax.random.key(0)), at("layers/1*", tie_layers(rank=0)))[0]
+  assert set(done["shared"]["layers"]) == {"11", "13"}
+
+
 def test_ties_that_cannot_be(tiny):
   model, params = tiny
   for make, message in (
