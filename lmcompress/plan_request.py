@@ -90,6 +90,8 @@ class Asked:
   trainable: tuple[str, ...] = ("**",)
   teacher: tuple[Any, Params] | None = None
   note: str = ""
+  _made: dict[int, Plan] = dataclasses.field(default_factory=dict, repr=False)
+  """Plans by their rows: the same for all kinds of devices."""
 
   @classmethod
   def of(
@@ -168,14 +170,18 @@ class Asked:
     kind = "decoding" if self.training is None else f"training in {self.training.compute}"
     return f"{mesh}; {kind}, {self.batch} rows of {self.length} tokens"
 
-  def plan(self, batch: int, params: Params | None = None) -> Plan:
-    """For so many rows, and weights stored in another way."""
+  def plan(self, batch: int) -> Plan:
+    """For so many rows."""
+    if batch not in self._made:
+      self._made[batch] = self._planned(batch, self.params)
+    return self._made[batch]
+
+  def _planned(self, batch: int, params: Params) -> Plan:
     if self.training is None:
-      weights = self.params if params is None else params
-      return serve_plan(self.model, weights, batch, self.length, self.sizes, self.rules)
+      return serve_plan(self.model, params, batch, self.length, self.sizes, self.rules)
     training = dataclasses.replace(self.training, batch=batch)
     selected = lambda path: any(tree.matches(pattern, path) for pattern in self.trainable)  # noqa: E731
-    return train_plan(self.model, self.params, training, self.length, self.sizes, self.rules, selected, self.teacher)
+    return train_plan(self.model, params, training, self.length, self.sizes, self.rules, selected, self.teacher)
 
   def on(self, made: Plan, device: Accelerator) -> dict[str, Any]:
     """Whether it `fits` a device, the `estimate`, the `largest_batch`, and the first `form` of `FORMS` that fits."""
@@ -185,7 +191,7 @@ class Asked:
     form = None
     for word, keys in FORMS.items() if self.training is None else ():
       with contextlib.suppress(ConfigError):  # groups that the widths do not take
-        if self.plan(self.batch, self._in_form(keys)).total <= device.memory:
+        if self._planned(self.batch, self._in_form(keys)).total <= device.memory:
           form = word
           break
     return {
