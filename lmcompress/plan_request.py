@@ -16,7 +16,8 @@ from lmcompress.distributed.accelerators import Accelerator
 from lmcompress.distributed.sharding import AXES, RULES
 from lmcompress.models import Gemma, GemmaConfig, GemmaSizes, Llama, LlamaConfig, LlamaSizes
 from lmcompress.models.rope import Rope
-from lmcompress.planner import Plan, estimate, largest_batch, serve_plan, shapes_of, stored, train_plan, ways
+from lmcompress.planner import Plan, estimate, largest_batch, serve_plan, train_plan, ways
+from lmcompress.shapes import shapes_of, stored
 from lmcompress.training import Training
 from lmcompress.types import ConfigError, Params
 

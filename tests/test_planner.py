@@ -30,10 +30,9 @@ from lmcompress.planner import (
   largest_batch,
   ring,
   serve_plan,
-  shapes_of,
-  stored,
   train_plan,
 )
+from lmcompress.shapes import shapes_of, stored
 from lmcompress.training import Distill, Match, Pipeline, Training, start, train_step
 from lmcompress.transforms import at, chain, lora
 
