@@ -15,7 +15,7 @@ _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_co
 if _EIGHT not in os.environ.get("XLA_FLAGS", ""):  # eight threads on a busy machine may keep one another waiting
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT} {_PATIENT} {_QUICK}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-gc.set_threshold(200_000, 50, 1000)  # what JAX keeps of programs is much and lives long; to go through it takes a 15th
+gc.set_threshold(200_000, 20, 10)  # what JAX keeps of programs is much and lives long; to go through it takes a 15th
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait by spinning, which other workers pay for
 os.environ.setdefault("NPROC", "32")  # XLA's threads: programs of eight devices in flight must not starve each other
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
