@@ -85,7 +85,10 @@ def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
 def study(
   path: Path, seeds: list[int], peer: str | None, only: list[str], folder: Path, gather: bool, earlier: list[Any]
 ) -> dict[str, Any]:
-  """Runs what has left no file yet (nothing with `gather`), and gathers the medians; `earlier` rows are completed."""
+  """Runs what has left no file yet (nothing with `gather`), and gathers the medians.
+
+  Rows of an `earlier` result stay, and get the ratios of more seeds; the other figures are then those of the files.
+  """
   config = load_config(path, [])
   if config.calibration is None:
     raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
@@ -119,8 +122,8 @@ def study(
   for who, name in dict.fromkeys([*known, *jobs]):
     files = [folder / f"{who}-{name}-{seed}.json" for seed in seeds]
     old = known.get((who, name))
-    ratios = {str(seed): ratio for seed, ratio in enumerate(old["ratios"])} if old else {}
-    found = {str(s): json.loads(f.read_text("utf-8")) for s, f in zip(seeds, files, strict=True) if f.exists()}
+    ratios = dict(zip(old.get("texts", range(old["seeds"])), old["ratios"], strict=True)) if old else {}
+    found = {s: json.loads(f.read_text("utf-8")) for s, f in zip(seeds, files, strict=True) if f.exists()}
     if not found and old:
       rows.append(old)
     elif found:
@@ -129,7 +132,8 @@ def study(
       middle["ratio"] = statistics.median(ratios.values())
       middle["perplexity"] = middle["ratio"] * first["float32"]
       rows.append({"who": who, "name": name, "seeds": len(ratios), "float32": first["float32"], **middle,
-                   "ratios": [ratios[seed] for seed in sorted(ratios)], "recipe": first.get("recipe")})
+                   "texts": sorted(ratios), "ratios": [ratio for _, ratio in sorted(ratios.items())],
+                   "recipe": first.get("recipe")})
   return {"format": 1, "name": config.name, "model": config.model, "calibration": config.calibration.model_dump(),
           "evaluate": config.evaluate.model_dump(mode="json"), "versions": versions(), "device": device(), "rows": rows}
 

@@ -298,11 +298,11 @@ class _Part:
 
 
 def _elements(part: Any) -> int:
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+  return sum(x.size for x in jax.tree.leaves(part))
 
 
 def _nbytes(arrays: Any) -> int:
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _bytes(params: Params) -> int:

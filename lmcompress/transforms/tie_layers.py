@@ -74,8 +74,8 @@ def tie_layers(
 
 
 def _tie(params: Params, paths: Sequence[str], rank: int, bits: int | None, selected: frozenset[str] | None) -> Params:
-  own_parts = [p.removeprefix(f"{paths[0]}/") for p in tree.weights(params) if p.startswith(f"{paths[0]}/")]
-  tied = [p for p in own_parts if selected is None or all(f"{path}/{p}" in selected for path in paths)]
+  linears = [p.removeprefix(f"{paths[0]}/") for p in tree.weights(params) if p.startswith(f"{paths[0]}/")]
+  tied = [p for p in linears if selected is None or all(f"{path}/{p}" in selected for path in paths)]
   for part in tied:
     members = {path: tree.get(params, f"{path}/{part}") for path in paths}
     for path, leaf in members.items():

@@ -22,6 +22,7 @@ from lmcompress.transforms import (
   kmeans,
   magnitude,
   round_to_nearest,
+  sensitivity,
   sparse_gpt,
   truncated_svd,
   wanda,
@@ -250,3 +251,12 @@ def test_a_chain_counts_its_zeros(tiny):
   _, report = compress(*tiny, chain(sparse_gpt(pattern="2:4"), gptq(4, 16), freeze("2:4")), tokens)
   last = report.last()
   assert all(row["kind"].startswith("2:4 int4") and row["sparsity"] >= 0.5 for row in last.values())
+
+
+def test_almost_all_is_allotted(tiny):
+  """Above 99 % too, the weights that lose least may go whole."""
+  model, params = tiny
+  done = compress(model, params, sensitivity(0.995, "weight", method="magnitude"), None)[0]
+  masks = [leaf for leaf in tree.weights(done).values() if isinstance(leaf, MaskedArray)]
+  zeros = sum(int(jnp.sum(leaf.materialize() == 0)) for leaf in masks)
+  assert 0.995 * sum(leaf.size for leaf in masks) <= zeros < sum(leaf.size for leaf in masks)
