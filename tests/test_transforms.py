@@ -318,7 +318,7 @@ def statistics_of(inputs):
   r = x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
   found = {
     "hessian": x.T @ x / 100, "reference_hessian": x.T @ r / 100, "absmax": np.abs(x).max(0),
-    "mean_abs": np.abs(x).mean(0), "second_moment": (x * x).mean(0), "histogram": np.ones(960),
+    "mean": x.mean(0), "mean_abs": np.abs(x).mean(0), "second_moment": (x * x).mean(0), "histogram": np.ones(960),
   }
   return {name: jnp.asarray(value) for name, value in found.items()}
 

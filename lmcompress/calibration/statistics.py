@@ -52,6 +52,7 @@ STATISTICS = {
   "reference_hessian": Statistic(
     _square, lambda s, x, reference: s + _gram(x, reference), lambda s, count: 2.0 * s / count, reference=True
   ),
+  "mean": Statistic(_row, lambda s, x, _: s + jnp.sum(x, axis=0), lambda s, count: s / count),
   "second_moment": Statistic(_row, lambda s, x, _: s + jnp.sum(x * x, axis=0), lambda s, count: s / count),
   "absmax": Statistic(_row, lambda s, x, _: jnp.maximum(s, jnp.max(jnp.abs(x), axis=0)), lambda s, count: s),
   "minimum": Statistic(_row, lambda s, x, _: jnp.minimum(s, jnp.min(x, axis=0)), lambda s, count: s),
@@ -60,5 +61,5 @@ STATISTICS = {
   "mean_abs": Statistic(_row, lambda s, x, _: s + jnp.sum(jnp.abs(x), axis=0), lambda s, count: s / count),
 }
 """`hessian` is `(2 / tokens) sum x x^T: [in, in]`, `reference_hessian` `(2 / tokens) sum x r^T` with r the input in the
-model before compression; `second_moment`, `absmax`, `mean_abs`, `minimum` and `maximum` (0 included) are `[in]`;
-`histogram: [bins]` counts `|x|` of all inputs in `ops.observers`' bins."""
+model before compression; `mean`, `second_moment`, `absmax`, `mean_abs`, `minimum` and `maximum` (0 included) are
+`[in]`; `histogram: [bins]` counts `|x|` of all inputs in `ops.observers`' bins."""

@@ -38,11 +38,25 @@ def _paley(prime: int, symmetric: bool) -> np.ndarray:
   return np.kron(edge, np.array([[1, 1], [1, -1]], np.int8)) + np.kron(one, np.array([[1, -1], [-1, -1]], np.int8))
 
 
-def random_rotation(n: int, key: jax.Array) -> jax.Array:
+def random_rotation(n: int, key: jax.Array, means: bool = False) -> jax.Array:
   """An orthogonal matrix `[n, n]` float32: a Hadamard matrix with its rows' signs drawn at random (arXiv:2404.00456).
 
   Where there is none of that size, a matrix drawn from all rotations alike.
+
+  Args:
+    means: the mean of `x Q` is that of `x`: the matrix is reflected so that it leaves the direction of ones as it is.
   """
+  q = _random_rotation(n, key)
+  if not means:
+    return q
+  ones = jnp.full(n, n**-0.5, jnp.float32)
+  apart = jnp.matmul(q, ones, precision=jax.lax.Precision.HIGHEST) - ones
+  length = jnp.vdot(apart, apart)
+  weight = jnp.where(length > 1e-12, 2.0 / jnp.maximum(length, 1e-12), 0.0)
+  return q - weight * jnp.outer(apart, jnp.matmul(apart, q, precision=jax.lax.Precision.HIGHEST))
+
+
+def _random_rotation(n: int, key: jax.Array) -> jax.Array:
   known = hadamard(n)
   if known is None:
     q, r = jnp.linalg.qr(jax.random.normal(key, (n, n), jnp.float32))

@@ -17,7 +17,7 @@ from lmcompress.arrays import MaskedArray, fetch
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 STATISTICS = (
-  "hessian", "reference_hessian", "second_moment", "absmax", "mean_abs", "minimum", "maximum", "histogram"
+  "hessian", "reference_hessian", "mean", "second_moment", "absmax", "mean_abs", "minimum", "maximum", "histogram"
 )  # fmt: skip
 """Evidence that is kept per weight; a matrix function asks for it by a keyword-only argument of that name."""
 

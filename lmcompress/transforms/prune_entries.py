@@ -47,6 +47,8 @@ def prune_entries(
 ) -> Transform:
   """The transform of `prune_neurons` and `prune_heads`: removes entries of an axis of each block.
 
+  A fraction that is less than half an entry of a block is refused: nothing would be removed.
+
   Args:
     words: what an entry is called.
     find: picks axes among a block's own, with the first place of each; all of them lose entries (a decoder that looks
@@ -114,7 +116,13 @@ def prune_entries(
   def each(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     for part in chosen(params, evidence):
       found = scores(params, evidence, *part)
-      gone = count if count is not None else round(found.shape[-1] * (fraction or 0.0))
+      n = found.shape[-1]
+      gone = count if count is not None else round(n * (fraction or 0.0))
+      if fraction and not gone:
+        raise WeightError(
+          f"{name}(fraction={fraction}) at {part[0].path}: of {n} {words} that is less than half of one, and none "
+          f"would go; give a fraction above {0.5 / n:.3g}, or a count"
+        )
       params = remove(params, evidence, part, found, gone)
     return params, state
 

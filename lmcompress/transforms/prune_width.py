@@ -26,7 +26,8 @@ def prune_width(
 
   A channel's score is the energy that the linears behind norms and the head get from it on calibration tokens, each
   stage's as a share of its whole. What reads the stream first takes over what those channels gave, by least squares.
-  A norm over fewer channels divides by another root mean square: its scale makes up for that on average. Tables that
+  A norm over fewer channels subtracts another mean and divides by another deviation: its scale and bias make up for
+  that on average, where the structure says which linears it feeds (a norm behind a part stays as it is). Tables that
   are tied stay so.
 
   Args:
@@ -37,7 +38,8 @@ def prune_width(
 
   Raises:
     ValueError: not exactly one of fraction and count, or out of range.
-    WeightError (when planned): a weight is compressed or not selected, or no channel would be left.
+    WeightError (when planned): a weight is compressed or not selected, no channel would be left, or by rounding none
+      would go.
   """
   if (fraction is None) == (count is None):
     raise ValueError(f"prune_width(fraction={fraction}, count={count}): give exactly one of the two")
@@ -52,41 +54,58 @@ def prune_width(
       raise WeightError(f"prune_width narrows the whole model; {min(left)} is not selected, leave the pattern out")
     for path, leaf in tree.weights(params).items():
       require_dense("prune_width", path, leaf)
-    for path in tree.flatten(params):
-      if path.endswith("/scale") and tree.get(params, path.replace("/scale", "/bias")) is not None:
-        raise WeightError(f"prune_width at {path}: this norm subtracts a mean, which a narrower stream would move")
     return {}
 
   def measure(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
-    model, found = evidence.structure, dict(state)
-    for block in model.blocks(params):
-      for stage in block.stages:
-        scale = tree.get(params, f"{block.path}/{stage.source}/scale")
-        paths = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
-        if scale is None or tree.get(params, paths[0]) is None:
-          continue
-        moment = (evidence.statistics or {})[paths[0]]["second_moment"]
-        found[f"{block.path}/{stage.source}"] = _energy(moment, [tree.get(params, path) for path in paths], scale)
+    found = dict(state)
+    for path, linears in _reading(evidence.structure, params):
+      readers = [tree.get(params, linear) for linear in linears]
+      known = (evidence.statistics or {})[linears[0]]
+      norm = {leaf: tree.get(params, f"{path}/{leaf}") for leaf in ("scale", "bias")}
+      found[path] = _energy(known["second_moment"], known["mean"], readers, norm["scale"], norm["bias"])
+    if found and (head := _head(evidence.structure, params, list(found.values())[-1])) is not None:
+      found["head"] = head
     return params, found
 
   def plan(state: Mapping[str, Energy]) -> Transform:
     keep = functools.partial(_keep, state, fraction, count, multiple)
     return chain(_take_over(state, keep), _narrow(state, keep)) if compensate else _narrow(state, keep)
 
-  needs = frozenset({"second_moment"})
+  needs = frozenset({"second_moment", "mean"})
   return Transform(init, measure, needs, scope="block", name="prune_width", plan=plan)
 
 
 class Energy(NamedTuple):
-  """What a norm gives, by channel `[channels]`, in shares that add up to 1.
+  """What a norm, or the stream itself, gives the linears that read it, by channel `[channels]`.
 
   Attributes:
-    read: of what the linears behind it get.
-    normal: of the stream that it scales.
+    read: of what the linears get, in shares that add up to 1.
+    normal: the mean square of the normalized stream; ones where no norm is known.
+    mean: the mean of the normalized stream; zeros under a norm that subtracts none.
   """
 
   read: np.ndarray
   normal: np.ndarray
+  mean: np.ndarray
+
+
+def _reading(model: Any, params: Params) -> list[tuple[str, list[str]]]:
+  """What gives linears the hidden stream, and their paths: a norm, or where none is known a stage's name.
+
+  A linear that several stages name, as those of experts, is counted with the first.
+  """
+  found, seen, stream = [], set[str](), stream_norms("prune_width", model, params)[0]
+  for block in model.blocks(params):
+    for stage in block.stages:
+      linears = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
+      if seen.intersection(linears) or tree.get(params, linears[0]) is None:
+        continue
+      if tree.axes_of(model.axes, linears[0])[-2:-1] == (stream,):
+        seen.update(linears)
+        norm = f"{block.path}/{stage.source}"
+        known = bool(stage.source) and tree.get(params, f"{norm}/scale") is not None
+        found.append((norm if known else f"{block.path}/{stage.name}", linears))
+  return found
 
 
 @jax.jit
@@ -94,31 +113,55 @@ def _square_rows(w: jax.Array) -> jax.Array:
   return jnp.sum(jnp.square(w.astype(jnp.float32)), axis=1)
 
 
-def _energy(moment: jax.Array, readers: Sequence[Any], scale: jax.Array) -> Energy:
-  read = np.asarray(moment * sum(_square_rows(parts.materialize(w)) for w in readers), np.float64)
-  gain = np.square(np.asarray(scale, np.float64))
-  normal = np.asarray(moment, np.float64) / np.where(gain > 0, gain, 1.0)
-  return Energy(read / max(read.sum(), 1e-300), normal / max(normal.sum(), 1e-300))
+def _energy(moment: jax.Array, mean: jax.Array, readers: Sequence[Any], scale: Any, bias: Any) -> Energy:
+  second, first = (np.asarray(x, np.float64) for x in (moment, mean))
+  read = second * np.asarray(sum(_square_rows(parts.materialize(w)) for w in readers), np.float64)
+  read = read / max(read.sum(), 1e-300)
+  if scale is None:
+    return Energy(read, np.ones_like(second), np.zeros_like(second))
+  gain = np.asarray(scale, np.float64)
+  gain = np.where(gain == 0, np.inf, gain)  # such a channel tells nothing of the stream
+  if bias is None:
+    return Energy(read, _whole(second / gain**2), np.zeros_like(second))
+  shift = np.asarray(bias, np.float64)
+  return Energy(read, _whole((second - 2 * shift * first + shift**2) / gain**2), (first - shift) / gain)
+
+
+def _head(model: Any, params: Params, last: Energy) -> Energy | None:
+  """The head as a reader, of a stream like the last norm's; None in a tree without one, or whose head reads another."""
+  stream, norms = stream_norms("prune_width", model, params)
+  if "embed" not in params or (tree.axes_of(model.axes, "head/table") or (stream,))[-1] != stream:
+    return None
+  table = params["head" if "head" in params else "embed"]["table"]
+  single = [tree.get(params, f"{path}/scale") for path in norms]
+  gain = np.square(np.asarray(single[0], np.float64)) if len(single) == 1 else 1.0
+  read = last.normal * gain * np.asarray(_square_rows(parts.materialize(table).T), np.float64)
+  return Energy(read / max(read.sum(), 1e-300), last.normal, last.mean)
+
+
+def _whole(square: np.ndarray) -> np.ndarray:
+  """Mean squares whose mean over channels is 1, as that of a normalized stream is."""
+  return square / max(square.mean(), 1e-300)
 
 
 def _keep(
   state: Mapping[str, Energy], fraction: float | None, count: int | None, multiple: int, params: Params
 ) -> np.ndarray:
-  """The channels that stay, ascending; the head is one more reader, of the last norm."""
+  """The channels that stay, ascending; the head counts as much as all the blocks' readers together."""
   if not state:
-    raise WeightError("prune_width: no norm feeds a stage of the model; its structure does not tell what to narrow")
-  score = np.mean([energy.read for energy in state.values()], axis=0)
-  scales = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("/scale")}
-  last = [path for path, x in scales.items() if path.removesuffix("/scale") not in state and x.size == score.size]
-  table = params["head"]["table"] if "head" in params else params["embed"]["table"]
-  gain = np.square(np.asarray(tree.get(params, last[0]), np.float64)) if len(last) == 1 else 1.0
-  head = list(state.values())[-1].normal * gain * np.asarray(_square_rows(parts.materialize(table).T), np.float64)
-  score = score + head / max(head.sum(), 1e-300)
+    raise WeightError("prune_width: no stage of the model reads its stream; its structure does not tell what to narrow")
+  blocks = [energy.read for path, energy in state.items() if path != "head"]
+  score = np.mean(blocks, axis=0) + (state["head"].read if "head" in state else 0.0)
   n = score.size
   left = n - (count if count is not None else round(n * (fraction or 0.0)))
   left = min(n, math.ceil(left / multiple) * multiple)
+  asked = f"count={count}" if count is not None else f"fraction={fraction}"
+  if left == n and (fraction or count):
+    raise WeightError(
+      f"prune_width({asked}, multiple={multiple}): of {n} channels none would go, by rounding; "
+      f"ask for {multiple} or more"
+    )
   if left < 1:
-    asked = f"count={count}" if count is not None else f"fraction={fraction}"
     raise WeightError(f"prune_width({asked}): the stream has {n} channels, and at least one stays")
   return np.sort(np.argsort(-score, kind="stable")[:left])
 
@@ -132,13 +175,11 @@ def _take_over(state: Mapping[str, Energy], keep: Keep) -> Transform:
   def apply(params: Params, planned: State, evidence: Evidence) -> tuple[Params, State]:
     stays = np.zeros(next(iter(state.values())).read.size, bool)
     stays[planned] = True
-    for block in evidence.structure.blocks(params):
-      for stage in block.stages:
-        paths = [f"{block.path}/{linear}/kernel" for linear in stage.readers]
-        for path in paths if f"{block.path}/{stage.source}" in state else ():
-          leaf = tree.get(params, path)
-          moved = compensated(parts.materialize(leaf), (evidence.statistics or {})[path]["hessian"], jnp.asarray(stays))
-          params = tree.put(params, path, with_values(leaf, moved))
+    for _, linears in _reading(evidence.structure, params):
+      for path in linears:
+        leaf = tree.get(params, path)
+        moved = compensated(parts.materialize(leaf), (evidence.statistics or {})[path]["hessian"], jnp.asarray(stays))
+        params = tree.put(params, path, with_values(leaf, moved))
     return params, planned
 
   needs = frozenset({"hessian"})
@@ -149,13 +190,17 @@ def _narrow(state: Mapping[str, Energy], keep: Keep) -> Transform:
   """Removes the channels everywhere, and rescales norms."""
 
   def apply(params: Params, planned: State, evidence: Evidence) -> tuple[Params, State]:
-    model, n = evidence.structure, next(iter(state.values())).read.size
-    shares = {path: float(energy.normal[planned].sum()) for path, energy in state.items()}
+    model, last = evidence.structure, list(state.values())[-1]
     axis, norms = stream_norms("prune_width", model, params)
     params = remaining(model, params, axis, planned)
     for path in norms:
-      share, scale = shares.get(path, list(shares.values())[-1]), tree.get(params, f"{path}/scale")
-      params = tree.put(params, f"{path}/scale", (scale * math.sqrt(share * n / len(planned))).astype(scale.dtype))
+      energy = state.get(path, last)
+      shift = float(energy.mean[planned].mean())
+      deviation = math.sqrt(max(float(energy.normal[planned].mean()) - shift**2, 0.0))
+      scale, bias = (tree.get(params, f"{path}/{leaf}") for leaf in ("scale", "bias"))
+      params = tree.put(params, f"{path}/scale", (scale * deviation).astype(scale.dtype))
+      if bias is not None:
+        params = tree.put(params, f"{path}/bias", (bias + scale * shift).astype(bias.dtype))
     return params, planned
 
   return Transform(lambda params, selected=None: keep(params), apply, scope="model", name="prune_width")

@@ -25,14 +25,15 @@ def rotate(heads: bool = True) -> Transform:
   The scales of norms move into the linears that read them, and the last one into the head, which is untied from the
   embedding where they shared a table; then every weight that reads or writes the hidden stream is turned. Outliers
   of weights and activations spread over all channels, so that rounding hurts less. Nothing is rounded: the logits stay
-  as they are, which is checked on a few tokens. To be followed by a method that quantizes.
+  as they are, which is checked on a few tokens. To be followed by a method that quantizes. Under norms that subtract a
+  mean (Ba et al. 2016, arXiv:1607.06450) the rotation is one that leaves means as they are.
 
   Args:
     heads: also turns the values within each head, and the linear that reads them back.
 
   Raises:
-    WeightError: a weight is compressed already, a norm subtracts a mean or is not where the structure says, or the
-      logits changed.
+    WeightError: a weight is compressed already, a norm is not where the structure says or has scales of 0 beside a
+      bias, or the logits changed.
   """
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
@@ -53,7 +54,9 @@ def rotate(heads: bool = True) -> Transform:
     sizes = {tree.get(folded, place.path).shape[place.dim] for place in turned}
     if len(sizes) != 1:
       raise WeightError(f"rotate: axis {hidden!r} has extents {sorted(sizes)}; a rotation needs one")
-    q, done = random_rotation(sizes.pop(), path_key(key, hidden)), folded
+    norms = stream_norms("rotate", model, folded)[1]
+    centred = any(tree.get(folded, f"{path}/bias") is not None for path in norms)
+    q, done = random_rotation(sizes.pop(), path_key(key, hidden), centred), folded
     for place in turned:  # every leaf along the hidden axis in the new basis, in which the stream is `h Q`
       done = tree.put(done, place.path, _times(tree.get(done, place.path), q, place.dim))
     if heads:
@@ -69,10 +72,10 @@ def rotate(heads: bool = True) -> Transform:
 def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
   """Moves each norm's scale into the linears that read its output, and leaves ones; also the hidden axis' name.
 
-  The head, where it is the embedding itself, becomes a table of its own.
+  A bias is divided by it. The head, where it is the embedding itself, becomes a table of its own.
 
   Raises:
-    WeightError: a norm has a bias, or feeds no stage.
+    WeightError: a norm feeds no stage, or has a bias and a scale of 0.
   """
   hidden, norms = stream_norms("rotate", model, params)
   blocks = model.blocks(params)
@@ -83,11 +86,13 @@ def fold_norms(model: Any, params: Params) -> tuple[Params, str]:
   }
   outside = [path for path in norms if not any(path.startswith(f"{block.path}/") for block in blocks)]
   for path in norms:
-    if tree.get(params, f"{path}/bias") is not None:
-      raise WeightError(f"rotate at {path}: it has a bias and subtracts a mean; only norms by the mean square turn")
     if path not in feeds and outside != [path]:
       raise WeightError(f"rotate at {path}: no stage reads this norm, so its scale cannot move into a linear")
-    scale = tree.get(params, f"{path}/scale").astype(jnp.float32)
+    scale, bias = tree.get(params, f"{path}/scale").astype(jnp.float32), tree.get(params, f"{path}/bias")
+    if bias is not None:
+      if not bool(jnp.all(scale != 0)):
+        raise WeightError(f"rotate at {path}: a scale of 0 beside a bias cannot move into the linears that read it")
+      params = tree.put(params, f"{path}/bias", (bias / scale).astype(bias.dtype))
     for reader in feeds.get(path, []):
       w = tree.get(params, reader)
       if w is not None:

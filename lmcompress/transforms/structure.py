@@ -146,17 +146,22 @@ def require_removable(name: str, params: Params, found: list[Place]) -> None:
 
 
 def stream_norms(name: str, model: Any, params: Params) -> tuple[str, list[str]]:
-  """The axis of the hidden stream, and the norms over it; norms within blocks' own axes, as of queries, are not.
+  """The axis of the hidden stream, and the norms over it.
+
+  It is the axis that norms of blocks share with what lies outside of blocks: norms within blocks' own axes, as of
+  queries, and those of a head alone are not over it.
 
   Raises:
-    WeightError: there are none, or they lie on several axes.
+    WeightError: blocks have no norms, or they lie on several axes.
   """
   fixed = _global_axes(model)
-  norms = {path: tree.axes_of(model.axes, path)[-1] for path in tree.flatten(params) if path.endswith("/scale")}
-  norms = {path.removesuffix("/scale"): axis for path, axis in norms.items() if axis in fixed}
-  if len(set(norms.values())) != 1:
-    raise WeightError(f"{name}: norms lie on axes {sorted(map(str, set(norms.values())))}; exactly one is needed")
-  return next(iter(norms.values())), list(norms)
+  scales = {pattern: names[-1] for pattern, names in model.axes.items() if pattern.endswith("/scale")}
+  streams = {axis for pattern, axis in scales.items() if _numbered(pattern) and axis in fixed}
+  if len(streams) != 1:
+    raise WeightError(f"{name}: norms lie on axes {sorted(map(str, streams))}; exactly one is needed")
+  axis = next(iter(streams))
+  paths = [path for path in tree.flatten(params) if path.endswith("/scale")]
+  return axis, [p.removesuffix("/scale") for p in paths if tree.axes_of(model.axes, p)[-1:] == (axis,)]
 
 
 def with_values(leaf: Any, values: jax.Array) -> Any:

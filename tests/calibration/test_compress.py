@@ -28,11 +28,11 @@ def spy(seen, factor=0.5):
   """Keeps the statistics it is given, and changes the weight so that the next block sees it."""
 
   def method(
-    w, *, path, hessian, reference_hessian, second_moment, absmax, mean_abs, minimum, maximum, histogram
+    w, *, path, hessian, reference_hessian, mean, second_moment, absmax, mean_abs, minimum, maximum, histogram
   ):
     seen[path] = {
       "hessian": hessian, "reference_hessian": reference_hessian, "second_moment": second_moment, "absmax": absmax,
-      "mean_abs": mean_abs, "minimum": minimum, "maximum": maximum, "histogram": histogram,
+      "mean": mean, "mean_abs": mean_abs, "minimum": minimum, "maximum": maximum, "histogram": histogram,
     }
     return w * factor
 
@@ -67,7 +67,7 @@ def test_statistics_are_those_of_the_tapped_inputs(tiny, calibration):
       x, r = (tapped(model, params, after, block, stage, calibration) for after in (done, params))
       want = {
         "hessian": 2 / len(x) * x.T @ x, "reference_hessian": 2 / len(x) * x.T @ r,
-        "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
+        "mean": x.mean(0), "second_moment": (x * x).mean(0), "absmax": np.abs(x).max(0),
         "mean_abs": np.abs(x).mean(0), "minimum": np.minimum(x.min(0), 0), "maximum": np.maximum(x.max(0), 0),
         "histogram": np.histogram(np.abs(x), edges())[0],
       }

@@ -17,9 +17,13 @@ from lmcompress.transforms import (
   kmeans,
   low_rank_residual,
   magnitude,
+  prune_layers,
   prune_neurons,
+  prune_width,
+  quantize_activations,
   round_to_nearest,
   share,
+  sparse_code,
   tie_layers,
   truncated_svd,
 )
@@ -30,12 +34,16 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
 METHODS = {  # one of a kind; those that calibrate compose as these do, and their own tests show it
   "magnitude": lambda: magnitude(0.5),
   "prune_neurons": lambda: prune_neurons(0.25, score="magnitude", compensate=False),
+  "prune_width": lambda: prune_width(0.25, compensate=False),
+  "prune_layers": lambda: prune_layers(1),
   "round_to_nearest": lambda: round_to_nearest(4, 16),
   "kmeans": lambda: kmeans(8),
+  "sparse_code": lambda: sparse_code(atoms=8, nonzeros=2, group_size=16, steps=2),
   "share": lambda: share(16),
-  "tie_layers": lambda: tie_layers([[0, 1]], rank=2),
+  "tie_layers": lambda: tie_layers([[1, 2]], rank=2),
   "truncated_svd": lambda: truncated_svd(0.8, whitening="none"),
   "low_rank_residual": lambda: low_rank_residual(2, "none"),
+  "quantize_activations": lambda: quantize_activations(0.05),
 }
 REASONS = {
   "already stored as": "stored",
@@ -54,7 +62,7 @@ def outcome(first, second):
   """`yes`, or in a word why the pair is refused."""
   from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 
-  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=32, mlp=32, layers=2, heads=4, kv_heads=4))
+  model = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=32, mlp=32, layers=3, heads=4, kv_heads=4))
   try:
     done, _ = compress(model, _params(model), chain(METHODS[first](), METHODS[second]()), TOKENS, jax.random.key(0))
   except WeightError as error:

@@ -93,11 +93,9 @@ WHOLE = (
 """Methods of the whole model, which a pattern does not narrow."""
 REASONS = {
   "predicts no next token": "no next token",
-  "subtracts a mean": "layer norm",
   "no axis of its own": "no such axis",
   "no stage reads this norm": "norms apart",
   "norms lie on axes []": "no norm",
-  "no norm feeds": "no norm",
   "alone feeds what is selected": "nothing feeds it",
 }
 """A word for the table, by what the error says."""

@@ -11,6 +11,7 @@ import pytest
 
 from lmcompress import tree
 from lmcompress.calibration import compress
+from lmcompress.models import GPT2, GPT2Config, GPT2Sizes, Phi, PhiConfig, PhiSizes
 from lmcompress.ops.hadamard import hadamard, random_rotation
 from lmcompress.ops.rounding import quantize
 from lmcompress.transforms import at, chain, magnitude, rotate, round_to_nearest
@@ -32,6 +33,30 @@ def test_a_rotation_of_any_size(n):
   q = np.asarray(random_rotation(n, jax.random.key(3)), np.float64)
   np.testing.assert_allclose(q @ q.T, np.eye(n), atol=2e-6)
   assert not np.array_equal(q, random_rotation(n, jax.random.key(4)))
+
+
+@pytest.mark.parametrize("n", [1, 6, 64])
+def test_a_rotation_that_keeps_means(n):
+  q = np.asarray(random_rotation(n, jax.random.key(3), means=True), np.float64)
+  np.testing.assert_allclose(q @ q.T, np.eye(n), atol=3e-6)
+  np.testing.assert_allclose(q.sum(axis=1), np.ones(n), atol=3e-6)  # the mean of x Q is that of x
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Phi"])
+def test_norms_that_subtract_a_mean(name):
+  """The logits stay, and outliers of the stream spread."""
+  if name == "GPT2":
+    model = GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=64, embed=32, mlp=32, layers=2, heads=4))
+  else:
+    model = Phi(PhiConfig(head_dim=8, turned=4), PhiSizes(vocab=64, embed=32, mlp=32, layers=2, heads=4, kv_heads=4))
+  params = model.init(jax.random.key(1))
+  for i, (path, leaf) in enumerate(tree.flatten(params).items()):
+    if path.endswith(("/bias", "norm/scale")):
+      params = tree.put(params, path, leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape))
+  done, _ = compress(model, params, rotate(), key=jax.random.key(0))
+  a, b = (np.asarray(model.apply(p, TOKENS), np.float64) for p in (params, done))
+  np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())
+  assert not np.allclose(done["embed"]["table"], params["embed"]["table"])
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +115,8 @@ def refused(model, params, recipe, match):
 
 def test_what_it_cannot_turn(tiny):
   model, params = tiny
-  bias = tree.put(params, "layers/0/attn_norm/bias", jnp.zeros(32))
-  refused(model, bias, rotate(), "layers/0/attn_norm: it has a bias")
+  silent = tree.put(params, "layers/0/attn_norm", {"scale": jnp.ones(32).at[3].set(0), "bias": jnp.ones(32)})
+  refused(model, silent, rotate(), "layers/0/attn_norm: a scale of 0 beside a bias")
   refused(model, params, at("layers/*", chain(magnitude(0.5), rotate())), "masked")
   refused(model, params, chain(round_to_nearest(4, 16), rotate()), "layers/0/attn/k/kernel: the weight is already")
   refused(model, params, at("layers/*/mlp", rotate()), "turns the whole model; layers/0/attn/k/kernel")

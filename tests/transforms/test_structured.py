@@ -16,7 +16,17 @@ from lmcompress.distributed import make_mesh, shard
 from lmcompress.evaluate.size import sizes
 from lmcompress.generation.engine import Engine
 from lmcompress.io import checkpoint
-from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.models import (
+  GPT2,
+  Bert,
+  BertConfig,
+  BertSizes,
+  GPT2Config,
+  GPT2Sizes,
+  Llama,
+  LlamaConfig,
+  LlamaSizes,
+)
 from lmcompress.transforms import (
   at,
   chain,
@@ -28,6 +38,7 @@ from lmcompress.transforms import (
   round_to_nearest,
 )
 from lmcompress.transforms.prune_entries import compensated, global_counts
+from lmcompress.transforms.structure import remaining
 from lmcompress.types import Block, Stage, WeightError
 
 MODEL = Llama(LlamaConfig(head_dim=8), LlamaSizes(vocab=64, embed=48, mlp=64, layers=3, heads=6, kv_heads=3))
@@ -141,7 +152,36 @@ def test_a_channel_without_content_is_not_missed(params):
       params = tree.put(params, path, leaf.at[:, dead].set(0))
   done = run(params, prune_width(count=2))
   np.testing.assert_allclose(MODEL.apply(done, TOKENS), MODEL.apply(params, TOKENS), atol=3e-4)
-  assert run(params, prune_width(count=1, multiple=8))["embed"]["table"].shape == (64, 48)
+  assert run(params, prune_width(count=9, multiple=8))["embed"]["table"].shape == (64, 40)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Bert"])
+def test_norms_that_subtract_a_mean_follow(kind):
+  """Their scale and bias make up for the mean and the deviation of what went, where they feed linears alone."""
+  sizes = {"vocab": 64, "embed": 48, "mlp": 32, "layers": 2, "heads": 2}
+  if kind == "GPT2":
+    model = GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(**sizes))
+  else:
+    model = Bert(BertConfig(head_dim=8, max_length=32), BertSizes(**sizes))
+  params = model.init(jax.random.key(2))
+  small = jnp.arange(6)  # channels of the stream with an offset and little else, which readers hardly read
+  for path, leaf in tree.flatten(params).items():
+    if path.endswith(("o/kernel", "down/kernel", "embed/table", "positions/table")):
+      params = tree.put(params, path, leaf.at[:, small].set(0.0))
+    if path.endswith(("q/kernel", "k/kernel", "v/kernel", "up/kernel")):
+      params = tree.put(params, path, leaf.at[small].multiply(1e-3))
+  table = params["embed"]["table"]
+  params = tree.put(params, "embed/table", table.at[:, small].set(4 * jnp.std(table)))
+  narrow = run(params, prune_width(count=6, compensate=False), model)
+  assert narrow["embed"]["table"].shape == (64, 42)
+  kept = remaining(model, params, "embed", np.arange(6, 48))
+  assert {p: x.shape for p, x in tree.flatten(kept).items()} == {p: x.shape for p, x in tree.flatten(narrow).items()}
+  output = lambda tree_: np.asarray(model.apply(tree_, TOKENS).hidden if kind == "Bert" else model.apply(tree_, TOKENS))  # noqa: E731
+  if kind == "Bert":  # no stage names its norms: they stay
+    np.testing.assert_array_equal(output(narrow), output(kept))
+  else:
+    lost = [np.abs(output(p) - output(params)).mean() for p in (narrow, kept)]
+    assert lost[0] < 0.5 * lost[1], lost
 
 
 def test_compensation_is_the_least_squares_solution():
@@ -202,6 +242,11 @@ BAD = {
   "all layers": (lambda: prune_layers(3, ends=True), "leave at least one"),
   "ends": (lambda: prune_layers(2), "only with ends: true"),
   "all channels": (lambda: prune_width(count=48), "at least one stays"),
+  "no neuron": (lambda: prune_neurons(0.005), r"of 64 neurons that is less than half of one.*a fraction above 0.00781"),
+  "no head": (lambda: prune_heads(0.1), "of 3 groups that is less than half of one"),
+  "no query": (lambda: prune_heads(0.1, what="queries"), "of 2 queries that is less than half of one"),
+  "no channel": (lambda: prune_width(0.01), "of 48 channels none would go"),
+  "no multiple": (lambda: prune_width(count=6, multiple=16), "none would go, by rounding; ask for 16 or more"),
   "no such axis": (lambda: prune_neurons(0.5, axis="embed"), r"its own axes are \['group', 'kv', 'mlp'\]"),
 }
 
