@@ -17,7 +17,7 @@ from lmcompress.calibration.gradients import GRADIENTS, gradients
 from lmcompress.calibration.sequential import Work, batches_of, block_by_block
 from lmcompress.distributed.sharding import on_mesh_of
 from lmcompress.evaluate.size import kind
-from lmcompress.transforms.combine import STATISTICS, chain
+from lmcompress.transforms.combine import STATISTICS, beneath_inputs, chain
 from lmcompress.types import CompressedArray, Evidence, Params, Transform, WeightError
 
 Progress = Callable[[str, int, int], None]
@@ -99,7 +99,7 @@ def compress(
       raise WeightError(f"{link.name} acts inside a training step; compress runs 'once' transforms only")
     if unmet := link.needs - {"key", "structure", "tokens", "block", "reference", *GRADIENTS, *STATISTICS}:
       raise WeightError(f"{link.name} needs {', '.join(sorted(unmet))}, which compress does not collect")
-    begun = time.perf_counter()
+    begun, link = time.perf_counter(), beneath_inputs(link)
     evidence = Evidence(key=None if key is None else jax.random.fold_in(key, i), structure=model)
     if "key" in link.needs and key is None:
       raise WeightError(f"{link.name} draws at random: pass key=jax.random.key(seed) to compress")

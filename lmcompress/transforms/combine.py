@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, fetch
+from lmcompress.arrays import InputArray, LearnedInputArray, MaskedArray, fetch
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 STATISTICS = (
@@ -287,6 +287,38 @@ def by_stage(
       given = {need: evidence_for(need, path, evidence, name) for need in sorted(needs)}
       groups.setdefault(id((evidence.statistics or {})[path]), ({}, given))[0][path] = leaf
   return list(groups.values())
+
+
+def beneath_inputs(transform: Transform) -> Transform:
+  """The transform on the weights beneath an `InputArray` or `LearnedInputArray`: what is done to their inputs stays."""
+  if transform.inputs:
+    return transform
+
+  def init(params: Params, selected: frozenset[str] | None = None) -> State:
+    return transform.init(_bare(params)[0], selected)
+
+  def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    inner, over = _bare(params)
+    given = {name: getattr(evidence, name) for name in ("grads", "fisher", "reference")}
+    evidence = dataclasses.replace(evidence, **{name: x if x is None else _bare(x)[0] for name, x in given.items()})
+    done, state = transform.apply(inner, state, evidence)
+    for path, leaf in over.items():
+      made = tree.get(done, path)
+      if made is not None:
+        whole = leaf if made is leaf.weight else dataclasses.replace(leaf, weight=made)
+        done = tree.put(done, path, whole)
+    return done, state
+
+  return transform._replace(init=init, apply=apply)
+
+
+def _bare(params: Params) -> tuple[Params, dict[str, InputArray | LearnedInputArray]]:
+  """The tree with weights in the place of what stands on their inputs, and those that stood there."""
+  kinds = (InputArray, LearnedInputArray)
+  over = {path: leaf for path, leaf in tree.weights(params).items() if isinstance(leaf, kinds)}
+  for path, leaf in over.items():
+    params = tree.put(params, path, leaf.weight)
+  return params, over
 
 
 def sequentially(name: str, transform: Transform, sequential: str) -> Transform:

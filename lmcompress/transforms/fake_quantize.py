@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, InputArray, Integer, LearnedInputArray, QuantizedArray, fake_quant
+from lmcompress.arrays import FakeQuantArray, Integer, QuantizedArray, fake_quant
 from lmcompress.transforms.combine import leafwise, require_dense
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 from lmcompress.types import Transform, WeightError
@@ -44,20 +43,19 @@ def fake_quantize(
     )
 
   def check(path: str, leaf: Any) -> None:
-    inner = leaf.weight if isinstance(leaf, (InputArray, LearnedInputArray)) else leaf
-    if isinstance(inner, QuantizedArray):
-      _require_codes(path, inner, bits)
+    if isinstance(leaf, QuantizedArray):
+      _require_codes(path, leaf, bits)
       return
-    require_dense("fake_quantize", path, inner)
-    if not isinstance(inner, jax.Array) and hasattr(inner, "mask"):
+    require_dense("fake_quantize", path, leaf)
+    if not isinstance(leaf, jax.Array) and hasattr(leaf, "mask"):
       raise WeightError(
         f"fake_quantize at {path}: the weight is masked, and codes forget that; freeze it first"
       )
-    inputs = inner.shape[tree.contraction_axis(path)]
+    inputs = leaf.shape[tree.contraction_axis(path)]
     if group_size != -1 and inputs % group_size:
       raise WeightError(f"fake_quantize(group_size={group_size}) at {path}: {inputs} inputs are not a multiple of it")
 
-  def start(w: Any, axis: int) -> FakeQuantArray:
+  def start(w: Any, *, axis: int) -> FakeQuantArray:
     if isinstance(w, QuantizedArray):
       return _from_codes(w, scale_dtype)
     found = quantize_matrix(
@@ -67,12 +65,7 @@ def fake_quantize(
     minimum = None if symmetric else found.minimum
     return fake_quant(w.astype(jnp.float32), found.scale, minimum, bits, axis, scale_dtype, w.dtype)
 
-  def visit(w: Any, *, axis: int) -> Any:
-    if isinstance(w, (InputArray, LearnedInputArray)):
-      return dataclasses.replace(w, weight=start(w.weight, axis))
-    return start(w, axis)
-
-  return leafwise(visit, name="fake_quantize", check=check)
+  return leafwise(start, name="fake_quantize", check=check)
 
 
 def _require_codes(path: str, leaf: QuantizedArray, bits: int) -> None:

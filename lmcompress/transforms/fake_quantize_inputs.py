@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -36,4 +37,5 @@ def fake_quantize_inputs(bits: int = 8, percentile: float = 99.99) -> Transform:
     step = limit_of(np.asarray(histogram, np.float64), percentile) / (2 ** (bits - 1) - 1)
     return {path: learned_input(w, step, bits, -2) for path, w in weights.items()}
 
-  return stagewise(wrap, name="fake_quantize_inputs", needs=frozenset({"histogram"}), check=fresh_input)
+  check = functools.partial(fresh_input, "fake_quantize_inputs")
+  return stagewise(wrap, name="fake_quantize_inputs", needs=frozenset({"histogram"}), check=check)._replace(inputs=True)

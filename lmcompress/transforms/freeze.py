@@ -68,7 +68,7 @@ def freeze(sparse: str = "none") -> Transform:
       chosen = tree.default_selection(params)
     return tree.map_weights(visit, params, chosen), state
 
-  return Transform(lambda params, selected=None: (), apply, name="freeze")
+  return Transform(lambda params, selected=None: (), apply, name="freeze", inputs=True)
 
 
 def _freeze(w: Any, stored: Callable[[Any], Any]) -> Any:

@@ -33,21 +33,18 @@ def lora(rank: int = 8) -> Transform:
     raise ValueError(f"lora(rank={rank}): a rank from 1")
 
   def check(path: str, leaf: Any) -> None:
-    inner = leaf.weight if isinstance(leaf, InputArray) else leaf
     if rank > min(leaf.shape[-2:]):
       raise WeightError(f"lora(rank={rank}) at {path}: full rank is {min(leaf.shape[-2:])}")
-    inner = inner.weight if isinstance(inner, DirectionArray) else inner
+    inner = leaf.weight if isinstance(leaf, DirectionArray) else leaf
     if isinstance(inner, SumArray) and isinstance(inner.delta, LowRankArray):
       raise WeightError(
         f"lora at {path}: there is a product of rank {inner.delta.rank} already; merge() it, or train it"
       )
 
   def adapt(w: Any, *, axis: int, key: jax.Array) -> Any:
-    inner = w.weight if isinstance(w, InputArray) else w
-    rows, columns = inner.shape[-2:]
+    rows, columns = w.shape[-2:]
     left = jax.random.normal(key, (rows, rank)) / math.sqrt(rows)
-    whole = added(inner, low_rank(left, jnp.zeros((rank, columns)), axis), axis)
-    return dataclasses.replace(w, weight=whole) if isinstance(w, InputArray) else whole
+    return added(w, low_rank(left, jnp.zeros((rank, columns)), axis), axis)
 
   return leafwise(adapt, name="lora", check=check)
 
@@ -67,12 +64,7 @@ def dora(rank: int = 8) -> Transform:
   """
   first = lora(rank)
 
-  def apart(w: Any, *, axis: int) -> Any:
-    if isinstance(w, InputArray):
-      return dataclasses.replace(w, weight=direction(w.weight, axis))
-    return direction(w, axis)
-
-  second = leafwise(apart, name="dora")
+  second = leafwise(lambda w, *, axis: direction(w, axis), name="dora")
 
   def apply(params: Any, state: Any, evidence: Any) -> Any:
     params, state = first.apply(params, state, evidence)
@@ -88,8 +80,6 @@ def merge() -> Transform:
   """
 
   def put(w: Any) -> Any:
-    if isinstance(w, InputArray):
-      return dataclasses.replace(w, weight=put(w.weight))
     return w.materialize() if isinstance(w, (DirectionArray, SumArray)) else w
 
   return leafwise(put, name="merge")

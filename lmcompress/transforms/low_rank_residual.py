@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, SharedRef, added, parts
+from lmcompress.arrays import SharedRef, added, parts
 from lmcompress.transforms.combine import evidence_for, leafwise
 from lmcompress.transforms.truncated_svd import NEEDS, Whitening, cut, factor
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
@@ -57,11 +56,9 @@ def low_rank_residual(
       if dense.shape != leaf.shape:
         raise WeightError(f"low_rank_residual at {path}: it is {leaf.shape}, and was {dense.shape} when it was dense")
       given = {need: evidence_for(need, path, evidence, "low_rank_residual") for need in NEEDS[whitening]}
-      inner = leaf.weight if isinstance(leaf, InputArray) else leaf
-      lost = dense.astype(jnp.float32) - parts.materialize(inner).astype(jnp.float32)
+      lost = dense.astype(jnp.float32) - parts.materialize(leaf).astype(jnp.float32)
       product = factor(lost, given.get("hessian"), given.get("mean_abs"), damping)
-      whole = added(inner, cut(*product, rank, leaf.dtype, axis, bits, group_size), axis)
-      return dataclasses.replace(leaf, weight=whole) if isinstance(leaf, InputArray) else whole
+      return added(leaf, cut(*product, rank, leaf.dtype, axis, bits, group_size), axis)
 
     return tree.map_weights(visit, params, chosen), state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -70,13 +71,14 @@ def quantize_activations(step: float) -> Transform:
   def wrap(w: Any, *, axis: int) -> InputArray:
     return with_act(w, FixedStep(float(step)), axis)
 
-  return leafwise(wrap, name="quantize_activations", check=fresh_input)
+  check = functools.partial(fresh_input, "quantize_activations")
+  return leafwise(wrap, name="quantize_activations", check=check)._replace(inputs=True)
 
 
-def fresh_input(path: str, leaf: Any) -> None:
-  """Raises WeightError where an input is rounded already."""
+def fresh_input(name: str, path: str, leaf: Any) -> None:
+  """Raises WeightError where something is done to an input already."""
   if isinstance(leaf, (InputArray, LearnedInputArray)):
-    raise WeightError(f"{path}: its input is already rounded ({leaf.kind}); round inputs once")
+    raise WeightError(f"{name} at {path}: its input is acted on already ({leaf.kind}); do so once")
 
 
 def quantize_inputs(
@@ -111,6 +113,7 @@ def quantize_inputs(
     limit = OBSERVERS[observer](counts, percentile) if observer == "percentile" else OBSERVERS[observer](counts)
     return {path: with_act(w, Int8Static(limit / 127), -2) for path, w in weights.items()}
 
+  check = functools.partial(fresh_input, "quantize_inputs")
   if activations == "int8_static":
-    return stagewise(fixed, name="quantize_inputs", needs=frozenset({"histogram"}), check=fresh_input)
-  return leafwise(wrap, name="quantize_inputs", check=fresh_input)
+    return stagewise(fixed, name="quantize_inputs", needs=frozenset({"histogram"}), check=check)._replace(inputs=True)
+  return leafwise(wrap, name="quantize_inputs", check=check)._replace(inputs=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmcompress.arrays import InputArray, Threshold, with_act
+from lmcompress.arrays import Threshold, with_act
 from lmcompress.ops.observers import percentile
 from lmcompress.transforms.combine import stagewise
-from lmcompress.types import Transform, WeightError
+from lmcompress.transforms.smooth_quant import fresh_input
+from lmcompress.types import Transform
 
 
 def sparsify_activations(sparsity: float = 0.4) -> Transform:
@@ -29,12 +31,9 @@ def sparsify_activations(sparsity: float = 0.4) -> Transform:
   if not 0 <= sparsity < 1:
     raise ValueError(f"sparsify_activations(sparsity={sparsity}): a share from 0 to below 1")
 
-  def check(path: str, leaf: Any) -> None:
-    if isinstance(leaf, InputArray):
-      raise WeightError(f"sparsify_activations at {path}: its input is acted on already ({leaf.act.name})")
-
   def wrap(weights: dict[str, Any], histogram: jax.Array) -> dict[str, Any]:
     limit = percentile(np.asarray(histogram, np.float64), 100 * sparsity) if sparsity else 0.0
     return {path: with_act(w, Threshold(limit), -2) for path, w in weights.items()}
 
-  return stagewise(wrap, name="sparsify_activations", needs=frozenset({"histogram"}), check=check)
+  check = functools.partial(fresh_input, "sparsify_activations")
+  return stagewise(wrap, name="sparsify_activations", needs=frozenset({"histogram"}), check=check)._replace(inputs=True)

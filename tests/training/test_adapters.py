@@ -170,7 +170,7 @@ def test_inputs_learn_their_range_and_are_fixed():
   assert isinstance(kept, InputArray) and kept.act == StaticStep(float(after.step[0, 0]), 4)
   assert isinstance(kept.weight, QuantizedArray) and kept.weight.codes.bits == 4
   np.testing.assert_allclose(MODEL.apply(small, ROWS[:2]), MODEL.apply(done, ROWS[:2]), atol=2e-4)
-  with pytest.raises(WeightError, match="already rounded"):
+  with pytest.raises(WeightError, match="acted on already"):
     compress(MODEL, ready, fake_quantize_inputs(8), ROWS)
   with pytest.raises(ValueError, match="from 2 to 8"):
     fake_quantize_inputs(9)

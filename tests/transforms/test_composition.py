@@ -19,7 +19,6 @@ from lmcompress.transforms import (
   magnitude,
   prune_layers,
   prune_neurons,
-  prune_width,
   quantize_activations,
   round_to_nearest,
   share,
@@ -34,13 +33,12 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (4, 16)).astype(np.int32)
 METHODS = {  # one of a kind; those that calibrate compose as these do, and their own tests show it
   "magnitude": lambda: magnitude(0.5),
   "prune_neurons": lambda: prune_neurons(0.25, score="magnitude", compensate=False),
-  "prune_width": lambda: prune_width(0.25, compensate=False),
-  "prune_layers": lambda: prune_layers(1),
+  "prune_layers": lambda: prune_layers(1, ends=True),
   "round_to_nearest": lambda: round_to_nearest(4, 16),
   "kmeans": lambda: kmeans(8),
   "sparse_code": lambda: sparse_code(atoms=8, nonzeros=2, group_size=16, steps=2),
   "share": lambda: share(16),
-  "tie_layers": lambda: tie_layers([[1, 2]], rank=2),
+  "tie_layers": lambda: tie_layers([[0, 1]], rank=2),
   "truncated_svd": lambda: truncated_svd(0.8, whitening="none"),
   "low_rank_residual": lambda: low_rank_residual(2, "none"),
   "quantize_activations": lambda: quantize_activations(0.05),
@@ -53,6 +51,7 @@ REASONS = {
   "is dense, nothing is lost": "dense",
   "shared with other weights": "shared",
   "is there already": "twice",
+  "acted on already": "twice",
 }
 """A word for the table, by what the error says."""
 
@@ -87,12 +86,15 @@ def table():
 def test_pairs(first):
   """Only what cannot have a meaning is refused."""
   found = {second: outcome(first, second) for second in METHODS}
-  if first in ("magnitude", "prune_neurons"):
+  if first in ("magnitude", "prune_neurons", "prune_layers", "quantize_activations"):
     assert {found[m] for m in ("round_to_nearest", "kmeans", "share")} == {"yes"}
   if first in ("round_to_nearest", "kmeans"):
     assert found["magnitude"] == found["low_rank_residual"] == "yes"
   if first == "low_rank_residual":
     assert set(found.values()) == {"dense"}
+  else:
+    assert found["prune_layers"] == "yes"
+    assert found["quantize_activations"] == ("twice" if first == "quantize_activations" else "yes")
 
 
 def test_the_page_holds_the_table():

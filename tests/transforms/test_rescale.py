@@ -12,16 +12,20 @@ import pytest
 from onnx import TensorProto, helper
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, QuantizedArray
+from lmcompress.arrays import FixedStep, InputArray, QuantizedArray
 from lmcompress.calibration import compress
 from lmcompress.transforms import (
   at,
   awq,
   awq_scale,
+  chain,
+  lora,
   magnitude,
+  prune_neurons,
   quantize_activations,
   quantize_inputs,
   round_to_nearest,
+  share,
   smooth,
   smooth_quant,
 )
@@ -153,8 +157,28 @@ def test_activations_at_a_fixed_step(tiny):
   leaf = done["layers"]["0"]["mlp"]["up"]["kernel"]
   np.testing.assert_array_equal(leaf.act(jnp.asarray([0.3, -0.4, 1.0])), [0.25, -0.5, 1.0])
   assert report.last()["layers/0/mlp/up/kernel"]["kind"] == "step 0.25 x float32"
-  with pytest.raises(WeightError, match="already rounded"):
+  with pytest.raises(WeightError, match="acted on already"):
     compress(model, done, quantize_inputs())
+
+
+@pytest.mark.parametrize("method", [
+  lambda: round_to_nearest(4, 16), lambda: magnitude(0.5), lambda: share(16), lambda: lora(2),
+  lambda: prune_neurons(0.5),
+], ids=["round_to_nearest", "magnitude", "share", "lora", "prune_neurons"])  # fmt: skip
+def test_what_is_done_to_inputs_stays_where_it_is(tiny, calibration, method):
+  """A method after it acts on the weight beneath: both orders give one tree, where statistics do not differ."""
+  model, params = tiny
+  key = jax.random.key(0)
+  alone = compress(model, params, method(), calibration, key)[0]
+  done = compress(model, params, chain(quantize_activations(0.25), method()), calibration, jax.random.key(0))[0]
+  for path, leaf in tree.flatten(done).items():
+    if path.startswith("layers/") and tree.is_weight(path):
+      assert isinstance(leaf, InputArray) and leaf.act == FixedStep(0.25)
+      assert jax.tree.structure(leaf.weight) == jax.tree.structure(tree.get(alone, path))
+  if method().name in ("round_to_nearest", "magnitude", "share"):
+    first = compress(model, params, chain(method(), quantize_activations(0.25)), calibration, key)[0]
+    assert jax.tree.structure(first) == jax.tree.structure(done)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(done), strict=True))
 
 
 def test_what_is_coupled_must_be_selected(tiny, calibration):

@@ -28,6 +28,7 @@ from lmcompress.transforms import (
   magnitude,
   prune_layers,
   prune_neurons,
+  quantize_activations,
   round_to_nearest,
   share,
   sparse_gpt,
@@ -215,6 +216,8 @@ def test_the_articles_order_and_others(tiny):
   """Quantize, prune, share; prune, quantize, share; share after nothing: zeros stay zeros."""
   model, params = tiny
   quantize, prune = round_to_nearest(8, 16), magnitude(0.3)
+  whole, _ = compress(model, params, chain(quantize_activations(0.05), quantize, magnitude(threshold=0.02), share(64)))
+  assert np.isfinite(np.asarray(model.apply(whole, TOKENS))).all()  # both of the article's quantizations first
   for links in ((quantize, prune, share(64)), (prune, quantize, share(64)), (prune, share(64)), (prune, kmeans(16))):
     done, _ = compress(model, params, chain(*links))
     assert np.isfinite(np.asarray(model.apply(done, TOKENS))).all()
