@@ -80,12 +80,12 @@ class NMSparseArray(CompressedArray):
     values = parts.sharding_like(self.values, spec)
     return dataclasses.replace(self, values=values, indices=self.indices.sharding_like(spec))
 
-  def _spread(self, values: jax.Array, indices: Packed) -> jax.Array:
-    """Each of a group's n values to its position among m, in the dtype of `values`."""
+  def _spread(self, values: jax.Array, indices: Packed, rest: jax.Array | int = 0) -> jax.Array:
+    """Each of a group's n values to its position among m, in the dtype of `values`, and `rest` elsewhere."""
     axis = self.axis
     kept, positions = (split_blocks(x, axis, self.n) for x in (values, indices.unpack()))
     slots = jnp.arange(self.m, dtype=jnp.uint8).reshape(-1, *([1] * (-1 - axis)))
-    dense = jnp.zeros((), values.dtype)
+    dense = jnp.asarray(rest, values.dtype)
     for k in range(self.n):
       at, value = (jax.lax.slice_in_dim(x, k, k + 1, axis=axis) for x in (positions, kept))
       dense = jnp.where(at == slots, value, dense)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lmcompress.arrays import parts
 from lmcompress.arrays.bitmap import BitmapArray, bitmap
 from lmcompress.arrays.nm_sparse import NMSparseArray, _compress, _largest_group, nm_sparse
-from lmcompress.arrays.packing import Packed, choose_block, pack
+from lmcompress.arrays.packing import Packed, choose_block, pack, split_blocks
 from lmcompress.arrays.quantized import QuantizedArray
 
 _GROUPS = (4, 8)
@@ -56,6 +56,31 @@ def smallest_sparse(w: Any, axis: int) -> Any:
   if isinstance(w, jax.Array):
     forms.append(bitmap(w, nonzero, axis))
   return min(forms, key=parts.nbits)
+
+
+def all_codes(w: NMSparseArray) -> QuantizedArray:
+  """The weight as codes of all entries, that of 0 where nothing was kept: what `as_n_of_m` was given.
+
+  Raises:
+    ValueError: its values are no codes with an exact 0.
+  """
+  if not isinstance(w.values, QuantizedArray) or w.values.minimum is not None:
+    raise ValueError(f"all_codes: {w.kind} holds no codes with an exact 0")
+  group = w.values.group_size if w.values.group_size == -1 else w.values.group_size // w.n * w.m
+  return dataclasses.replace(w.values, codes=_spread_codes(w, group), group_size=group)
+
+
+@functools.partial(jax.jit, static_argnames=("group",))
+def _spread_codes(w: NMSparseArray, group: int) -> Packed:
+  values, axis = w.values, w.axis
+  zero = values.grid.encode(jnp.zeros((1, 1), jnp.float32))
+  if values.zero_point is not None:
+    zero = values.zero_point.unpack()
+    if zero.shape[axis] > 1:
+      zero = jax.lax.slice_in_dim(jnp.repeat(zero, group, axis=axis), 0, w.shape[axis], axis=axis)
+  rest = split_blocks(jnp.broadcast_to(zero, w.shape).astype(jnp.uint8), axis, w.m)
+  codes = w._spread(values.codes.unpack(), w.indices, rest)
+  return pack(codes, values.codes.bits, axis, choose_block(w.shape[axis], group, values.codes.bits))
 
 
 def as_bitmap(w: Any, axis: int) -> BitmapArray:

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from lmcompress import ops
 from lmcompress.arrays import E2M1, FP8_E4M3, FP8_E5M2, NF4, BitmapArray, Integer, NMSparseArray, QuantizedArray
 from lmcompress.arrays import clustered as make_clustered
+from lmcompress.arrays.nm_sparse import nm_mask
 from lmcompress.arrays.packing import choose_block, pack
+from lmcompress.arrays.sparse_form import all_codes, as_n_of_m
 from lmcompress.arrays.tiled import TiledArray, pack_tiles, unpack_tiles
 from lmcompress.ops import backend
 from lmcompress.ops.kernels.cpu import _describe
-from lmcompress.ops.rounding import pack_zeros
+from lmcompress.ops.rounding import pack_zeros, quantize
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 
 pytestmark = pytest.mark.skipif(backend.native() is None, reason="the kernels are not built")
@@ -307,6 +309,25 @@ def test_bfloat16(axis, inputs, outputs, few, many, seed):
 @shapes
 def test_n_of_m(pattern, kind, axis, inputs, outputs, few, many, seed):
   check_all(n_of_m(np.random.default_rng(seed), *pattern, kind, axis, inputs, outputs), few, many)
+
+
+@pytest.mark.parametrize("asked", [
+  {"bits": 4, "group_size": 32}, {"bits": 4, "group_size": 32, "symmetric": False}, {"bits": 8, "group_size": -1,
+  "symmetric": False}, {"bits": 4, "group_size": 64, "scale_bits": 8}, {"bits": 3, "group_size": 16},
+], ids=["int4", "zero points", "int8 zero points", "quantized scales", "int3"])  # fmt: skip
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_kept_values_of_few_bits(axis, asked):
+  """Read as codes of all entries, to the bit those that were taken apart."""
+  shape = (64, 21) if axis == -2 else (21, 64)
+  w = jax.random.normal(jax.random.key(0), shape)
+  whole = quantize(jnp.where(nm_mask(w, 2, 4, axis), w, 0.0), axis=axis, **asked)
+  leaf = as_n_of_m(whole, 2, 4, axis)
+  again = all_codes(leaf)
+  assert again.group_size == whole.group_size
+  np.testing.assert_array_equal(again.codes.unpack(), whole.codes.unpack())
+  dense = np.asarray(whole.materialize(), np.float64)
+  dense = dense if axis == -2 else dense.T
+  check_all(Case(leaf, axis, dense, np.zeros(dense.shape)), 2, 9)
 
 
 @pytest.mark.parametrize("pattern", [(3, 4), (2, 8), (4, 16), (8, 16), (1, 2)])

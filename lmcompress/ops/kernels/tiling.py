@@ -18,6 +18,7 @@ from lmcompress.arrays.lattice import LatticeArray
 from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.packing import Packed
 from lmcompress.arrays.quantized import QuantizedArray
+from lmcompress.arrays.sparse_form import all_codes
 from lmcompress.arrays.tiled import BLOCK, LANES, Form, TiledArray, pack_tiles
 from lmcompress.types import CompressedArray
 
@@ -289,15 +290,7 @@ def _values(leaf: Any, axis: int) -> tuple[np.ndarray, str, int, np.ndarray | No
       raise Unsupported(f"sparse values in {values.dtype}")
     x = np.asarray(values)
     return (x if axis == -2 else x.T), _VALUES[str(values.dtype)], 0, None
-  if (
-    not isinstance(values, QuantizedArray)
-    or values.scale.shape[axis] != 1
-    or not isinstance(values.grid, Integer)
-    or values.zero_point is not None
-    or values.minimum is not None
-    or isinstance(values.scale, CompressedArray)
-    or values.grid.bits != 8
-  ):
+  if not isinstance(values, QuantizedArray) or not _int8_of_outputs(values):
     raise Unsupported(f"sparse values in {values.kind}; int8 with a scale for each output has tiles")
   codes = np.asarray(values.codes.unpack())
   outputs = codes.shape[1] if axis == -2 else codes.shape[0]
@@ -305,8 +298,17 @@ def _values(leaf: Any, axis: int) -> tuple[np.ndarray, str, int, np.ndarray | No
   return (codes if axis == -2 else codes.T), "uint8", values.grid.offset, scale
 
 
+def _int8_of_outputs(values: QuantizedArray) -> bool:
+  """Whether kept values are symmetric int8 with a scale for each output."""
+  symmetric = values.zero_point is None and values.minimum is None
+  plain = isinstance(values.grid, Integer) and values.grid.bits == 8 and not isinstance(values.scale, CompressedArray)
+  return symmetric and plain and values.scale.shape[values.axis] == 1
+
+
 def _n_of_m(leaf: NMSparseArray, axis: int, inputs: int, outputs: int) -> dict[str, Any]:
-  n, m = leaf.n, leaf.m
+  n, m, values = leaf.n, leaf.m, leaf.values
+  if isinstance(values, QuantizedArray) and values.minimum is None and not _int8_of_outputs(values):
+    return _quantized(all_codes(leaf), axis, inputs, outputs)  # fewer bits than positions and bytes would take
   count = 16 * n // m if m and 16 % m == 0 else 0
   bits = max(1, (m - 1).bit_length())
   if count not in (4, 8, 12) or count * bits > 32:
