@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -121,11 +121,20 @@ class Budget(_Table):
     return self.ms_per_token if self.ms_per_token is not None else (self.mib or 0.0) * 2**20
 
 
+_Links = Annotated[tuple[dict[str, Any], ...], pydantic.Field(strict=False, min_length=1)]
+
+
 class Group(_Table):
-  """Weights that are treated alike, and the links that may be tried on them."""
+  """Weights that are treated alike, and the links, or lists of links, that may be tried on them."""
 
   at: str
-  candidates: tuple[dict[str, Any], ...] = pydantic.Field(strict=False, min_length=1)
+  candidates: tuple[dict[str, Any] | _Links, ...] = pydantic.Field(strict=False, min_length=1)
+
+  @property
+  def chains(self) -> list[list[dict[str, Any]]]:
+    """Each candidate as its links, which know their weights."""
+    chains = [[c] if isinstance(c, dict) else list(c) for c in self.candidates]
+    return [[{**link, "at": self.at} for link in chain] for chain in chains]
 
 
 class Search(_Table):
@@ -403,8 +412,9 @@ def check(table: Mapping[str, Any], where: str) -> Config:
     if config.finish:
       recipes.build(config.finish, "finish")
     for n, group in enumerate(config.search.groups if config.search else ()):
-      for i, link in enumerate(group.candidates):
-        recipes.build_link({**link, "at": group.at}, f"search.groups.{n}.candidates.{i}")
+      for i, chain in enumerate(group.chains):
+        for link in chain:
+          recipes.build_link(link, f"search.groups.{n}.candidates.{i}")
     variants_of(config)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from None

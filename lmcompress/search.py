@@ -31,8 +31,8 @@ TRIALS, RESULT, BEST, PLOT = "trials.jsonl", "search.json", "best.yaml", "pareto
 Choice = tuple[int, ...]
 """For each group, which of its candidates; -1 leaves it as it is."""
 
-Groups = list[tuple[str, list[dict[str, Any]]]]
-"""A pattern and its candidate links, for each group."""
+Groups = list[tuple[str, list[list[dict[str, Any]]]]]
+"""A pattern and its candidates, each some links, for each group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +111,26 @@ def space(config: configs.Config) -> Groups:
   """
   if config.search is None:
     raise ConfigError(f"{config.name}: nothing to search; add a `search` table with a budget and groups")
-  return [(group.at, [dict(link) for link in group.candidates]) for group in config.search.groups]
+  return [(group.at, group.chains) for group in config.search.groups]
 
 
 def recipe_of(groups: Groups, choice: Choice) -> list[dict[str, Any]]:
   """The links of a choice."""
-  return [{**links[i], "at": at} for (at, links), i in zip(groups, choice, strict=True) if i >= 0]
+  return [link for (_, chains), i in zip(groups, choice, strict=True) if i >= 0 for link in chains[i]]
 
 
 def describe(groups: Groups, choice: Choice) -> str:
   """A choice in a line."""
   parts = []
-  for (at, links), i in zip(groups, choice, strict=True):
-    rest = ", ".join(f"{k} {v}" for k, v in links[i].items() if k != "name") if i >= 0 else ""
-    parts.append(f"{at}: {links[i]['name']} {rest}".strip() if i >= 0 else f"{at}: as it is")
+  for (at, chains), i in zip(groups, choice, strict=True):
+    said = ["as it is"] if i < 0 else [_said(link) for link in chains[i]]
+    parts.append(f"{at}: {' then '.join(said)}")
   return "; ".join(parts)
+
+
+def _said(link: Mapping[str, Any]) -> str:
+  rest = ", ".join(f"{key} {value}" for key, value in link.items() if key not in ("name", "at"))
+  return f"{link['name']} {rest}".strip()
 
 
 def search(config: configs.Config, results: Path, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def search(config: configs.Config, results: Path, watcher: Watcher | None = None
   assert config.search is not None
   folder.mkdir(parents=True, exist_ok=True)
   measure = Measure(config, groups, folder, watcher)
-  sizes, budget = [len(links) for _, links in groups], config.search.budget.limit
+  sizes, budget = [len(chains) for _, chains in groups], config.search.budget.limit
   path = greedy(measure, sizes, budget)
   if config.search.method == "optuna":
     explore(measure, sizes, budget, config.search.trials, config.seed, path)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lmcompress import tree
 from lmcompress.calibration.statistics import STATISTICS
+from lmcompress.transforms.combine import beneath_inputs
 from lmcompress.types import ConfigError, Evidence, Params, Transform, WeightError
 
 
@@ -30,6 +31,7 @@ def stored(params: Params, recipe: Any, dtype: Any = jnp.bfloat16, model: Any = 
   links, first = () if recipe is None else (recipe.links or (recipe,)), params
 
   def applied(link: Transform, params: Params) -> Params:
+    link = beneath_inputs(link)
     state = link.init(params)  # what it refuses of any weights is no matter of values
     try:
       return link.apply(params, state, _evidence(link.needs, params, first, model))[0]

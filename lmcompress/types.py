@@ -155,8 +155,8 @@ class Transform(NamedTuple):
     links: the parts of a chain, in order; empty for a single method.
     plan: `state -> Transform`, for a method that first measures (its `apply` gathers the state and changes nothing)
       and then knows what to do; `compress` runs what it returns next.
-    inputs: whether it sees what stands on a weight's input (`InputArray`), as what acts on inputs must. `compress`
-      hands the others the weight beneath, and puts theirs in its place.
+    inputs: whether it sees what stands on a weight's input (`InputArray`), as what acts on inputs, changes them (so
+      that steps set for them would be wrong) or runs the model must. Others are handed the weight beneath.
   """
 
   init: Callable[..., State]

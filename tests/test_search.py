@@ -67,6 +67,23 @@ def test_the_best_recipe_runs(made):
   assert (folder / "results" / config.folder / "pareto.svg").read_text().startswith("<svg")
 
 
+def test_a_candidate_may_be_a_chain(made):
+  folder, path = made
+  chain = "[{name: magnitude, sparsity: 0.3}, {name: round_to_nearest, bits: 4, group_size: 16}]"
+  only = f"search.groups=[{{at: layers/*/attn, candidates: [{chain}]}}]"
+  sizes = [t["nbytes"] for t in search(load_config(path, [only]), folder / "results")["trials"]]
+  assert len(sizes) == 2 and sizes[1] < sizes[0]
+  config = load_config(path, [only, f"search.budget.mib={sum(sizes) / 2 / 2**20}"])
+  result = search(config, folder / "results")
+  assert result["best"]["recipe"][:2] == [
+    {"name": "magnitude", "sparsity": 0.3, "at": "layers/*/attn"},
+    {"name": "round_to_nearest", "bits": 4, "group_size": 16, "at": "layers/*/attn"},
+  ]
+  told = next(t["recipe"] for t in result["trials"] if t["choice"][0] == 0)
+  assert told.startswith("layers/*/attn: magnitude sparsity 0.3 then round_to_nearest bits 4, group_size 16")
+  assert load_config(folder / "results" / config.folder / "best.yaml").recipe == tuple(result["best"]["recipe"])
+
+
 def test_latency_is_a_budget(made):
   folder, path = made
   config = load_config(path, ["search.budget={ms_per_token: 1000}"])
@@ -85,7 +102,8 @@ def test_the_command(made):
   ("search.budget.mib=0.01", "meets the budget"), ("search=null", "nothing to search"),
   ("search.budget={}", "exactly one of mib"), ("search.budget.mib=-1", "greater than 0"), 
   ("search.groups=[]", "at least 1"),
-  ("search.groups.0.candidates.0.bits=9", "bits are 2 to 8"), ("search.groups.0.at=layers/9", "selects no weight"),
+  ("search.groups.0.candidates=[[]]", "found '.*'"), ("search.groups.0.candidates.0.bits=9", "bits are 2 to 8"),
+  ("search.groups.0.at=layers/9", "selects no weight"),
 ])  # fmt: skip
 def test_what_cannot_be_searched(made, override, message):
   folder, path = made

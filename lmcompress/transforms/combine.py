@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 
 from lmcompress import tree
-from lmcompress.arrays import InputArray, LearnedInputArray, MaskedArray, fetch
+from lmcompress.arrays import InputArray, LearnedInputArray, MaskedArray, StoredArray, fetch
 from lmcompress.types import CompressedArray, Evidence, Params, State, Transform, WeightError
 
 STATISTICS = (
@@ -44,14 +44,15 @@ def named_chain(*links: tuple[str, Transform]) -> Transform:
       "and 'step' links into the training step"
     )
   once = phases == {"once"}
+  driven = tuple(beneath_inputs(link) for link in flat) if once else flat
 
   def init(params: Params, selected: frozenset[str] | None = None) -> State:
     """Plans what sees this very tree; None marks a link that is planned at its turn."""
-    return tuple(None if once and i else link.init(params, selected) for i, link in enumerate(flat))
+    return tuple(None if once and i else link.init(params, selected) for i, link in enumerate(driven))
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     states = []
-    for link, planned in zip(flat, state, strict=True):
+    for link, planned in zip(driven, state, strict=True):
       planned = link.init(params, evidence.selected) if planned is None else planned
       params, planned = link.apply(params, planned, evidence)
       states.append(planned)
@@ -156,7 +157,10 @@ def partition(
 
     return of_label
 
-  parts = [_restricted(choose(label), t, f"for {label}") for label, t in transforms.items()]
+  parts = [
+    _restricted(choose(label), t if t.links or t.plan or t.phase != "once" else beneath_inputs(t), f"for {label}")
+    for label, t in transforms.items()
+  ]
   if any(t.links or t.plan or t.phase != "once" or t.scope != "weight" for t in parts):
     return chain(*parts)._replace(name="partition")
 
@@ -171,7 +175,8 @@ def partition(
     return params, tuple(done)
 
   needs = frozenset().union(*(part.needs for part in parts))
-  return Transform(init, apply, needs=needs, name="partition")  # one link: one pass over calibration serves all labels
+  # one link: one pass over calibration serves all labels, each of which sees of inputs what it must
+  return Transform(init, apply, needs=needs, name="partition", inputs=True)
 
 
 def scheduled(transform: Transform, active: Callable[[jax.Array], Any]) -> Transform:
@@ -289,6 +294,9 @@ def by_stage(
   return list(groups.values())
 
 
+_INPUTS = (InputArray, LearnedInputArray)
+
+
 def beneath_inputs(transform: Transform) -> Transform:
   """The transform on the weights beneath an `InputArray` or `LearnedInputArray`: what is done to their inputs stays."""
   if transform.inputs:
@@ -302,23 +310,37 @@ def beneath_inputs(transform: Transform) -> Transform:
     given = {name: getattr(evidence, name) for name in ("grads", "fisher", "reference")}
     evidence = dataclasses.replace(evidence, **{name: x if x is None else _bare(x)[0] for name, x in given.items()})
     done, state = transform.apply(inner, state, evidence)
-    for path, leaf in over.items():
+    for path, (leaf, weight) in over.items():
       made = tree.get(done, path)
-      if made is not None:
-        whole = leaf if made is leaf.weight else dataclasses.replace(leaf, weight=made)
-        done = tree.put(done, path, whole)
+      if made is weight:
+        done = tree.put(done, path, leaf)
+      elif made is not None and isinstance(whole := fetch(leaf), _INPUTS):
+        done = tree.put(done, path, dataclasses.replace(whole, weight=made))
     return done, state
 
   return transform._replace(init=init, apply=apply)
 
 
-def _bare(params: Params) -> tuple[Params, dict[str, InputArray | LearnedInputArray]]:
-  """The tree with weights in the place of what stands on their inputs, and those that stood there."""
-  kinds = (InputArray, LearnedInputArray)
-  over = {path: leaf for path, leaf in tree.weights(params).items() if isinstance(leaf, kinds)}
-  for path, leaf in over.items():
-    params = tree.put(params, path, leaf.weight)
+def _bare(params: Params) -> tuple[Params, dict[str, tuple[Any, Any]]]:
+  """The tree with weights in the place of what stands on their inputs; by path, what stood there and its weight.
+
+  What lies in a file and is no array is opened when it is read.
+  """
+  over: dict[str, tuple[Any, Any]] = {}
+  for path, leaf in tree.weights(params).items():
+    if isinstance(leaf, _INPUTS):
+      over[path] = leaf, leaf.weight
+    elif isinstance(leaf, StoredArray) and not leaf.dense:
+      over[path] = leaf, dataclasses.replace(leaf, read=functools.partial(_beneath, leaf))
+  for path, (_, weight) in over.items():
+    params = tree.put(params, path, weight)
   return params, over
+
+
+def _beneath(leaf: Any) -> Any:
+  """The weight beneath what is done to its input."""
+  whole = fetch(leaf)
+  return whole.weight if isinstance(whole, _INPUTS) else whole
 
 
 def sequentially(name: str, transform: Transform, sequential: str) -> Transform:

@@ -88,7 +88,7 @@ def learned_rounding(
       params = tree.put(params, path, rounding.assemble(c, began[path][1], group_size, -2, dtype))
     return params, state
 
-  return Transform(init, apply, needs=needs, scope="block", name="learned_rounding")
+  return Transform(init, apply, needs=needs, scope="block", name="learned_rounding", inputs=True)
 
 
 def _begin(

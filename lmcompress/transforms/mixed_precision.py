@@ -119,7 +119,7 @@ def mixed_precision(
     return chain(solved, whole) if linear else whole
 
   if sensitivity == "kl":
-    return Transform(init, by_kl, frozenset({"tokens"}), scope="model", name="mixed_precision", plan=plan)
+    return Transform(init, by_kl, frozenset({"tokens"}), scope="model", name="mixed_precision", plan=plan, inputs=True)
   return Transform(init, by_output, needs=frozenset({"hessian"}), name="mixed_precision", plan=plan)
 
 

@@ -134,6 +134,12 @@ def prune_entries(
 
   def plan(state: Mapping[str, np.ndarray]) -> Transform:
     counts = global_counts({path: s / max(float(s.sum()), 1e-300) for path, s in state.items()}, fraction or 0.0)
+    if fraction and state and not any(counts.values()):
+      total = sum(s.size for s in state.values())
+      raise WeightError(
+        f"{name}(fraction={fraction}, scope='global'): of {total} {words} none would go; give a fraction above "
+        f"{0.5 / total:.3g}"
+      )
 
     def planned(params: Params, _: State, evidence: Evidence) -> tuple[Params, State]:
       for part in chosen(params, evidence):

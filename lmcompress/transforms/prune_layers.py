@@ -93,7 +93,7 @@ def prune_layers(
     return params, state
 
   needs = frozenset({"tokens"}) if threshold is None else frozenset()
-  return Transform(init, apply, needs=needs, scope="model", name="prune_layers")
+  return Transform(init, apply, needs=needs, scope="model", name="prune_layers", inputs=True)
 
 
 def _layers(model: Any, params: Params) -> list[str]:

@@ -36,7 +36,7 @@ def prune_neurons(
 
   Raises:
     ValueError: not exactly one of fraction and count, or out of range.
-    WeightError (when planned): the axis is not there, a weight is compressed or not selected, none would be left, or
+    WeightError: the axis is not there, a weight is compressed or not selected, none would be left, or
       a fraction is less than half of one.
   """
 

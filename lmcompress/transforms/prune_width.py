@@ -28,7 +28,7 @@ def prune_width(
   stage's as a share of its whole. What reads the stream first takes over what those channels gave, by least squares.
   A norm over fewer channels subtracts another mean and divides by another deviation: its scale and bias make up for
   that on average, where the structure says which linears it feeds (a norm behind a part stays as it is). Tables that
-  are tied stay so.
+  are tied stay so, but for a head that reads another axis than the stream.
 
   Args:
     fraction: of the channels, rounded. Or:
@@ -72,7 +72,7 @@ def prune_width(
     return chain(_take_over(state, keep), _narrow(state, keep)) if compensate else _narrow(state, keep)
 
   needs = frozenset({"second_moment", "mean"})
-  return Transform(init, measure, needs, scope="block", name="prune_width", plan=plan)
+  return Transform(init, measure, needs, scope="block", name="prune_width", plan=plan, inputs=True)
 
 
 class Energy(NamedTuple):
@@ -120,11 +120,24 @@ def _energy(moment: jax.Array, mean: jax.Array, readers: Sequence[Any], scale: A
   if scale is None:
     return Energy(read, np.ones_like(second), np.zeros_like(second))
   gain = np.asarray(scale, np.float64)
-  gain = np.where(gain == 0, np.inf, gain)  # such a channel tells nothing of the stream
-  if bias is None:
-    return Energy(read, _whole(second / gain**2), np.zeros_like(second))
-  shift = np.asarray(bias, np.float64)
-  return Energy(read, _whole((second - 2 * shift * first + shift**2) / gain**2), (first - shift) / gain)
+  known, gain = gain != 0, np.where(gain == 0, 1.0, gain)
+  shift = np.zeros_like(gain) if bias is None else np.asarray(bias, np.float64)
+  normal: np.ndarray = _completed((second - 2 * shift * first + shift**2) / gain**2, known, float(gain.size))
+  middle: np.ndarray = np.zeros_like(gain) if bias is None else _completed((first - shift) / gain, known, 0.0)
+  return Energy(read, np.clip(normal, 0.0, None), middle)
+
+
+def _completed(values: np.ndarray, known: np.ndarray, total: float) -> np.ndarray:
+  """Channels under a scale of 0, of which nothing is seen, share what is missing from the total of all.
+
+  Without any, the epsilon of the norm is what is missing, and all share it.
+  """
+  if known.all():
+    return values * (total / max(values.sum(), 1e-300)) if total else values
+  rest: float = total - values[known].sum()
+  values = values.copy()
+  values[~known] = rest / np.count_nonzero(~known)
+  return values
 
 
 def _head(model: Any, params: Params, last: Energy) -> Energy | None:
@@ -137,11 +150,6 @@ def _head(model: Any, params: Params, last: Energy) -> Energy | None:
   gain = np.square(np.asarray(single[0], np.float64)) if len(single) == 1 else 1.0
   read = last.normal * gain * np.asarray(_square_rows(parts.materialize(table).T), np.float64)
   return Energy(read / max(read.sum(), 1e-300), last.normal, last.mean)
-
-
-def _whole(square: np.ndarray) -> np.ndarray:
-  """Mean squares whose mean over channels is 1, as that of a normalized stream is."""
-  return square / max(square.mean(), 1e-300)
 
 
 def _keep(
@@ -186,14 +194,28 @@ def _take_over(state: Mapping[str, Energy], keep: Keep) -> Transform:
   return Transform(lambda params, selected=None: keep(params), apply, needs, scope="block", name="prune_width")
 
 
+def _untied(model: Any, params: Params, axis: str) -> Params:
+  """The tree with a table of its own for a head that reads another axis than the stream from the embedding's table."""
+  head = tree.axes_of(model.axes, "head/table")[-1:]
+  reads = any(tree.axes_of(model.axes, path)[-1:] == head for path in tree.flatten(params))
+  if not head or head == (axis,) or "head" in params or not reads:
+    return params
+  return tree.put(params, "head/table", params["embed"]["table"])
+
+
 def _narrow(state: Mapping[str, Energy], keep: Keep) -> Transform:
   """Removes the channels everywhere, and rescales norms."""
 
   def apply(params: Params, planned: State, evidence: Evidence) -> tuple[Params, State]:
     model, last = evidence.structure, list(state.values())[-1]
+    if len(planned) == last.read.size:
+      return params, planned
     axis, norms = stream_norms("prune_width", model, params)
-    params = remaining(model, params, axis, planned)
+    params = remaining(model, _untied(model, params, axis), axis, planned)
+    within = tuple(f"{block.path}/" for block in model.blocks(params))
     for path in norms:
+      if path not in state and path.startswith(within):
+        continue  # it stands behind a part
       energy = state.get(path, last)
       shift = float(energy.mean[planned].mean())
       deviation = math.sqrt(max(float(energy.normal[planned].mean()) - shift**2, 0.0))

@@ -79,7 +79,7 @@ def rescale(name: str, find: Scales, needs: frozenset[str], norms_only: bool = F
         params = tree.put(params, f"{source}/{part}", (found / narrow(scale)).astype(found.dtype))
     return params
 
-  return Transform(init, apply, needs=needs, scope="block", name=name)
+  return Transform(init, apply, needs=needs, scope="block", name=name, inputs=True)
 
 
 def _sharing(params: Params, structure: Any, block: str, source: str, consumer: str) -> tuple[Callable, Callable]:

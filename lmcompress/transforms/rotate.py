@@ -66,7 +66,7 @@ def rotate(heads: bool = True) -> Transform:
     _check(model, params, done)
     return done, state
 
-  return Transform(init, apply, needs=frozenset({"key"}), scope="model", name="rotate")
+  return Transform(init, apply, needs=frozenset({"key"}), scope="model", name="rotate", inputs=True)
 
 
 def fold_norms(model: Any, params: Params) -> tuple[Params, str]:

@@ -107,7 +107,7 @@ def sensitivity(
 
   needs = _NEEDS[measure]
   if measure == "kl":
-    return Transform(init, by_kl, needs, scope="model", name="sensitivity", plan=plan)
+    return Transform(init, by_kl, needs, scope="model", name="sensitivity", plan=plan, inputs=True)
   return Transform(init, each, needs, scope="weight" if needs else "model", name="sensitivity", plan=plan)
 
 

@@ -12,24 +12,32 @@ import pytest
 from onnx import TensorProto, helper
 
 from lmcompress import tree
-from lmcompress.arrays import FixedStep, InputArray, QuantizedArray
+from lmcompress.arrays import FixedStep, InputArray, LearnedInputArray, QuantizedArray, SumArray, fetch
 from lmcompress.calibration import compress
+from lmcompress.io.store import Store
+from lmcompress.shapes import stored
 from lmcompress.transforms import (
   at,
   awq,
   awq_scale,
   chain,
+  fake_quantize_inputs,
+  freeze,
   lora,
   magnitude,
+  partition,
   prune_neurons,
+  prune_width,
   quantize_activations,
   quantize_inputs,
+  rotate,
   round_to_nearest,
   share,
   smooth,
   smooth_quant,
 )
-from lmcompress.types import WeightError
+from lmcompress.transforms.lora import adapters
+from lmcompress.types import Evidence, WeightError
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +187,50 @@ def test_what_is_done_to_inputs_stays_where_it_is(tiny, calibration, method):
     first = compress(model, params, chain(method(), quantize_activations(0.25)), calibration, key)[0]
     assert jax.tree.structure(first) == jax.tree.structure(done)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(done), strict=True))
+
+
+@pytest.mark.parametrize("make", [
+  lambda: rotate(), lambda: smooth(), lambda: awq_scale(4, 16), lambda: prune_width(0.25),
+], ids=["rotate", "smooth", "awq_scale", "prune_width"])  # fmt: skip
+def test_what_changes_inputs_comes_before_steps_for_them(tiny, calibration, make):
+  model, params = tiny
+  stepped = compress(model, params, quantize_inputs("int8_static"), calibration)[0]
+  with pytest.raises(WeightError, match="already stored as int8 static x float32"):
+    compress(model, stepped, make(), calibration, jax.random.key(0))
+
+
+def test_parts_and_chains_by_hand_see_what_they_must(tiny, calibration):
+  """A partition hands each part what it would see alone; so does a chain without `compress`."""
+  model, params = tiny
+  labels = {"layers/*/attn": "a", "layers/*/mlp": "b"}
+  twice = partition(labels, {"a": quantize_inputs(), "b": round_to_nearest(4, 16)})
+  with pytest.raises(WeightError, match="quantize_inputs at layers/0/attn/k/kernel: its input is acted on already"):
+    compress(model, params, chain(quantize_activations(0.25), twice))
+  done, _ = compress(model, params, chain(fake_quantize_inputs(), partition(labels, {"a": freeze(), "b": lora(2)})),
+                     calibration, jax.random.key(0))  # fmt: skip
+  attn, mlp = (tree.get(done, f"layers/0/{path}/kernel") for path in ("attn/q", "mlp/up"))
+  assert attn.kind == "int8 static x float32"
+  assert isinstance(mlp, LearnedInputArray) and isinstance(mlp.weight, SumArray)
+  assert set(adapters(done)) == {p for p in tree.default_selection(params) if "/mlp/" in p}
+  by_hand = chain(quantize_activations(0.25), lora(2))
+  evidence = Evidence(key=jax.random.key(0), structure=model)
+  found = by_hand.apply(params, by_hand.init(params), evidence)[0]
+  assert isinstance(tree.get(found, "layers/0/mlp/up/kernel").weight, SumArray)
+
+
+@pytest.mark.parametrize("recipe", [
+  lambda: chain(quantize_inputs(), round_to_nearest(4, 16)), lambda: chain(quantize_inputs(), lora(2)),
+], ids=["round_to_nearest", "lora"])  # fmt: skip
+def test_plans_and_files_see_the_weight_beneath_too(tiny, recipe, tmp_path):
+  model, params = tiny
+  done, _ = compress(model, params, recipe(), key=jax.random.key(0))
+  planned = stored(jax.eval_shape(lambda: params), recipe(), jnp.float32, model)
+  assert jax.tree.structure(planned) == jax.tree.structure(done)
+  assert [x.shape for x in jax.tree.leaves(planned)] == [x.shape for x in jax.tree.leaves(done)]
+  kept = Store(tmp_path / "store", {}, mapped=True)
+  filed, _ = compress(model, params, recipe(), key=jax.random.key(0), store=kept)
+  filed = tree.map_leaves(lambda _, leaf: fetch(leaf), filed)
+  assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(filed), jax.tree.leaves(done), strict=True))
 
 
 def test_what_is_coupled_must_be_selected(tiny, calibration):

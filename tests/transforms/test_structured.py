@@ -38,6 +38,7 @@ from lmcompress.transforms import (
   round_to_nearest,
 )
 from lmcompress.transforms.prune_entries import compensated, global_counts
+from lmcompress.transforms.prune_width import _completed
 from lmcompress.transforms.structure import remaining
 from lmcompress.types import Block, Stage, WeightError
 
@@ -184,6 +185,28 @@ def test_norms_that_subtract_a_mean_follow(kind):
     assert lost[0] < 0.5 * lost[1], lost
 
 
+def test_scales_of_zero_under_norms_that_subtract_a_mean():
+  """Nothing is seen of such a channel; what it is on average follows from those that are seen."""
+  model = GPT2(GPT2Config(head_dim=8, max_length=32), GPT2Sizes(vocab=64, embed=48, mlp=32, layers=1, heads=2))
+  params = model.init(jax.random.key(2))
+  for path, leaf in tree.flatten(params).items():
+    if path.endswith("norm/scale"):
+      params = tree.put(params, path, leaf.at[3].set(0.0))
+  params = tree.put(params, "embed/table", params["embed"]["table"].at[:, 3].set(1.0))
+  same = run(params, prune_width(count=0), model)
+  np.testing.assert_allclose(model.apply(same, TOKENS), model.apply(params, TOKENS), atol=1e-6)
+  seen = np.array([1.0, 0.2, 9.0, 0.8])
+  np.testing.assert_allclose(_completed(seen, np.array([True, True, False, True]), 4.0), [1.0, 0.2, 2.0, 0.8])
+
+
+def test_a_head_of_masked_tokens_gets_its_own_table():
+  model = Bert(BertConfig(head_dim=8, max_length=32),
+               BertSizes(vocab=64, embed=48, mlp=32, layers=1, heads=2, masked=True))  # fmt: skip
+  narrow = run(model.init(jax.random.key(0)), prune_width(count=6), model)
+  assert narrow["embed"]["table"].shape == (64, 42) and narrow["head"]["table"].shape == (64, 48)
+  assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(model.apply(narrow, TOKENS)))
+
+
 def test_compensation_is_the_least_squares_solution():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
@@ -246,6 +269,7 @@ BAD = {
   "no head": (lambda: prune_heads(0.1), "of 3 groups that is less than half of one"),
   "no query": (lambda: prune_heads(0.1, what="queries"), "of 2 queries that is less than half of one"),
   "no channel": (lambda: prune_width(0.01), "of 48 channels none would go"),
+  "none of all": (lambda: prune_neurons(0.002, scope="global", score="magnitude"), "of 192 neurons none would go"),
   "no multiple": (lambda: prune_width(count=6, multiple=16), "none would go, by rounding; ask for 16 or more"),
   "no such axis": (lambda: prune_neurons(0.5, axis="embed"), r"its own axes are \['group', 'kv', 'mlp'\]"),
 }

@@ -292,10 +292,11 @@ def _values(leaf: Any, axis: int) -> tuple[np.ndarray, str, int, np.ndarray | No
     return (x if axis == -2 else x.T), _VALUES[str(values.dtype)], 0, None
   if not isinstance(values, QuantizedArray) or not _int8_of_outputs(values):
     raise Unsupported(f"sparse values in {values.kind}; int8 with a scale for each output has tiles")
+  grid: Any = values.grid
   codes = np.asarray(values.codes.unpack())
   outputs = codes.shape[1] if axis == -2 else codes.shape[0]
   scale = _per_output(values.scale, axis, 1, outputs, 1)
-  return (codes if axis == -2 else codes.T), "uint8", values.grid.offset, scale
+  return (codes if axis == -2 else codes.T), "uint8", grid.offset, scale
 
 
 def _int8_of_outputs(values: QuantizedArray) -> bool:
