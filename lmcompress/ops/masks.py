@@ -34,9 +34,12 @@ class Target(NamedTuple):
     """
     if self.m:
       return n_of_m(score, self.n, self.m, axis)
-    assert self.sparsity is not None
     extent = score.shape[axis] if per_row else score.size
-    return ~smallest(score, round(extent * self.sparsity), axis if per_row else None)
+    return ~smallest(score, self.removed(extent), axis if per_row else None)
+
+  def removed(self, extent: int) -> int:
+    """Of so many entries; 0 for a pattern."""
+    return round(extent * (self.sparsity or 0.0))
 
   def misfit(self, inputs: int) -> str | None:
     """Why so many inputs cannot be pruned to the pattern; None where they can."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +13,29 @@ import numpy as np
 from lmcompress.ops.masks import Target, n_of_m, smallest
 
 
-class Removal(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("totals",), meta_fields=("outputs", "n", "m"))
+@dataclasses.dataclass(frozen=True)
+class Removal:
   """What is removed on the way: of each block of inputs, the least `w_i**2 / upper_ii**2`.
 
+  How much is an array, so that one compiled program serves every sparsity.
+
   Attributes:
-    target: how much.
-    outputs: of each of the weights that stand side by side; each meets the target by itself.
+    totals: int32 `[weights]`, entries that go of each of the weights that stand side by side.
+    outputs: of each of them.
+    n, m: kept of how many, instead; 0 for totals.
   """
 
-  target: Target
+  totals: jax.Array
   outputs: tuple[int, ...]
+  n: int = 0
+  m: int = 0
+
+  @classmethod
+  def of(cls, target: Target, inputs: int, outputs: tuple[int, ...]) -> Removal:
+    """Each weight meets the target by itself."""
+    totals = jnp.asarray([target.removed(inputs * n) for n in outputs], jnp.int32)
+    return cls(totals, outputs, target.n, target.m)
 
   def keep(self, part: jax.Array, diagonal: jax.Array, counts: jax.Array) -> jax.Array:
     """True for what stays of a block.
@@ -31,8 +46,8 @@ class Removal(NamedTuple):
     """
     filled = diagonal[:, None] > 0
     score = jnp.where(filled, jnp.square(part / jnp.where(filled, diagonal[:, None], 1.0)), jnp.inf)
-    if self.target.m:
-      return n_of_m(score, self.target.n, self.target.m, -2)
+    if self.m:
+      return n_of_m(score, self.n, self.m, -2)
     ends = np.cumsum(self.outputs)[:-1].tolist()
     parts = jnp.split(score, ends, axis=1)
     return ~jnp.concatenate([smallest(s, counts[i]) for i, s in enumerate(parts)], axis=1)
@@ -40,12 +55,8 @@ class Removal(NamedTuple):
   def counts(self, real: jax.Array) -> jax.Array:
     """`[blocks, weights]`: removals for each block of `real: [blocks, group]`, in proportion and exact in all."""
     inputs, so_far = jnp.sum(real, dtype=jnp.int32), jnp.cumsum(jnp.sum(real, axis=1, dtype=jnp.int32))
-    found = []
-    for outputs in self.outputs:
-      total = jnp.round((self.target.sparsity or 0.0) * outputs * inputs).astype(jnp.int32)
-      whole, rest = total // inputs, total % inputs  # so that no product leaves 32 bits
-      found.append(jnp.diff(whole * so_far + rest * so_far // inputs, prepend=0))
-    return jnp.stack(found, axis=1)
+    whole, rest = self.totals // inputs, self.totals % inputs  # so that no product leaves 32 bits
+    return jnp.diff(whole * so_far[:, None] + rest * so_far[:, None] // inputs, axis=0, prepend=0)
 
 
 def remove_in_turn(
@@ -68,7 +79,7 @@ def remove_in_turn(
   inputs, outputs = w.shape
   n, at = inputs // group, jnp.arange(group)
   counts = removal.counts(real.reshape(n, group))
-  m = removal.target.m
+  m = removal.m
 
   def block(w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     i1 = b * group

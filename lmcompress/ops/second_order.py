@@ -275,7 +275,7 @@ class Solved(NamedTuple):
 @functools.partial(
   jax.jit,
   static_argnames=(
-    "rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback", "removal", "refit_steps",
+    "rounding", "group_size", "order", "clip", "sweeps", "damping", "extra", "feedback", "refit_steps",
   ),
 )
 def solve(
@@ -316,7 +316,7 @@ def solve(
   w = jnp.where(dead[:, None], 0.0, w)  # an input that is always 0
   per_row = group_size == -1 or group_size >= inputs
   group = _BLOCK if per_row else group_size
-  together = max(1, removal.target.m) if removal is not None else 1
+  together = max(1, removal.m) if removal is not None else 1
   group -= group % together
   spare = -inputs % group
   if spare:  # the last group is filled with inputs that nothing reads

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays import MaskedArray, masked
-from lmcompress.ops.masks import Target, target
+from lmcompress.ops.masks import n_of_m, smallest, target
 from lmcompress.ops.removal import refit
 from lmcompress.ops.second_order import drift_corrected
 from lmcompress.transforms.combine import require_dense, stagewise
@@ -60,7 +60,10 @@ def alps(
       wanted = w.astype(jnp.float32)
       if reference_hessian is not None:
         wanted = drift_corrected(wanted, hessian, reference_hessian, damping=damping, share=error_propagation)
-      values, keep = solve_support(wanted, system, kept, goal=goal, iterations=iterations, refit_steps=refit_steps)
+      values, keep = solve_support(
+        wanted, system, kept, goal.removed(w.size), pattern=(goal.n, goal.m), iterations=iterations,
+        refit_steps=refit_steps,
+      )  # fmt: skip
       done[path] = masked(values.astype(w.dtype), keep, -2)
     return done
 
@@ -99,14 +102,16 @@ def prepare(hessian: jax.Array, damping: float) -> System:
   return System(h, scale, vectors, jnp.maximum(values, 0.0))
 
 
-@functools.partial(jax.jit, static_argnames=("goal", "iterations", "refit_steps"))
+@functools.partial(jax.jit, static_argnames=("pattern", "iterations", "refit_steps"))
 def solve_support(
-  w: jax.Array, system: System, kept: jax.Array | None, *, goal: Target, iterations: int, refit_steps: int
+  w: jax.Array, system: System, kept: jax.Array | None, removed: Any, *, pattern: tuple[int, int], iterations: int,
+  refit_steps: int,
 ) -> tuple[jax.Array, jax.Array]:
   """ALPS of one matrix (algorithm 1, then 2 on the support).
 
   Args:
     w: `[in, out]` float32; kept: bool, False for what is 0 already, or None.
+    removed: how many entries go, may be traced; pattern: n and m instead, or 0 and 0.
 
   Returns:
     Values and mask `[in, out]`.
@@ -116,7 +121,8 @@ def solve_support(
   gradient = jnp.matmul(system.hessian, target)
 
   def project(x: jax.Array) -> jax.Array:
-    return goal.keep(jnp.where(kept, jnp.abs(x), 0.0), -2) & kept
+    score = jnp.where(kept, jnp.abs(x), 0.0)
+    return (n_of_m(score, *pattern, -2) if pattern[1] else ~smallest(score, removed)) & kept
 
   def solved(right: jax.Array, rho: jax.Array) -> jax.Array:
     inner = jnp.matmul(system.vectors.T, right) / (system.values + rho)[:, None]

@@ -108,7 +108,8 @@ def by_error_feedback(
     keep = None
     if any(kept is not None for _, kept in parts):
       keep = jnp.concatenate([jnp.ones(w.shape, bool) if kept is None else kept for w, kept in parts], axis=1)
-    removal = None if target is None else Removal(target, tuple(w.shape[1] for w, _ in parts))
+    outputs = tuple(w.shape[1] for w, _ in parts)
+    removal = None if target is None else Removal.of(target, len(hessian), outputs)
     w = jnp.concatenate([w for w, _ in parts], axis=1)
     solved = solve(w, hessian, reference_hessian, keep, removal=removal, **options)
     warn_of_damping(name, next(iter(weights)), solved.damping, solved.first)

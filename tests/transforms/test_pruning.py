@@ -12,7 +12,7 @@ from lmcompress.arrays import BitmapArray, MaskedArray, NMSparseArray, Quantized
 from lmcompress.calibration import compress
 from lmcompress.ops.masks import Target
 from lmcompress.ops.removal import Removal, refit, remove_in_turn
-from lmcompress.ops.second_order import inverse_factor
+from lmcompress.ops.second_order import inverse_factor, solve
 from lmcompress.transforms import (
   alps,
   chain,
@@ -27,6 +27,7 @@ from lmcompress.transforms import (
   truncated_svd,
   wanda,
 )
+from lmcompress.transforms.alps import solve_support
 from lmcompress.transforms.wanda import keep_active
 from lmcompress.types import Evidence, WeightError
 
@@ -76,6 +77,15 @@ def test_sparsity_is_exact(method, sparsity):
     np.testing.assert_allclose(dense(leaf), W, atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "compiled"), [(sparse_gpt, solve), (alps, solve_support)])
+def test_one_program_serves_every_sparsity(method, compiled):
+  applied(method(0.41))
+  before = compiled._cache_size()
+  for sparsity in (0.42, 0.43, 0.77):
+    applied(method(sparsity))
+  assert compiled._cache_size() == before
+
+
 @each_method
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
 def test_patterns_are_exact(method, pattern):
@@ -121,7 +131,7 @@ def reference_sparse_gpt(w, hessian, sparsity, block, damping=0.01):
 
 def test_sparse_gpt_is_its_reference():
   upper = inverse_factor(HESSIAN, 0.01).upper
-  values, keep = remove_in_turn(W, upper, None, Removal(Target(0.5), (24,)), 32, jnp.ones(64, bool))
+  values, keep = remove_in_turn(W, upper, None, Removal.of(Target(0.5), 64, (24,)), 32, jnp.ones(64, bool))
   want = reference_sparse_gpt(W, HESSIAN, 0.5, 32)
   assert (np.asarray(keep) == (want != 0)).mean() > 0.995  # float32 may turn a near tie
   same = np.asarray(keep) == (want != 0)
