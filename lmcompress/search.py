@@ -26,7 +26,7 @@ from lmcompress.io import checkpoint
 from lmcompress.io.load import load
 from lmcompress.stages import Silent, Watcher
 
-TRIALS, RESULT, BEST, PLOT = "trials.jsonl", "search.json", "best.yaml", "pareto.svg"
+TRIALS, RESULT, BEST, PLOT, TIMES = "trials.jsonl", "search.json", "best.yaml", "pareto.svg", "latency.svg"
 
 Choice = tuple[int, ...]
 """For each group, which of its candidates; -1 leaves it as it is."""
@@ -179,7 +179,11 @@ def search(config: configs.Config, results: Path, watcher: Watcher | None = None
   }
   (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   (folder / BEST).write_text(_best(config, result["best"]["recipe"]), "utf-8")
-  (folder / PLOT).write_text(plot(measure, trials, front, budget), "utf-8")
+  size = [t.nbytes / 1e6 for t in trials]
+  (folder / PLOT).write_text(plot(trials, size, None if measure.timed else budget / 1e6, "MB on disk"), "utf-8")
+  if measure.timed:
+    times = [measure.cost(t) for t in trials]
+    (folder / TIMES).write_text(plot(trials, times, budget, "ms per token"), "utf-8")
   return result
 
 
@@ -261,11 +265,9 @@ def _best(config: configs.Config, links: Sequence[Mapping[str, Any]]) -> str:
   return f"# The best recipe of `{config.name}`.\n# Run: lmcompress run {BEST}\n{configs.dump(found)}"
 
 
-def plot(measure: Measure, trials: Sequence[Trial], front: Sequence[int], budget: float) -> str:
-  """An SVG: the cost of every choice against its perplexity, the Pareto front, and the budget."""
+def plot(trials: Sequence[Trial], x: Sequence[float], limit: float | None, label: str) -> str:
+  """An SVG: what every choice costs, `x`, against its perplexity, the Pareto front, and the budget if it is of that."""
   from lmcompress import figures
 
-  unit, label = (1.0, "ms per token") if measure.timed else (1e6, "MB on disk")
-  x = np.array([measure.cost(t) for t in trials]) / unit
-  y = np.array([t.perplexity for t in trials])
-  return figures.scatter(x, y, list(front), budget / unit, label, "perplexity")
+  y = [t.perplexity for t in trials]
+  return figures.scatter(np.array(x), np.array(y), pareto(list(zip(x, y, strict=True))), limit, label, "perplexity")

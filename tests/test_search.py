@@ -89,6 +89,8 @@ def test_latency_is_a_budget(made):
   config = load_config(path, ["search.budget={ms_per_token: 1000}"])
   result = search(config, folder / "results")
   assert result["best"]["ms_per_token"] > 0 and result["best"]["choice"] == (-1, -1, -1)
+  plots = [(folder / "results" / config.folder / name).read_text() for name in ("pareto.svg", "latency.svg")]
+  assert "MB on disk" in plots[0] and "ms per token" in plots[1]
 
 
 def test_the_command(made):
