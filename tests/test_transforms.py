@@ -235,7 +235,7 @@ ROWS = [
   Row("alps", lambda: alps(0.7, iterations=12), sums=True),
   Row("gradient", lambda: gradient(0.5, score="snip")),
   Row("gradient global", lambda: gradient(0.5, score="taylor", scope="global")),
-  Row("sensitivity", lambda: sensitivity(0.5, method="wanda"), sums=True,
+  Row("sensitivity", lambda: sensitivity(0.5, "output", "wanda"), sums=True,
       meshes=False),
   Row("sensitivity outliers", lambda: sensitivity(0.6, "outliers", "magnitude", spread=0.2), sums=True,
       meshes=False),

@@ -36,7 +36,7 @@ _STEPS = (-0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3)
 
 def sensitivity(
   sparsity: float = 0.5,
-  measure: Literal["output", "weight", "kl", "outliers"] = "output",
+  measure: Literal["outliers", "output", "weight", "kl"] = "outliers",
   method: Literal["sparse_gpt", "wanda", "alps", "magnitude"] = "sparse_gpt",
   spread: float = 0.08,
   outlier: float = 5.0,
@@ -48,7 +48,7 @@ def sensitivity(
   `output` the relative error of the outputs on calibration tokens; `kl` the divergence of the model's predictions with
   the linears of one stage pruned by magnitude. Those are allotted exactly, by dynamic programming. `outliers` asks for
   no such cost: blocks that have more weights with `|w| ||x||` far above the mean keep more (Yin et al. 2024, OWL,
-  arXiv:2310.05175).
+  arXiv:2310.05175); it is the default because costs of single weights, added up, do not tell what the model loses.
 
   Args:
     sparsity: fraction removed of all selected weights together.
