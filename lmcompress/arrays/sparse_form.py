@@ -73,14 +73,20 @@ def all_codes(w: NMSparseArray) -> QuantizedArray:
 @functools.partial(jax.jit, static_argnames=("group",))
 def _spread_codes(w: NMSparseArray, group: int) -> Packed:
   values, axis = w.values, w.axis
-  zero = values.grid.encode(jnp.zeros((1, 1), jnp.float32))
-  if values.zero_point is not None:
-    zero = values.zero_point.unpack()
-    if zero.shape[axis] > 1:
-      zero = jax.lax.slice_in_dim(jnp.repeat(zero, group, axis=axis), 0, w.shape[axis], axis=axis)
+  zero = _code_of_zero(values, group, w.shape[axis])
   rest = split_blocks(jnp.broadcast_to(zero, w.shape).astype(jnp.uint8), axis, w.m)
   codes = w._spread(values.codes.unpack(), w.indices, rest)
   return pack(codes, values.codes.bits, axis, choose_block(w.shape[axis], group, values.codes.bits))
+
+
+def _code_of_zero(w: QuantizedArray, group: int, inputs: int) -> jax.Array:
+  """The code of 0, one for all or for each of so many inputs, `group` of which share a zero point."""
+  if w.zero_point is None:
+    return w.grid.encode(jnp.zeros((1, 1), jnp.float32))
+  zero = w.zero_point.unpack()
+  if zero.shape[w.axis] == 1:
+    return zero
+  return jax.lax.slice_in_dim(jnp.repeat(zero, group, axis=w.axis), 0, inputs, axis=w.axis)
 
 
 def as_bitmap(w: Any, axis: int) -> BitmapArray:
@@ -123,10 +129,5 @@ def _gather_codes(w: QuantizedArray, nonzero: jax.Array, n: int, m: int) -> tupl
   axis = w.axis
   codes, used, indices = _compress(w.codes.unpack(), nonzero, n, m, axis)
   group = w.group_size if w.group_size == -1 else w.group_size // m * n
-  zero = w.grid.encode(jnp.zeros((1, 1), jnp.float32))
-  if w.zero_point is not None:
-    zero = w.zero_point.unpack()
-    if zero.shape[axis] > 1:
-      zero = jax.lax.slice_in_dim(jnp.repeat(zero, group, axis=axis), 0, codes.shape[axis], axis=axis)
-  codes = jnp.where(used, codes, zero).astype(jnp.uint8)
+  codes = jnp.where(used, codes, _code_of_zero(w, group, codes.shape[axis])).astype(jnp.uint8)
   return pack(codes, w.codes.bits, axis, choose_block(codes.shape[axis], group, w.codes.bits)), indices

@@ -294,7 +294,8 @@ def by_stage(
   return list(groups.values())
 
 
-_INPUTS = (InputArray, LearnedInputArray)
+INPUTS = (InputArray, LearnedInputArray)
+"""What stands over a weight and acts on its input."""
 
 
 def beneath_inputs(transform: Transform) -> Transform:
@@ -314,7 +315,7 @@ def beneath_inputs(transform: Transform) -> Transform:
       made = tree.get(done, path)
       if made is weight:
         done = tree.put(done, path, leaf)
-      elif made is not None and isinstance(whole := fetch(leaf), _INPUTS):
+      elif made is not None and isinstance(whole := fetch(leaf), INPUTS):
         done = tree.put(done, path, dataclasses.replace(whole, weight=made))
     return done, state
 
@@ -328,19 +329,19 @@ def _bare(params: Params) -> tuple[Params, dict[str, tuple[Any, Any]]]:
   """
   over: dict[str, tuple[Any, Any]] = {}
   for path, leaf in tree.weights(params).items():
-    if isinstance(leaf, _INPUTS):
+    if isinstance(leaf, INPUTS):
       over[path] = leaf, leaf.weight
     elif isinstance(leaf, StoredArray) and not leaf.dense:
-      over[path] = leaf, dataclasses.replace(leaf, read=functools.partial(_beneath, leaf))
+      over[path] = leaf, dataclasses.replace(leaf, read=functools.partial(beneath, leaf))
   for path, (_, weight) in over.items():
     params = tree.put(params, path, weight)
   return params, over
 
 
-def _beneath(leaf: Any) -> Any:
+def beneath(leaf: Any) -> Any:
   """The weight beneath what is done to its input."""
   whole = fetch(leaf)
-  return whole.weight if isinstance(whole, _INPUTS) else whole
+  return whole.weight if isinstance(whole, INPUTS) else whole
 
 
 def sequentially(name: str, transform: Transform, sequential: str) -> Transform:

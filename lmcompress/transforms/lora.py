@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from lmcompress import tree
 from lmcompress.arrays import (
   DirectionArray,
-  InputArray,
-  LearnedInputArray,
   LowRankArray,
   SumArray,
   added,
@@ -21,10 +19,8 @@ from lmcompress.arrays import (
   low_rank,
   parts,
 )
-from lmcompress.transforms.combine import leafwise
+from lmcompress.transforms.combine import INPUTS, beneath, leafwise
 from lmcompress.types import CompressedArray, Transform, WeightError
-
-_INPUTS = (InputArray, LearnedInputArray)
 
 
 def lora(rank: int = 8) -> Transform:
@@ -99,7 +95,7 @@ def merge() -> Transform:
 
 def adapters(params: Any) -> dict[str, LowRankArray]:
   """The adapters of a tree by the path of their weight, to be kept and put over the same base again with `adapted`."""
-  found = {path: leaf.weight if isinstance(leaf, _INPUTS) else leaf for path, leaf in tree.weights(params).items()}
+  found = {path: beneath(leaf) for path, leaf in tree.weights(params).items()}
   return {
     path: leaf.delta
     for path, leaf in found.items()
@@ -115,11 +111,11 @@ def adapted(params: Any, deltas: dict[str, LowRankArray]) -> Any:
   """
   for path, delta in deltas.items():
     leaf = tree.get(params, path)
-    inner = leaf.weight if isinstance(leaf, _INPUTS) else leaf
+    inner = beneath(leaf)
     base = inner.base if isinstance(inner, SumArray) and isinstance(inner.delta, LowRankArray) else inner
     if base is None or tuple(base.shape) != tuple(delta.shape):
       found = "nothing" if base is None else f"{parts.kind(base)} {tuple(base.shape)}"
       raise WeightError(f"adapted at {path}: an adapter of shape {tuple(delta.shape)} over {found}")
     whole: CompressedArray = added(base, delta, tree.contraction_axis(path))
-    params = tree.put(params, path, dataclasses.replace(leaf, weight=whole) if isinstance(leaf, _INPUTS) else whole)
+    params = tree.put(params, path, dataclasses.replace(leaf, weight=whole) if isinstance(leaf, INPUTS) else whole)
   return params

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmcompress.arrays import ACTS, FixedStep, InputArray, Int8Static, LearnedInputArray, with_act
+from lmcompress.arrays import ACTS, FixedStep, InputArray, Int8Static, with_act
 from lmcompress.ops.observers import OBSERVERS
-from lmcompress.transforms.combine import leafwise, named_chain, stagewise
+from lmcompress.transforms.combine import INPUTS, leafwise, named_chain, stagewise
 from lmcompress.transforms.rescale import rescale
 from lmcompress.transforms.round_to_nearest import round_to_nearest
 from lmcompress.types import Transform, WeightError
@@ -77,7 +77,7 @@ def quantize_activations(step: float) -> Transform:
 
 def fresh_input(name: str, path: str, leaf: Any) -> None:
   """Raises WeightError where something is done to an input already."""
-  if isinstance(leaf, (InputArray, LearnedInputArray)):
+  if isinstance(leaf, INPUTS):
     raise WeightError(f"{name} at {path}: its input is acted on already ({leaf.kind}); do so once")
 
 
