@@ -17,6 +17,8 @@ from lmcompress.types import ConfigError, FormatError, Params, SourceError
 PERIODS = {"day": 10, "month": 7, "year": 4}
 """Characters of an ISO date that say a period."""
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_WIDTHS = 32
+"""Rows of texts have a multiple of so many tokens, so that files of like texts share a program."""
 MOST_GROUPS = 40
 """Groups of a column that a plot shows, the largest."""
 
@@ -100,9 +102,9 @@ def heads_of(folder: Path, params: Params, chosen: Sequence[str] | None = None) 
   Raises:
     ConfigError: the model has no heads, or none of a name that was asked for.
   """
-  from lmcompress.io import checkpoint
+  from lmcompress.io.load import read_tasks
 
-  known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
+  known = read_tasks(folder)
   others = {name: task["kind"] for name, task in known.items() if task.get("kind", "labels") != "labels"}
   known = {name: task for name, task in known.items() if name not in others}
   heads = {name: Head(tuple(task["classes"]), task["length"]) for name, task in known.items()}
@@ -145,7 +147,8 @@ def classified(
   found: dict[str, np.ndarray] = {}
   for name, head in heads.items():
     tokens, mask = encode_rows(list(texts), tokenizer, head.length, special=not getattr(model, "causal", True))
-    parts = []
+    longest = -(-int(mask.sum(1).max()) // _WIDTHS) * _WIDTHS  # where all are short, so is what is run
+    tokens, mask, parts = tokens[:, :longest], mask[:, :longest], []
     for start in range(0, len(texts), 8 * batch):
       some = slice(start, start + 8 * batch)
       task = Task(tokens[some], mask[some], np.zeros(len(tokens[some]), np.int32), head.classes)

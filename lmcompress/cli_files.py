@@ -30,9 +30,10 @@ def export(
   """
   import lmcompress as lmc
   from lmcompress.io.huggingface import save_folder
+  from lmcompress.io.load import read_tasks
 
   net, params, tokenizer = lmc.load(model)
-  save_folder(net, params, folder, tokenizer)
+  save_folder(net, params, folder, tokenizer, read_tasks(model))
   _there(lambda: folder)
 
 

@@ -180,7 +180,7 @@ def chat(
 
 
 def classify(
-  model: Annotated[str, typer.Argument(help="A saved model with heads, as configs with `tasks` train them.")],
+  model: Annotated[str, typer.Argument(help="A saved model or a Hugging Face folder with heads.")],
   file: Annotated[Path, typer.Argument(help="Texts: .csv, .tsv or .jsonl with a column, or .txt with one a line.")],
   task: Annotated[list[str] | None, typer.Option(help="Which head; repeat for more. All where not given.")] = None,
   text: Annotated[str, typer.Option(help="The column of the texts.")] = "text",

@@ -29,7 +29,7 @@ from lmcompress.evaluate.latency import latency
 from lmcompress.evaluate.memory import peak_bytes, reset_peak
 from lmcompress.gates import through_gates
 from lmcompress.io import checkpoint, hub
-from lmcompress.io.load import load, origin
+from lmcompress.io.load import load, origin, read_tasks
 from lmcompress.io.store import Store
 from lmcompress.io.whole import write_text
 from lmcompress.judged_tasks import Judged, judged_task
@@ -179,7 +179,7 @@ def run(
     records.add({"kind": "tree", "tree_hash": digest, "processes": processes.count()})
   if not (folder / MODEL / checkpoint.MANIFEST).is_file():
     watcher.note("saving the model")
-    heads = _heads(config) | {
+    heads = read_tasks(config.model) | {
       t.name: {"classes": tasks[t.name].train.classes, "length": t.length, "kind": tasks[t.name].train.kind}
       for t in config.tasks if tasks[t.name].train.has_head
     }  # fmt: skip
@@ -303,12 +303,6 @@ def _calibration(config: Config, model: Any, tokenizer: Any, tasks: Mapping[str,
     "decoder_input_ids": np.asarray(written["tokens"])[:, : c.length],
     "decoder_attention_mask": np.asarray(written["attention_mask"])[:, : c.length],
   }  # fmt: skip
-
-
-def _heads(config: Config) -> dict[str, Any]:
-  """The heads that the model came with, as `checkpoint.save` takes them."""
-  folder = Path(hub.resolve_model(config.model))
-  return dict(checkpoint.read_tasks(folder)) if (folder / checkpoint.MANIFEST).is_file() else {}
 
 
 def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from lmcompress.data.labelled import DATASETS, encode_rows, load_labelled, requi
 from lmcompress.data.pairs import PAIRS, Pairs, load_pairs
 from lmcompress.data.questions import QUESTIONS, encode_questions, load_questions
 from lmcompress.data.tagged import TAGGED, encode_tagged, load_tagged
-from lmcompress.io import checkpoint, hub
+from lmcompress.io.load import read_tasks
 from lmcompress.training import Task, probabilities
 from lmcompress.types import ConfigError, Params
 
@@ -109,8 +108,7 @@ def require_heads(model: str, tasks: Mapping[str, Judged]) -> None:
   Args:
     model: as `load` takes it.
   """
-  folder = Path(hub.resolve_model(model))
-  known = checkpoint.read_tasks(folder) if (folder / checkpoint.MANIFEST).is_file() else {}
+  known = read_tasks(model)
   for name, judged in tasks.items():
     head, task = known.get(name), judged.train
     if head is None or not task.has_head:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from lmcompress import tree
 from lmcompress.arrays import InputArray, LearnedInputArray, resolve
 from lmcompress.data.tokenizer import Tokenizer
-from lmcompress.io import names, safetensors
+from lmcompress.io import names, safetensors, task_heads
 from lmcompress.types import CompressedArray, FormatError, Params
 
 
@@ -57,7 +57,9 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
   model = kind.read(config, where)
   files = _tensors(folder)
   depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}
-  mapping = names.plan(kind.names(config), "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
+  head = kind.heads.get(task_heads.task_of(config) or "", ())
+  known = (*kind.names(config), *head)
+  mapping = names.plan(known, "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
   heads = [name for name in kind.names(config) if name.path == "head/table"]
   if heads and config.get("tie_word_embeddings", kind.tied):
     mapping.pop("head/table", None)
@@ -77,17 +79,41 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
     leaves[path] = names.lazily(name, read, entry.shape) if stays else name.read(read())
   params = tree.unflatten(leaves)
   names.check_shapes(model, params, str(folder))
+  if head:
+    task_heads.check_head(config, params, where)
   return model, params, Tokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+  """As `checkpoint.read_tasks`: the head that the folder's `config.json` names, called by its kind; none is empty.
+
+  Raises:
+    FormatError: the config is damaged.
+  """
+  config, where = read_json(folder / "config.json"), folder / "config.json"
+  kind = names.foreign().get(str(config.get("model_type")))
+  if kind is None or task_heads.task_of(config) not in kind.heads:
+    return {}
+  return task_heads.told(config, where, kind.read(config, where).config.max_length)
+
+
+def save_folder(
+  model: Any,
+  params: Params,
+  folder: Path,
+  tokenizer: Tokenizer | None = None,
+  tasks: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
   """Writes a model as other libraries read it: float32 safetensors, `config.json` and the tokenizer.
 
   Compressed weights are written dense, as what they stand for. Where layers were removed, the others close up.
 
+  Args:
+    tasks: kinds and classes of the tree's heads, as of `lmcompress.io.load.read_tasks`.
+
   Raises:
     FormatError: the architecture has no such form, its layers differ in width, an input is changed on its way into a
-      weight, or the folder has files already.
+      weight, a head has no such form, or the folder has files already.
   """
   from safetensors.numpy import save_file
 
@@ -104,9 +130,12 @@ def save_folder(model: Any, params: Params, folder: Path, tokenizer: Tokenizer |
   params = _closed_up(tree.unstack_experts(params), kind.stacks)
   config = kind.write(model, params)
   kind = names.foreign()[config["model_type"]]
+  if params.get("tasks"):
+    config, params = task_heads.with_head(config, params, tasks or {}, kind.heads, folder)
+  known = (*kind.names(config), *kind.heads.get(task_heads.task_of(config) or "", ()))
   depth, dense = {start: config[key] for start, key in kind.stacks.items()}, tree.flatten(params)
   parts: dict[str, dict[int, tuple[names.Name, Any]]] = {}
-  for name in kind.names(config):
+  for name in known:
     for i in range(names.depth_of(name.path, depth)):
       leaf = dense.pop(name.path.format(i=i), None)
       if leaf is not None:

@@ -81,6 +81,23 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[A
   return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh, rules)
 
 
+def read_tasks(name: str | os.PathLike) -> dict[str, dict[str, Any]]:
+  """What the heads of a model tell, by name: `kind`, `classes` and `length`, the tokens of a row that are read.
+
+  A saved folder says them as `save` was given them, a Hugging Face folder by its `config.json`; others have none.
+
+  Raises:
+    SourceError: there is no such model.
+    FormatError: the folder is damaged.
+  """
+  path = Path(hub.resolve_model(str(name)))
+  if (path / checkpoint.MANIFEST).is_file():
+    return checkpoint.read_tasks(path)
+  from lmcompress.io.huggingface import read_tasks as of_folder
+
+  return of_folder(path) if (path / "config.json").is_file() else {}
+
+
 def origin(name: str | os.PathLike) -> str:
   """What the weights of a model are, for tables: `float32`, or what float32 was dequantized from."""
   path = Path(hub.resolve_model(str(name)))

@@ -221,8 +221,16 @@ def _check_heads(model: Any, leaves: Mapping[str, Any], known: Mapping[tuple[str
   """Refuses a head of a task that does not read what the model gives."""
   embed = known.get(("", "embed"))
   for path, leaf in leaves.items():
-    if path.startswith("tasks/") and path.endswith("kernel") and leaf.shape[-2] != embed:
-      raise FormatError(f"{where}: {path} has {leaf.shape[-2]} inputs, {embed} expected")
+    if not path.startswith("tasks/"):
+      continue
+    head, _, end = path.rpartition("/")
+    dense = leaves.get(f"{head}/dense/kernel")
+    inputs = embed if dense is None else dense.shape[-1]
+    if end == "kernel" and leaf.shape[-2] != inputs:
+      raise FormatError(f"{where}: {path} has {leaf.shape[-2]} inputs, {inputs} expected")
+    kernel = leaves.get(f"{head}/kernel")
+    if end == "bias" and kernel is not None and leaf.shape[-1:] != kernel.shape[-1:]:
+      raise FormatError(f"{where}: {path} has shape {list(leaf.shape)}, {kernel.shape[-1]} entries expected")
 
 
 def _flat(part: Any) -> tuple[str, ...]:
@@ -296,6 +304,7 @@ class Foreign:
     tied: whether the head is the embedding where the config does not say.
     headless: whether a checkpoint may have no head at all.
     writing: keys that `generation_config.json` says, too, and then decides, and whether they may be null there.
+    heads: where the head of a task lies, by what the task tells (`training.heads.Kind`).
   """
 
   model: type
@@ -309,6 +318,7 @@ class Foreign:
   tied: bool = False
   headless: bool = False
   writing: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+  heads: Mapping[str, tuple[Name, ...]] = dataclasses.field(default_factory=dict)
 
   @property
   def stacks(self) -> Mapping[str, str]:

@@ -245,6 +245,10 @@ class Bert(BlockModel):
     """What a head reads: the states `[batch, length, embed]` after the last layer."""
     return carry["h"]
 
+  def summary(self, x: jax.Array) -> jax.Array:
+    """What a head reads of a row, of what its own layer makes of the first token (transformers' classifiers)."""
+    return jax.nn.relu(x) if self.config.kind == "distilbert" else jnp.tanh(x)
+
   def extents(self, params: Params) -> dict[str, int]:
     """Extents of logical axes that no array's shape tells by itself."""
     return {"head": self.config.head_dim}

@@ -16,7 +16,10 @@ from lmcompress.training.loop import checked_rows, vocabulary_of
 from lmcompress.types import Params
 
 HEADS = "tasks"
-"""Where a tree holds the heads of tasks, by name: `kernel [width, classes]` and `bias [classes]`."""
+"""Where a tree holds the heads of tasks, by name: `kernel [width, classes]` and `bias [classes]`.
+
+A head of rows that other libraries trained has a layer before these, `dense`: `kernel [embed, width]`, `bias [width]`.
+"""
 
 Kind = Literal["labels", "tags", "spans", "texts"]
 """What `Task.labels` are."""
@@ -60,7 +63,8 @@ class Task:
 def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: Kind, remat: bool = False) -> jax.Array:
   """Logits of a task's head, float32.
 
-  A class of a row is read from the state of its last real token, or where all see all from the mean of their states.
+  A class of a row is read from the state of its last real token, or where all see all from the mean of their states,
+  and by a head with a layer of its own from the first token.
 
   Returns:
     `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -1e9 at padding.
@@ -68,7 +72,10 @@ def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: K
   carry, _ = forward(model, params, rows, remat)
   states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
   head = params[HEADS][name]
-  if kind == "labels":
+  if kind == "labels" and "dense" in head:
+    first = ops.linear(states[:, 0], head["dense"]["kernel"]) + head["dense"]["bias"]
+    states = model.summary(first)
+  elif kind == "labels":
     states = _read(states, real, getattr(model, "causal", True))
   logits = ops.linear(states, head["kernel"]).astype(jnp.float32) + head["bias"]
   if kind == "spans":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmcompress.io.names import Foreign, Name, choice, divided, integer, layer_names, norm_names, number
+from lmcompress.io.task_heads import task_of
 from lmcompress.models import Bert, BertConfig
 from lmcompress.types import FormatError, Params
 
@@ -80,6 +81,8 @@ def _names(config: Mapping[str, Any]) -> tuple[Name, ...]:
     bias = table.replace(".weight", ".bias")
   masked = (*_linears(("masked/dense", dense)), *norm_names("masked/norm", norm), Name("masked/bias", bias))
   own = _DISTILBERT_LAYERS if kind == "distilbert" else _BERT_ENDS
+  if kind == "bert" and task_of(config) == "labels":  # its head has the pooler
+    own = tuple(name for name in own if not name.path.startswith("pooler/"))
   return (*_EMBEDDINGS, *own, *_optional(*masked, Name("head/table", table), outside=True))
 
 
@@ -139,10 +142,27 @@ _BUFFERS = (r".*position_ids", r".*token_type_ids", r"cls\.predictions\.decoder\
             r"cls\.predictions\.bias", r"lm_head\.bias", r"cls\.seq_relationship\..*")  # fmt: skip
 
 
+_DENSE = {"bert": "pooler.dense", "roberta": "classifier.dense", "distilbert": "pre_classifier"}
+
+
+def _heads(word: str) -> dict[str, tuple[Name, ...]]:
+  """Heads of classes of a row or of tokens, and of spans; that of a row has a layer of its own before it."""
+  outside = lambda *pairs: tuple(dataclasses.replace(name, outside=True) for name in _linears(*pairs))  # noqa: E731
+  dense = ("tasks/labels/dense", _DENSE[word])
+  return {
+    "labels": (
+      *(_linears(dense) if word == "bert" else outside(dense)),
+      *outside(("tasks/labels", "classifier.out_proj" if word == "roberta" else "classifier")),
+    ),
+    "tags": outside(("tasks/tags", "classifier")),
+    "spans": outside(("tasks/spans", "qa_outputs")),
+  }
+
+
 def _kind(word: str, depth: str) -> Foreign:
   return Foreign(
     Bert, (word,), _names, read, write, depth=depth, prefixes=(f"{word}.", ""), ignored=_BUFFERS, tied=True,
-    headless=True,
+    headless=True, heads=_heads(word),
   )  # fmt: skip
 
 
