@@ -58,8 +58,7 @@ def load_folder(folder: Path, lazy: bool = False) -> tuple[Any, Params, Tokenize
   files = _tensors(folder)
   depth = {start: names.integer(config, key, where) for start, key in kind.stacks.items()}
   head = kind.heads.get(task_heads.task_of(config) or "", ())
-  known = (*kind.names(config), *head)
-  mapping = names.plan(known, "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
+  mapping = names.plan((*kind.names(config), *head), "hf", files, depth, str(folder), kind.prefixes, kind.ignored)
   heads = [name for name in kind.names(config) if name.path == "head/table"]
   if heads and config.get("tie_word_embeddings", kind.tied):
     mapping.pop("head/table", None)
@@ -132,10 +131,10 @@ def save_folder(
   kind = names.foreign()[config["model_type"]]
   if params.get("tasks"):
     config, params = task_heads.with_head(config, params, tasks or {}, kind.heads, folder)
-  known = (*kind.names(config), *kind.heads.get(task_heads.task_of(config) or "", ()))
+  places = (*kind.names(config), *kind.heads.get(task_heads.task_of(config) or "", ()))
   depth, dense = {start: config[key] for start, key in kind.stacks.items()}, tree.flatten(params)
   parts: dict[str, dict[int, tuple[names.Name, Any]]] = {}
-  for name in known:
+  for name in places:
     for i in range(names.depth_of(name.path, depth)):
       leaf = dense.pop(name.path.format(i=i), None)
       if leaf is not None:

@@ -48,7 +48,8 @@ CUT = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import conftest
-from training.test_resume import trained
+from training.test_resume import begun, trained
+print(begun(sys.argv[3]), flush=True)
 def on_step(step, metrics):
   if step == int(sys.argv[2]):
     os.kill(os.getpid(), 9)
@@ -67,6 +68,11 @@ KINDS = {
 }  # fmt: skip
 
 
+def begun(kind):
+  """The hash of the tree that a kind of training starts from."""
+  return checkpoint.tree_hash(KINDS[kind][0]())
+
+
 def trained(kind, folder, on_step=None):
   """The tree's hash and the losses of a kind of training, with states every two steps."""
   make, training, more = KINDS[kind]
@@ -80,7 +86,9 @@ def test_killed_anywhere_it_resumes_to_the_bit(kind, tmp_path):
   """`kill -9` after step 5 of 6, one after the last state: the tree and every loss are those of a run never cut."""
   script = CUT.format(tests=str(Path(__file__).parents[1]))
   command = [sys.executable, "-c", script, str(tmp_path / "cut"), "5", kind]
-  assert subprocess.run(command, capture_output=True, env=os.environ).returncode == -signal.SIGKILL
+  cut = subprocess.run(command, capture_output=True, env=os.environ, text=True)
+  assert cut.returncode == -signal.SIGKILL, cut.stderr
+  assert cut.stdout.split() == [begun(kind)]
   assert trained(kind, tmp_path / "cut") == trained(kind, tmp_path / "straight")
   logs = [
     [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
