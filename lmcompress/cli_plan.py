@@ -5,12 +5,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
+@contextlib.contextmanager
+def _programs_of_little_memory() -> Iterator[None]:
+  """XLA for CPUs, which reads its flags when it starts, arranges programs so that they hold little at once."""
+  flags = os.environ.get("XLA_FLAGS")
+  if "xla_cpu_enable_concurrency" not in (flags or ""):
+    os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_cpu_enable_concurrency_optimized_scheduler=false".strip()
+  try:
+    yield
+  finally:  # processes that are started later are not meant
+    os.environ.pop("XLA_FLAGS")
+    if flags is not None:
+      os.environ["XLA_FLAGS"] = flags
+
+
+@_programs_of_little_memory()
 def plan(
   model: Annotated[str, typer.Argument(help="A preset such as llama3-405b, a config, a known name, or a path.")],
   topology: Annotated[
@@ -39,9 +55,6 @@ def plan(
 
     lmcompress plan configs/small/scratch.yaml --topology data=2,tensor=2
   """
-  if "xla_cpu_enable_concurrency" not in os.environ.get("XLA_FLAGS", ""):  # programs of little memory
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
   from rich.console import Console
   from rich.table import Table
 

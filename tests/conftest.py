@@ -51,9 +51,12 @@ def _forget() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_programs():
-  """Between files; to look at the mappings takes too long for each test."""
+def apart():
+  """Between files: few programs (to look at the mappings takes too long for each test), and flags as they were."""
   _forget()
+  flags = os.environ["XLA_FLAGS"]
+  yield
+  assert os.environ["XLA_FLAGS"] == flags, "a test left other flags to the processes that later ones start"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import re
 
 import jax
@@ -267,10 +268,12 @@ def test_what_does_not_fit_is_said_in_a_line(arguments, message):
 
 
 def test_the_command_tells_and_writes(tmp_path):
-  out = tmp_path / "plan.json"
+  """And leaves the environment as it was: what another process computes afterwards hangs on XLA's flags."""
+  out, environment = tmp_path / "plan.json", dict(os.environ)
   arguments = ["plan", "llama3-8b", "--serve", "--topology", "tensor=2", "--length", "4096", "--price", "2", "--out"]
   result = CliRunner().invoke(app, [*arguments, str(out)])
   assert result.exit_code == 0, result.output
+  assert dict(os.environ) == environment
   body = json.loads(out.read_text())
   assert body["devices_of"]["h100"]["fits"] and not body["devices_of"]["h100"]["form"].startswith("int")
   assert "layers/*/mlp/up/kernel" in result.output and "largest batch" in result.output
