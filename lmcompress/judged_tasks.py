@@ -84,10 +84,11 @@ def _read(table: TaskTable, tokenizer: Any, special: bool) -> Judged:
     ]
   elif name in QUESTIONS:
     asked = load_questions(name)
-    parts = [
-      Task(*encode_questions(some, tokenizer, table.length, special)[:3], ("start", "end"), "spans")
+    encoded = [
+      encode_questions(some, tokenizer, table.length, special)
       for some in (_some(asked.train, table.rows), asked.test)
     ]
+    parts = [Task(e.tokens, e.mask, e.spans, ("start", "end"), "spans", e.passages) for e in encoded]
   else:
     parts = _labelled(table, tokenizer, special)
   require_scorer(parts[0].kind)

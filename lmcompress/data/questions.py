@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,12 +83,25 @@ def gaps(article: str) -> list[Question]:
   return found[::step][:_PER_ARTICLE]
 
 
-def encode_questions(
-  questions: Sequence[Question], tokenizer: Any, length: int, special: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-  """Questions and passages as tokens and mask, int32 `[n, length]`, the answers' tokens `[n, 2]`, and which these are.
+class Encoded(NamedTuple):
+  """Questions and passages as tokens.
 
-  Those that have more than `length` tokens are left out.
+  Attributes:
+    tokens, mask: int32 `[n, length]`.
+    spans: int32 `[n, 2]`, the first and the last token of the answer.
+    passages: int32 `[n, 2]`, those of the passage.
+    numbers: which of the questions these are.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  spans: np.ndarray
+  passages: np.ndarray
+  numbers: list[int]
+
+
+def encode_questions(questions: Sequence[Question], tokenizer: Any, length: int, special: bool = False) -> Encoded:
+  """A row for each question and its passage; those that have more than `length` tokens are left out.
 
   Args:
     special: adds the tokens that the tokenizer's template puts around and between two texts.
@@ -99,17 +112,14 @@ def encode_questions(
   rows = []
   for number, asked in enumerate(questions):
     found = tokenizer.backend.encode(asked.question, asked.passage, add_special_tokens=special)
-    inside = [
-      i
-      for i, (part, (a, b)) in enumerate(zip(found.sequence_ids, found.offsets, strict=True))
-      if part == 1 and a < asked.end and b > asked.start
-    ]
+    passage = [i for i, part in enumerate(found.sequence_ids) if part == 1]
+    inside = [i for i in passage if found.offsets[i][0] < asked.end and found.offsets[i][1] > asked.start]
     if len(found.ids) <= length and inside:
-      rows.append((found.ids, inside[0], inside[-1], number))
+      rows.append((found.ids, inside, passage, number))
   if not rows:
     raise ConfigError(f"length: not one of {len(questions)} questions with their passages has {length} tokens or fewer")
   tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
   for row, (ids, *_) in enumerate(rows):
     tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-  spans = np.asarray([[first, last] for _, first, last, _ in rows], np.int32)
-  return tokens, mask, spans, [number for *_, number in rows]
+  spans, passages = (np.asarray([(row[part][0], row[part][-1]) for row in rows], np.int32) for part in (1, 2))
+  return Encoded(tokens, mask, spans, passages, [row[3] for row in rows])

@@ -35,6 +35,7 @@ class Task:
       those that have none; `spans` int `[n, 2]`, the first and the last token of a part of the row; `texts` int
       `[n, target]`, the tokens that the decoder of an encoder-decoder is to write, -1 after the last.
     classes: names, by label; `("start", "end")` of spans, nothing of texts.
+    second: of rows of two texts, int `[n, 2]`, the first and the last token of the second one, where spans lie.
   """
 
   tokens: np.ndarray
@@ -42,6 +43,7 @@ class Task:
   labels: np.ndarray
   classes: tuple[str, ...] = ()
   kind: Kind = "labels"
+  second: np.ndarray | None = None
 
   @property
   def has_head(self) -> bool:
@@ -51,26 +53,36 @@ class Task:
   def spread(self, count: int) -> Task:
     """At most `count` of the rows, spread over them."""
     chosen = np.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).astype(int)
+    second = None if self.second is None else self.second[chosen]
     return dataclasses.replace(
-      self, tokens=self.tokens[chosen], mask=self.mask[chosen], labels=self.labels[chosen]
+      self, tokens=self.tokens[chosen], mask=self.mask[chosen], labels=self.labels[chosen], second=second
     )
 
   def batch(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Rows as `loss` takes them; the name of the labels says their kind."""
-    return {"tokens": self.tokens[chosen], "attention_mask": self.mask[chosen], self.kind: self.labels[chosen]}
+    rows = {"tokens": self.tokens[chosen], "attention_mask": self.mask[chosen], self.kind: self.labels[chosen]}
+    return rows if self.second is None else {**rows, "second": self.second[chosen]}
 
 
 def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: Kind, remat: bool = False) -> jax.Array:
   """Logits of a task's head, float32.
 
   A class of a row is read from the state of its last real token, or where all see all from the mean of their states,
-  and by a head with a layer of its own from the first token.
+  and by a head with a layer of its own from the first token. A model that tells texts by types is given those of the
+  second.
 
   Returns:
-    `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -1e9 at padding.
+    `[batch, classes]`, of `tags` `[batch, length, classes]`, of `spans` `[batch, 2, length]`, -1e9 where none lies.
   """
-  carry, _ = forward(model, params, rows, remat)
-  states, real = model.features(params, carry), jnp.asarray(rows["attention_mask"]) != 0
+  read = {name: rows[name] for name in ("tokens", "attention_mask")}
+  real = within = jnp.asarray(rows["attention_mask"]) != 0
+  if "second" in rows:
+    places, ends = jnp.arange(within.shape[1]), jnp.asarray(rows["second"])
+    if "types" in params and params["types"]["table"].shape[-2] > 1:
+      read["token_type_ids"] = ((places >= ends[:, :1]) & real).astype(jnp.int32)
+    within = real & (places >= ends[:, :1]) & (places <= ends[:, 1:])
+  carry, _ = forward(model, params, read, remat)
+  states = model.features(params, carry)
   head = params[HEADS][name]
   if kind == "labels" and "dense" in head:
     first = ops.linear(states[:, 0], head["dense"]["kernel"]) + head["dense"]["bias"]
@@ -79,7 +91,7 @@ def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: K
     states = _read(states, real, getattr(model, "causal", True))
   logits = ops.linear(states, head["kernel"]).astype(jnp.float32) + head["bias"]
   if kind == "spans":
-    return jnp.where(real[:, None, :], jnp.swapaxes(logits, 1, 2), -1e9)
+    return jnp.where(within[:, None, :], jnp.swapaxes(logits, 1, 2), -1e9)
   return logits
 
 
@@ -144,10 +156,13 @@ def checked_task(name: str, task: Task, model: Any, params: Params) -> Task:
   tokens = checked_rows(f"task {name}", task.tokens, params)
   mask, labels = np.asarray(task.mask), np.asarray(task.labels)
   n, length = tokens.shape
-  second = {"labels": (), "tags": (length,), "spans": (2,), "texts": labels.shape[1:2]}[task.kind]
-  if mask.shape != tokens.shape or labels.shape != (n, *second) or not mask.any(axis=1).all():
+  each = {"labels": (), "tags": (length,), "spans": (2,), "texts": labels.shape[1:2]}[task.kind]
+  if mask.shape != tokens.shape or labels.shape != (n, *each) or not mask.any(axis=1).all():
     found = f"tokens {list(tokens.shape)}, mask {list(mask.shape)}, {task.kind} {list(labels.shape)}"
     raise ValueError(f"task {name}: {found}: a mask like the tokens, a real token in each row and {task.kind} for it")
+  second = None if task.second is None else np.asarray(task.second).astype(np.int32)
+  if second is not None and (second.shape != (n, 2) or not _spans_of(second, mask)):
+    raise ValueError(f"task {name}: second {list(second.shape)}: the first and the last token of the second text")
   if task.kind == "texts":
     if not hasattr(model, "encode"):
       raise ValueError(f"task {name}: a {type(model).__name__} has no decoder beside an encoder to write texts with")
@@ -157,14 +172,20 @@ def checked_task(name: str, task: Task, model: Any, params: Params) -> Task:
   elif hasattr(model, "encode"):
     raise ValueError(f"task {name}: a {type(model).__name__} learns to write texts; give it a data set of pairs")
   elif task.kind == "spans":
-    where = np.arange(n)
-    inside = (labels >= 0).all() and (labels < length).all() and (labels[:, 0] <= labels[:, 1]).all()
-    if not inside or not mask[where[:, None], labels].all():
+    if not _spans_of(labels, mask):
       raise ValueError(f"task {name}: a span that ends before it begins, or outside the row's tokens")
+    if second is not None and ((labels[:, 0] < second[:, 0]) | (labels[:, 1] > second[:, 1])).any():
+      raise ValueError(f"task {name}: a span outside the row's second text")
   else:
     known = labels[labels >= 0] if task.kind == "tags" else labels
     count = len(task.classes)
     if count < 2 or not known.size or labels.min() < (-1 if task.kind == "tags" else 0) or labels.max() >= count:
       found = f"{task.kind} from {labels.min()} to {labels.max()} of {count} classes"
       raise ValueError(f"task {name}: {found}; two or more are needed, and a class for each label")
-  return Task(tokens, mask.astype(np.int32), labels.astype(np.int32), tuple(task.classes), task.kind)
+  return Task(tokens, mask.astype(np.int32), labels.astype(np.int32), tuple(task.classes), task.kind, second)
+
+
+def _spans_of(spans: np.ndarray, mask: np.ndarray) -> bool:
+  """Whether all are the first and the last of some real tokens of their rows."""
+  inside = (spans >= 0).all() and (spans < mask.shape[1]).all() and (spans[:, 0] <= spans[:, 1]).all()
+  return bool(inside) and bool(np.take_along_axis(mask, spans, axis=1).all())

@@ -181,7 +181,10 @@ def fit_tasks(
         found[f"held_out/{name}"] = held_out_loss(model, now, name, task, counts[name])
     return found
 
-  shown = {name: [list(t.tokens.shape), t.kind, t.classes, _digest(t.tokens, t.labels)] for name, t in checked.items()}
+  shown = {
+    name: [list(t.tokens.shape), t.kind, t.classes, _digest(t.tokens, t.labels, t.second)]
+    for name, t in checked.items()
+  }
   about = [decides, seed, repr(training), repr(weighting), shown]
   keeping = Keeping(folder, about, save_every, evaluate_every)
   changes = transform is not None
@@ -298,7 +301,7 @@ def probabilities(model: Any, params: Params, name: str, task: Task, batch: int 
   for i in range(0, len(task.labels), batch):
     chosen = np.arange(i, min(i + batch, len(task.labels)))
     rows = task.batch(np.resize(chosen, batch))  # one shape: the last batch is filled with its own rows again
-    seen = {key: rows[key] for key in ("tokens", "attention_mask")}
+    seen = {key: x for key, x in rows.items() if key != task.kind}
     found.append(np.asarray(_said(model, params, name, seen, task.kind))[: len(chosen)])
   return np.concatenate(found)
 
@@ -329,8 +332,9 @@ def _fits(name: str, heads: Params, task: Task) -> None:
     raise ValueError(f"task {name}: its head tells {found} classes apart, the data has {len(task.classes)}; rename one")
 
 
-def _digest(*arrays: np.ndarray) -> str:
-  return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()[:16]
+def _digest(*arrays: np.ndarray | None) -> str:
+  some = [np.ascontiguousarray(x).tobytes() for x in arrays if x is not None]
+  return hashlib.sha256(b"".join(some)).hexdigest()[:16]
 
 
 def _checked_teacher(

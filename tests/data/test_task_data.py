@@ -81,10 +81,10 @@ def test_a_gap_hides_a_name_that_its_passage_says_once():
 
 def test_an_answer_is_the_tokens_that_hold_it():
   asked = [questions.Question("who ate", "the wolf ate in paris .", 16, 21)] * 2
-  tokens, mask, spans, which = questions.encode_questions(asked, word_piece(), 16, special=True)
+  tokens, mask, spans, passages, which = questions.encode_questions(asked, word_piece(), 16, special=True)
   assert tokens[0, : mask[0].sum()].tolist() == [0, 10, 5, 1, 3, 4, 5, 6, 12, 13, 11, 1]
-  assert spans.tolist() == [[8, 9]] * 2 and which == [0, 1]
-  assert questions.encode_questions(asked, word_piece(), 16)[2].tolist() == [[6, 7]] * 2
+  assert spans.tolist() == [[8, 9]] * 2 and passages.tolist() == [[4, 10]] * 2 and which == [0, 1]
+  assert questions.encode_questions(asked, word_piece(), 16).spans.tolist() == [[6, 7]] * 2
   with pytest.raises(ConfigError, match="not one of 2 questions"):
     questions.encode_questions(asked, word_piece(), 11, special=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from typer.testing import CliRunner
 import lmcompress as lmc
 from lmcompress import classes, tree
 from lmcompress.cli import app
+from lmcompress.evaluate.spans import likeliest
 from lmcompress.io.huggingface import load_folder, save_folder
 from lmcompress.io.load import read_tasks
 from lmcompress.judged_tasks import Judged, require_heads
+from lmcompress.training import probabilities
 from lmcompress.training.heads import Task, said
 from lmcompress.types import ConfigError, FormatError
 
@@ -87,6 +90,29 @@ def test_what_a_head_tells_equals_transformers(loaded):
   np.testing.assert_allclose(real(output(model, params, kind, kind), kind), wanted, atol=1e-4)
   named = ["start", "end"] if kind == "spans" else MOODS
   assert read_tasks(folder) == {kind: {"kind": kind, "classes": named, "length": model.config.max_length}}
+
+
+@pytest.mark.parametrize("stem", KINDS)
+def test_of_two_texts_the_second_has_the_answer(stem):
+  """Types of tokens where a model has them, as transformers' tokenizers give them; no answer outside the passage."""
+  net = built(stem, "QuestionAnswering", **({} if stem == "DistilBert" else {"type_vocab_size": 2}))
+  with tempfile.TemporaryDirectory() as folder:
+    net.save_pretrained(folder)
+    model, params, _ = lmc.load(folder)
+  second = np.asarray([[9, 28], [5, 19]])  # of which the last real token ends the row
+  places = np.arange(TOKENS.shape[1])
+  types = (places >= second[:, :1]) & (MASK != 0)
+  more = {} if stem == "DistilBert" else {"token_type_ids": torch.tensor(types).long()}
+  with torch.no_grad():
+    given = net(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(MASK), **more)
+  wanted = np.stack([given.start_logits, given.end_logits], 1)
+  task = Task(TOKENS, MASK, second, ("start", "end"), "spans", second)
+  told = np.asarray(said(model, params, "spans", task.batch(np.arange(2)), "spans"))
+  inside = np.broadcast_to((types & (places <= second[:, 1:]))[:, None], told.shape)
+  np.testing.assert_allclose(told[inside], wanted[inside], atol=1e-4)
+  assert (told[~inside] < -1e8).all()
+  best = likeliest(probabilities(model, params, "spans", task))
+  assert (best >= second[:, :1]).all() and (best <= second[:, 1:]).all()
 
 
 def test_a_saved_folder_tells_the_same_in_transformers(loaded, tmp_path):
