@@ -74,6 +74,7 @@ class MeshSizes(_Table):
 
   `pipe` is the stages of a pipeline that trains; what else a run does takes their devices as more of `fsdp`.
   `rules` says for logical axes which axis of the mesh splits them, where it is not the usual one; null for none.
+  `length` is the tokens of what lies between products: `tensor` makes norms and sums of training in parts, too.
   """
 
   data: int = 1
@@ -330,6 +331,11 @@ def rules_of(config: Config) -> dict[str, str | None]:
   from lmcompress.distributed.sharding import RULES
 
   return {**RULES, **(config.mesh.rules if config.mesh else {})}
+
+
+def splits_tokens(config: Config) -> bool:
+  """Whether, in training, what lies between products is split by tokens (`distributed.sequence_parallel`)."""
+  return rules_of(config).get("length") == "tensor"
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from lmcompress import recipe as recipes
 from lmcompress.calibration import compress
 from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
-from lmcompress.config import Config, dump, rules_of
+from lmcompress.config import Config, dump, rules_of, splits_tokens
 from lmcompress.data.text import load_text, windows
 from lmcompress.distributed import processes
-from lmcompress.distributed.sharding import make_mesh, placements, require_division
+from lmcompress.distributed.sharding import make_mesh, placements, require_division, sequence_parallel
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.evaluate import energy, importance, profiling
 from lmcompress.evaluate.latency import latency
@@ -153,10 +153,11 @@ def run(
   training = None
   if config.train is not None:
     decides = _decides(config, calibration)
-    if tasks:
-      training = train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
-    else:
-      training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
+    with sequence_parallel(splits_tokens(config)):
+      if tasks:
+        training = train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
+      else:
+        training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
   last = None if many else Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
@@ -371,6 +372,12 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
     f"each of {mesh.size} devices ({split}) holds "
     f"{held / 2**20:.1f} MiB of the model's {whole / 2**20:.1f}:"
   )
+  if splits_tokens(config) and mesh.shape["tensor"] > 1 and (train := config.train) is not None:
+    parts = mesh.shape["tensor"]
+    odd = [n for n in [t.length for t in config.tasks] or [train.length] if n % parts]
+    if odd:
+      raise ConfigError(f"mesh.rules.length=tensor: tensor={parts} does not divide rows of {odd[0]} tokens")
+    watcher.note("in training, what lies between products is split by tokens over tensor")
   for row in rows:
     split = " ".join(f"{n}/{to}" if to else str(n) for n, to in zip(row.shape, row.split, strict=True))
     watcher.note(f"  {row.leaves:4d} x {row.path}  [{split}]  {row.nbytes / 2**20:.2f} MiB")

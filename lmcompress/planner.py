@@ -141,8 +141,11 @@ def train_plan(
     made = compiled_step(model, params, step, length, some, None, beside)
     return made.memory_analysis().temp_size_in_bytes - _nbytes(tree.partition(params, some)[0])  # gradients are apart
 
+  parted = rules.get("length") == "tensor" and sizes["tensor"] > 1
+  if parted and length % sizes["tensor"]:
+    raise ConfigError(f"rules length=tensor: tensor={sizes['tensor']} does not divide rows of {length} tokens")
   hidden = float(rows // training.accumulate * length * student.embed * width)
-  activations, inner = max(temporaries(first), 0.0), hidden
+  activations, inner = max(temporaries(first), 0.0), hidden / (sizes["tensor"] if parted else 1)
   if not training.remat and len(blocks) > 1:
     inner = max(temporaries(_with_layers(model, student.whole, 2)) - activations, 0.0)
   lying = jax.tree.leaves([_only(part.split, part.own) for part in (student, guide) if part is not None])
@@ -399,7 +402,7 @@ def _messages(
     if sizes[axis] > 1 and each:
       found.append(Message(what, kind, axis, len(each), sum(ring(kind, n, sizes[axis]) for n in each)))
 
-  forward, backward = [], []
+  forward, backward, mixed = [], [], []
   for block in _blocks(model, params):
     for stage in block.stages:
       paths = [p for linear in stage.linears if (p := f"{block.path}/{linear}/kernel") in leaves]
@@ -412,17 +415,23 @@ def _messages(
   for p in downs:  # rows of an expert, or of all that are in a stack
     rows = tokens * share(leaves, p, _chosen(model)) * (leaves[p].shape[0] if len(leaves[p].shape) == 3 else 1)
     if specs[p][-2] == "tensor":
-      forward.append(rows * embed * 4.0)
-      backward.append(rows * embed * 4.0)
+      mixed.append(rows * embed * 4.0)
   sums = [float(tokens * embed * 4) for p in downs if specs[p][0] == "expert"]
   table = float(tokens * embed * width)
   if "embed/table" in own and specs["embed/table"][-2] == "tensor":
     add("the embedding's rows", "all-reduce", "tensor", [table])
   passes = 1 if not trains else 2 if remat else 1
-  add("outputs of row-parallel products", "all-reduce", "tensor", forward * passes)
+  if trains and rules.get("length") == "tensor":  # a sum of all is one in parts and a gather (sequence_parallel)
+    add("inputs of column-parallel products, gradients of what row-parallel ones give", "all-gather", "tensor",
+        backward * passes + forward)  # fmt: skip
+    add("outputs of row-parallel products, gradients of what column-parallel ones take", "reduce-scatter", "tensor",
+        forward * passes + backward)  # fmt: skip
+    add("outputs of experts, and gradients of their inputs", "all-reduce", "tensor", mixed * (passes + 1))
+  else:
+    add("outputs of row-parallel products", "all-reduce", "tensor", (forward + mixed) * passes)
+    if trains:
+      add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward + mixed)
   add("sums over experts", "all-reduce", "expert", sums * (passes + trains))
-  if trains:
-    add("gradients of inputs of column-parallel products", "all-reduce", "tensor", backward)
   size = lambda x: x.size * width if narrow and isinstance(x, jax.ShapeDtypeStruct) else leaf_bytes(x)  # noqa: E731
   e = sizes["expert"]
   parts = {p: (t if "tensor" in specs[p] else 1) * (e if "expert" in specs[p] else 1) for p in leaves}

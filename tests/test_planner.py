@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lmcompress as lmc
 from lmcompress import tree
 from lmcompress.cli import app
-from lmcompress.distributed import make_mesh, shard
+from lmcompress.distributed import RULES, make_mesh, shard
 from lmcompress.distributed.accelerators import ACCELERATORS
 from lmcompress.distributed.sharding import over_data
 from lmcompress.errors import ConfigError
@@ -146,6 +146,18 @@ def test_gathers_are_those_of_the_compiled_step(remat):
   assert gather.count == len(found)
   whole = sum(4 * int(np.prod([int(n) for n in dims.split(",")])) for dims in found)
   assert gather.nbytes == pytest.approx(ring("all-gather", whole, 8))
+
+
+def test_tokens_in_parts_send_as_much_and_keep_less():
+  """A sum of all is one in parts and a gather; each block's input is kept in parts."""
+  training, mesh = Training(steps=1, batch=BATCH), {"tensor": 4}
+  plans = [train_plan(MODEL, SHAPES, training, LENGTH, mesh, {**RULES, "length": to}) for to in (None, "tensor")]
+  sent = [[m for m in plan.messages if m.what != "the embedding's rows"] for plan in plans]
+  assert {m.kind for m in sent[0]} == {"all-reduce"} and {m.kind for m in sent[1]} == {"all-gather", "reduce-scatter"}
+  assert sum(m.nbytes for m in sent[1]) == pytest.approx(sum(m.nbytes for m in sent[0]))
+  assert plans[1].nbytes["block inputs"] == plans[0].nbytes["block inputs"] / 4
+  with pytest.raises(ConfigError, match="tensor=4 does not divide rows of 6 tokens"):
+    train_plan(MODEL, SHAPES, training, 6, mesh, {**RULES, "length": "tensor"})
 
 
 def test_sums_are_those_of_the_compiled_forward_pass():

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmcompress.distributed.sharding import gathered
+from lmcompress.distributed.sharding import gathered, whole_tokens
 from lmcompress.models.base import DECODER
 from lmcompress.types import Params, WeightError
 
@@ -40,7 +40,8 @@ def forward(
 
   With `remat` the way back keeps one carry a block and computes the rest again.
   """
-  return through_blocks(model, params, model.start(gathered(model, params), batch), remat, taps)
+  given = {name: whole_tokens(jnp.asarray(x)) for name, x in batch.items()}
+  return through_blocks(model, params, model.start(gathered(model, params), given), remat, taps)
 
 
 def through_blocks(
@@ -57,7 +58,7 @@ def through_blocks(
     carry, found = (jax.checkpoint(run) if remat else run)(params, carry)
     if wanted:
       tapped[block.path] = found
-  return carry, tapped
+  return {**carry, "h": whole_tokens(carry["h"])} if "h" in carry else carry, tapped
 
 
 def mean_loss(
@@ -108,7 +109,7 @@ def head_loss(
   chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
   """What `mean_loss` gives, after the last block; `guide` says what the teacher says of a run of tokens."""
-  tokens = jnp.asarray(batch["tokens"])
+  tokens = whole_tokens(jnp.asarray(batch["tokens"]))
   real = jnp.ones(tokens.shape, bool) if batch.get("attention_mask") is None else batch["attention_mask"] != 0
   counts = real[:, 1:] & real[:, :-1]
   if batch.get("counted") is not None:

@@ -24,7 +24,19 @@ BATCH = ("data", "fsdp")
 """The axes that rows of a batch are split over."""
 
 RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp", "expert": "expert"}
-"""Which mesh axis each logical axis is split over; what is not named here is not split."""
+"""Which mesh axis each logical axis is split over; what is not named here is not split.
+
+Of activations one can be: `length`, the tokens of what lies between products, over `tensor` (`sequence_parallel`).
+"""
+
+sequence_parallel = jax.make_user_context(default_value=False)
+"""Within `sequence_parallel(True)`, what lies between the products that `tensor` splits is split by tokens over it.
+
+Norms and sums are then made in parts, and a device keeps its part of each block's input for the way back. The sum of
+partial outputs becomes one whose parts stay where they are needed (reduce-scatter), and a gather stands before the next
+product: as many bytes as one sum of all (Korthikanti et al. 2022, arXiv:2205.05198). Where `tensor` does not divide the
+tokens, nothing changes.
+"""
 
 
 def mesh_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -359,7 +371,10 @@ def on_mesh_of(params: Params) -> Iterator[None]:
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
   """Work on a mesh, as of `on_mesh_of`."""
-  if mesh is None or ways(mesh) * mesh.shape.get("expert", 1) == 1:
+  named = 1 if mesh is None else ways(mesh) * mesh.shape.get("expert", 1)
+  if mesh is not None and sequence_parallel.value:
+    named *= mesh.shape.get("tensor", 1)
+  if mesh is None or named == 1:
     yield
   else:
     with jax.set_mesh(mesh):
@@ -399,3 +414,39 @@ def gathered(model: Any, params: Params, block: str | None = None) -> Params:
     return gather(x)
 
   return tree.map_leaves(of_leaf, params)
+
+
+def _over_tokens(x: jax.Array) -> tuple[PartitionSpec, PartitionSpec] | None:
+  """The specs of `[batch, length, ...]` split by tokens and whole, where the mesh in use splits it so."""
+  parts = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) if sequence_parallel.value else 1
+  if parts == 1 or x.ndim < 2 or x.shape[1] % parts:
+    return None
+  rows, rest = PartitionSpec.UNCONSTRAINED, [None] * (x.ndim - 2)
+  return PartitionSpec(rows, "tensor", *rest), PartitionSpec(rows, None, *rest)
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+  """What a row-parallel product gives, `[batch, length, width]`, each device keeping its part of the tokens.
+
+  Gradients are gathered on the way back.
+  """
+  return x if (specs := _over_tokens(x)) is None else _placed(x, *specs)
+
+
+def whole_tokens(x: jax.Array, gradients: bool = False) -> jax.Array:
+  """What a column-parallel product takes, `[batch, length, width]`, or ids, gathered.
+
+  A device keeps its tokens' part of the sum of gradients, or where `gradients` are whole as well all of it.
+  """
+  if (specs := _over_tokens(x)) is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, specs[1]) if gradients else _placed(x, *reversed(specs))
+
+
+def _placed(x: jax.Array, here: PartitionSpec, back: PartitionSpec) -> jax.Array:
+  put = jax.lax.with_sharding_constraint
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return put(x, here)
+  place = jax.custom_vjp(lambda x: put(x, here))
+  place.defvjp(lambda x: (put(x, here), None), lambda _, g: (put(g, back),))
+  return place(x)

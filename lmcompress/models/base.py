@@ -15,7 +15,7 @@ import numpy as np
 
 from lmcompress import ops
 from lmcompress.arrays import resolve
-from lmcompress.distributed.sharding import gathered, on_mesh_of
+from lmcompress.distributed.sharding import gathered, on_mesh_of, whole_tokens
 from lmcompress.types import Block, Params, Stage, Tokens
 
 DECODER = "decoder_attention_mask"
@@ -186,6 +186,7 @@ class Decoding(NamedTuple):
 
 def of_tokens(h: jax.Array, last: bool, span: tuple[Any, int] | None) -> jax.Array:
   """`[batch, length, ...]` of all tokens, of the last alone, or of `span[1]` from `span[0]` on."""
+  h = whole_tokens(h)
   h = h[:, -1:] if last else h
   return h if span is None else jax.lax.dynamic_slice_in_dim(h, span[0], span[1], axis=1)
 
@@ -210,7 +211,7 @@ class Decoder(BlockModel):
 
   def embedded(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """The hidden stream `[batch, length, embed]` before the first layer."""
-    return ops.embed(tokens, resolve(params, params["embed"]["table"]))
+    return whole_tokens(ops.embed(tokens, resolve(params, params["embed"]["table"])), gradients=True)
 
   def turned(self, positions: jax.Array, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
     """cos and sin of each position, `[batch, length, head / 2]`; as they are here they turn nothing."""

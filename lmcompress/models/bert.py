@@ -112,7 +112,7 @@ class _Attention(nn.Module):
     q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
     mixed, _ = ops.attention(q, k, v, view, head)
     self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], use_bias=True, name="o")(mixed)
+    return Linear(x.shape[-1], use_bias=True, joins=True, name="o")(mixed)
 
 
 class _Layer(nn.Module):

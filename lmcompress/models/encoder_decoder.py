@@ -53,7 +53,7 @@ class Attention(nn.Module):
     q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
     mixed, layer_cache = ops.attention(q, k, v, view, self.head, layer_cache, self.scale)
     self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], self.use_bias, name="o")(mixed), layer_cache
+    return Linear(x.shape[-1], self.use_bias, joins=True, name="o")(mixed), layer_cache
 
 
 class Cross(nn.Module):
@@ -71,7 +71,7 @@ class Cross(nn.Module):
     scale = self.head**-0.5 if self.scale is None else self.scale
     mixed = ops.cross_attention(q, k, v, view, self.head, scale=scale)
     self.sow("taps", "cross_o_input", mixed)
-    return Linear(x.shape[-1], self.use_bias, name="o")(mixed)
+    return Linear(x.shape[-1], self.use_bias, joins=True, name="o")(mixed)
 
   @nn.compact
   def held(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:

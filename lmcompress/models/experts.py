@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from lmcompress import ops
+from lmcompress.distributed.sharding import split_tokens, whole_tokens
 from lmcompress.models.base import linear_axes
 from lmcompress.models.layers import Linear, linears
 from lmcompress.ops.experts import chosen, mixture, seen_by
@@ -58,7 +59,7 @@ class _Gated(nn.Module):
     """What it makes of x; the tap is times `weight`."""
     hidden = ops.gated_silu(*linears(x, Linear(self.width, name="gate"), Linear(self.width, name="up")))
     self.sow("taps", f"{self.tap}_input", hidden * weight)
-    return Linear(x.shape[-1], name="down")(hidden)
+    return Linear(x.shape[-1], joins=True, name="down")(hidden)
 
 
 class _Apart(nn.Module):
@@ -92,6 +93,7 @@ class Mixture(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    x = whole_tokens(x)
     self.sow("taps", "router_input", x)
     logits = Linear(self.experts, name="router")(x)
     if self.per_token > logits.shape[-1]:
@@ -100,6 +102,7 @@ class Mixture(nn.Module):
       _Apart(logits.shape[-1], self.width, name="experts")(x, chosen(logits, self.per_token, self.normalize)[0])
     rows, said = (v.reshape(-1, v.shape[-1]) for v in (x, logits))
     y = mixture(_expert, self._experts(), rows, said, self.per_token, self.normalize).reshape(x.shape)
+    y = split_tokens(y)
     if self.shared if self.is_initializing() else self.has_variable("params", "shared"):
       share = jax.nn.sigmoid(Linear(1, name="shared_gate")(x))
       y = y + share * _Gated("shared_down", self.shared, name="shared")(x)

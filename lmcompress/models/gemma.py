@@ -102,7 +102,7 @@ class _Attention(nn.Module):
       )
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache, scale=c.query_scale**-0.5)
     self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], name="o")(mixed), layer_cache
+    return Linear(x.shape[-1], joins=True, name="o")(mixed), layer_cache
 
 
 class _Mlp(nn.Module):
@@ -115,7 +115,7 @@ class _Mlp(nn.Module):
     gate, up = linears(x, Linear(width, name="gate"), Linear(width, name="up"))
     hidden = ACTIVATIONS[self.config.activation](gate) * up
     self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], name="down")(hidden)
+    return Linear(x.shape[-1], joins=True, name="down")(hidden)
 
 
 class _After(nn.Module):

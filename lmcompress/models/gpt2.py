@@ -88,7 +88,7 @@ class _Attention(nn.Module):
     q, k, v = linears(x, dense(name="q"), dense(name="k"), dense(name="v"))
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
-    return Linear(x.shape[-1], use_bias=True, name="o")(mixed), layer_cache
+    return Linear(x.shape[-1], use_bias=True, joins=True, name="o")(mixed), layer_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress import ops
+from lmcompress.distributed.sharding import split_tokens, whole_tokens
 
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -25,10 +26,16 @@ def raw(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
 
 
 class Linear(nn.Module):
-  """`x @ kernel + bias`, kernel `[in, out]`; the bias is there if the tree has one."""
+  """`x @ kernel + bias`, kernel `[in, out]`; the bias is there if the tree has one.
+
+  Attributes:
+    joins: whether its inputs are what others gave, heads or neurons, and its output goes back to the stream: where a
+      mesh splits those, outputs are sums over devices.
+  """
 
   features: int = 0
   use_bias: bool = False
+  joins: bool = False
 
   @nn.compact
   def leaves(self, inputs: int) -> tuple[Any, jax.Array | None]:
@@ -46,7 +53,10 @@ class Linear(nn.Module):
 def linears(x: jax.Array, *modules: Linear) -> list[jax.Array]:
   """What each of several linears makes of the same input."""
   leaves = [module.leaves(x.shape[-1]) for module in modules]
+  joins = any(module.joins for module in modules)
+  x = x if joins else whole_tokens(x)
   ys = ops.linears(x, [kernel for kernel, _ in leaves])
+  ys = [split_tokens(y) for y in ys] if joins else ys
   return [y if bias is None else y + bias.astype(y.dtype) for y, (_, bias) in zip(ys, leaves, strict=True)]
 
 
@@ -95,4 +105,4 @@ class PlainMlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     hidden = ACTIVATIONS[self.activation](Linear(self.width, use_bias=True, name="up")(x))
     self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], use_bias=True, name="down")(hidden)
+    return Linear(x.shape[-1], use_bias=True, joins=True, name="down")(hidden)

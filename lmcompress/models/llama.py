@@ -109,7 +109,7 @@ class _Attention(nn.Module):
       )
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
-    return dense(x.shape[-1], name="o")(mixed), layer_cache
+    return dense(x.shape[-1], joins=True, name="o")(mixed), layer_cache
 
 
 class _Mlp(nn.Module):
@@ -122,7 +122,7 @@ class _Mlp(nn.Module):
     width = s.mlp if s else 0
     hidden = ops.gated_silu(*linears(x, dense(width, name="gate"), dense(width, name="up")))
     self.sow("taps", "down_input", hidden)
-    return dense(x.shape[-1], name="down")(hidden)
+    return dense(x.shape[-1], joins=True, name="down")(hidden)
 
 
 class _Layer(nn.Module):

@@ -89,7 +89,7 @@ class _Attention(nn.Module):
     q, k, v = linears(x, dense(s.heads * head if s else 0, name="q"), dense(kv, name="k"), dense(kv, name="v"))
     mixed, layer_cache = ops.attention(q, k, v, view, head, layer_cache)
     self.sow("taps", "o_input", mixed)
-    return dense(x.shape[-1], name="o")(mixed), layer_cache
+    return dense(x.shape[-1], joins=True, name="o")(mixed), layer_cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ class _Mlp(nn.Module):
     else:
       hidden = act(dense(name="up")(x))
     self.sow("taps", "down_input", hidden)
-    return Linear(x.shape[-1], name="down")(hidden)
+    return Linear(x.shape[-1], joins=True, name="down")(hidden)
 
 
 class _EncoderLayer(nn.Module):
