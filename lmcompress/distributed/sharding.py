@@ -139,7 +139,7 @@ def shardings(
 
   def of_leaf(path: str, leaf: Any) -> Any:
     spec = leaf.sharding_like(specs[path]) if isinstance(leaf, CompressedArray) else specs[path]
-    fit = lambda s, x: NamedSharding(mesh, _fitting(s, x.shape, mesh))  # noqa: E731
+    fit = lambda s, x: _place(mesh, s, x.shape)  # noqa: E731
     return jax.tree.map(fit, spec, leaf, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
   return tree.map_leaves(of_leaf, params)
@@ -155,6 +155,14 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractM
   )
 
 
+def _place(mesh: Mesh | AbstractMesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+  """The fitting spec without what it ends with in vain, as compiled programs give their outputs: they compile once."""
+  parts = tuple(_fitting(spec, shape, mesh))
+  while parts and parts[-1] is None:
+    parts = parts[:-1]
+  return NamedSharding(mesh, PartitionSpec(*parts))
+
+
 def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Params:
   """The tree placed on the mesh, leaf by leaf: of a tree that lies in files, a process holds its part and one leaf.
 
@@ -167,11 +175,7 @@ def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None
   specs = dense_specs(model, as_on(params, mesh.shape), mesh.shape, rules)
 
   def put(spec: PartitionSpec, x: Any) -> jax.Array:
-    place = NamedSharding(mesh, _fitting(spec, x.shape, mesh))
-    if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
-      return jax.device_put(x, place)
-    mine = np.asarray(x)  # its part is copied, so that the rest can go
-    return jax.make_array_from_callback(mine.shape, place, lambda index: np.array(mine[index]))
+    return _put(x, _place(mesh, spec, x.shape))
 
   placed = {}
   for path, leaf in tree.flatten(params).items():
@@ -183,6 +187,26 @@ def shard(model: Any, params: Params, mesh: Mesh, rules: Mapping[str, str | None
       whole = lambda s: isinstance(s, PartitionSpec)  # noqa: E731
       placed[path] = jax.block_until_ready(jax.tree.map(put, spec, leaf, is_leaf=whole))
   return tree.unflatten(placed)
+
+
+def _put(x: Any, place: NamedSharding) -> jax.Array:
+  if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    return jax.device_put(x, place)
+  mine = np.asarray(x)  # its part is copied, so that the rest can go
+  return jax.make_array_from_callback(mine.shape, place, lambda index: np.array(mine[index]))
+
+
+def beside(params: Params, arrays: Any) -> Any:
+  """A tree of arrays, those that lie on no mesh copied to all devices of that which the parameters lie on.
+
+  A program takes its own outputs from then on, which lie so, and is not compiled anew for them.
+  """
+  mesh = mesh_of(params)
+  if mesh is None:
+    return arrays
+  whole = NamedSharding(mesh, PartitionSpec())
+  away = lambda x: isinstance(x, jax.Array) and not isinstance(x.sharding, NamedSharding)  # noqa: E731
+  return jax.tree.map(lambda x: _put(x, whole) if away(x) else x, arrays)
 
 
 def as_on(params: Params, sizes: Mapping[str, int]) -> Params:
@@ -338,7 +362,7 @@ def data_mesh(params: Params) -> Mesh | None:
 def split_on(mesh: Mesh, x: jax.Array) -> NamedSharding:
   """An array's place on a mesh of the same axes, split as it is on its own; whole where it lies on one device."""
   spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else PartitionSpec()
-  return NamedSharding(mesh, _fitting(spec, x.shape, mesh))
+  return _place(mesh, spec, x.shape)
 
 
 def on_stage(mesh: Mesh, batch: Any, rows: int) -> Any:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from lmcompress import tree
 from lmcompress.arrays import FakeQuantArray, MaskedArray, ScoredArray
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
+from lmcompress.distributed.sharding import beside
 from lmcompress.training.generated import Generated
 from lmcompress.training.losses import Labels, Likeliest, Loss
 from lmcompress.training.match import PROJECTIONS, Match
@@ -181,7 +182,8 @@ def start(
   links = () if transform is None else transform.init(params)
   optimizer = training.transformation()
   moments = optax.tree.map_params(optimizer, placed_like, optimizer.init(trained), trained)
-  return TrainState(jnp.int32(0), trained, moments, average, kept, links)
+  step, moments, links = beside(trained, (jnp.int32(0), moments, links))
+  return TrainState(step, trained, moments, average, kept, links)
 
 
 def placed_like(new: jax.Array, x: jax.Array) -> jax.Array:

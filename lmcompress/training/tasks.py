@@ -16,7 +16,7 @@ import numpy as np
 
 from lmcompress import tree
 from lmcompress.calibration.token_loss import forward
-from lmcompress.distributed.sharding import data_mesh, over_data
+from lmcompress.distributed.sharding import beside, data_mesh, over_data
 from lmcompress.training.durable import Keeping, Metrics, run_steps
 from lmcompress.training.heads import HEADS, Kind, Task, checked_task, loss, said
 from lmcompress.training.loop import batches, vocabulary_of
@@ -156,7 +156,8 @@ def fit_tasks(
   trains = lambda path: tree.matches(HEADS, path) or trainable(path)  # noqa: E731
   state = start(whole, training, trains, transform)
   ones = jnp.ones(len(checked))
-  state = state._replace(links={"transform": state.links, "weights": ones, "first": jnp.copy(ones)})
+  weights = beside(state.trained, {"weights": ones, "first": jnp.copy(ones)})
+  state = state._replace(links={"transform": state.links, **weights})
 
   def update(state: TrainState) -> tuple[TrainState, Metrics]:
     begun, step = time.perf_counter(), int(state.step)

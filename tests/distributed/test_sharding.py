@@ -182,6 +182,14 @@ def test_tokens_in_parts_learn_the_same():
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_a_step_compiles_once(shape):
+  """What a step gives lies as what it took."""
+  before = train_step._cache_size()
+  fit(MODEL, shard(MODEL, PARAMS, mesh_of(shape)), ROWS, Training(3, batch=8, learning_rate=2e-2))
+  assert train_step._cache_size() == before + 1
+
+
 def test_compressed_weights_are_gathered_as_they_are_stored():
   """Codes travel packed, never as floats: no gathered float has as many entries as a weight."""
   mesh = mesh_of((1, 4, 1))
