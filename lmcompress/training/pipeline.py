@@ -176,7 +176,8 @@ class Pipeline:
     place = lambda x, where: x if where is None else jax.device_put(x, where)  # noqa: E731
     where = jax.tree.map(lambda x, to: None if x is None else to, state.trained, self._where, **_HOLE)
     moments = optax.tree_map_params(self.training.transformation(), place, state.moments, where)
-    return state._replace(trained=self._at_home(state.trained), average=average, moments=moments)
+    step = jnp.int32(int(state.step))  # on no mesh: each stage has its own
+    return state._replace(step=step, trained=self._at_home(state.trained), average=average, moments=moments)
 
   def step(self, state: TrainState, pieces: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
     """An update, which gives up the state's buffers; `pieces` as the batch of `train_step`.
