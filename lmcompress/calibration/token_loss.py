@@ -40,7 +40,7 @@ def forward(
 
   With `remat` the way back keeps one carry a block and computes the rest again.
   """
-  given = {name: whole_tokens(jnp.asarray(x)) for name, x in batch.items()}
+  given = jax.tree.map(whole_tokens, dict(batch))
   return through_blocks(model, params, model.start(gathered(model, params), given), remat, taps)
 
 
