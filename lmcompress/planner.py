@@ -422,10 +422,11 @@ def _messages(
     add("the embedding's rows", "all-reduce", "tensor", [table])
   passes = 1 if not trains else 2 if remat else 1
   if trains and rules.get("length") == "tensor":  # a sum of all is one in parts and a gather (sequence_parallel)
+    routed = [table] * sum(p.endswith("/router/kernel") for p in leaves)  # a mixture sees all tokens, and sums all
     add("inputs of column-parallel products, gradients of what row-parallel ones give", "all-gather", "tensor",
-        backward * passes + forward)  # fmt: skip
+        (backward + routed) * passes + forward + routed)  # fmt: skip
     add("outputs of row-parallel products, gradients of what column-parallel ones take", "reduce-scatter", "tensor",
-        forward * passes + backward)  # fmt: skip
+        forward * passes + backward + routed)  # fmt: skip
     add("outputs of experts, and gradients of their inputs", "all-reduce", "tensor", mixed * (passes + 1))
   else:
     add("outputs of row-parallel products", "all-reduce", "tensor", (forward + mixed) * passes)
