@@ -94,7 +94,7 @@ def test_what_a_head_tells_equals_transformers(loaded):
 
 @pytest.mark.parametrize("stem", KINDS)
 def test_of_two_texts_the_second_has_the_answer(stem):
-  """Types of tokens where a model has them, as transformers' tokenizers give them; no answer outside the passage."""
+  """Types of tokens where a model has them, as transformers is given them; no answer outside the passage."""
   net = built(stem, "QuestionAnswering", **({} if stem == "DistilBert" else {"type_vocab_size": 2}))
   with tempfile.TemporaryDirectory() as folder:
     net.save_pretrained(folder)
