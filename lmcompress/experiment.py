@@ -372,12 +372,16 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
     f"each of {mesh.size} devices ({split}) holds "
     f"{held / 2**20:.1f} MiB of the model's {whole / 2**20:.1f}:"
   )
-  if splits_tokens(config) and mesh.shape["tensor"] > 1 and (train := config.train) is not None:
+  if splits_tokens(config):
     parts = mesh.shape["tensor"]
-    odd = [n for n in [t.length for t in config.tasks] or [train.length] if n % parts]
+    if config.train is None or parts == 1:
+      why = "nothing trains" if config.train is None else "tensor=1 splits nothing"
+      raise ConfigError(f"mesh.rules.length=tensor is of training over tensor, and here {why}; leave it out")
+    odd = [n for n in [t.length for t in config.tasks] or [config.train.length] if n % parts]
     if odd:
       raise ConfigError(f"mesh.rules.length=tensor: tensor={parts} does not divide rows of {odd[0]} tokens")
-    watcher.note("in training, what lies between products is split by tokens over tensor")
+    what = "in the encoder (the decoder stays whole), what" if hasattr(model, "encode") else "what"
+    watcher.note(f"training: {what} lies between products is split by tokens over tensor")
   for row in rows:
     split = " ".join(f"{n}/{to}" if to else str(n) for n, to in zip(row.shape, row.split, strict=True))
     watcher.note(f"  {row.leaves:4d} x {row.path}  [{split}]  {row.nbytes / 2**20:.2f} MiB")

@@ -427,6 +427,8 @@ def _messages(
         (backward + routed) * passes + forward + routed)  # fmt: skip
     add("outputs of row-parallel products, gradients of what column-parallel ones take", "reduce-scatter", "tensor",
         forward * passes + backward + routed)  # fmt: skip
+    if "embed/table" in own:
+      add("gradients of the embedding's rows", "all-gather", "tensor", [table])
     add("outputs of experts, and gradients of their inputs", "all-reduce", "tensor", mixed * (passes + 1))
   else:
     add("outputs of row-parallel products", "all-reduce", "tensor", (forward + mixed) * passes)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lmcompress as lmc
 from lmcompress import tree
 from lmcompress.cli import app
-from lmcompress.distributed import RULES, make_mesh, shard
+from lmcompress.distributed import RULES, make_mesh, sequence_parallel, shard
 from lmcompress.distributed.accelerators import ACCELERATORS
 from lmcompress.distributed.sharding import over_data
 from lmcompress.errors import ConfigError
@@ -152,12 +152,23 @@ def test_tokens_in_parts_send_as_much_and_keep_less():
   """A sum of all is one in parts and a gather; each block's input is kept in parts."""
   training, mesh = Training(steps=1, batch=BATCH), {"tensor": 4}
   plans = [train_plan(MODEL, SHAPES, training, LENGTH, mesh, {**RULES, "length": to}) for to in (None, "tensor")]
-  sent = [[m for m in plan.messages if m.what != "the embedding's rows"] for plan in plans]
+  sent = [[m for m in plan.messages if "embedding" not in m.what] for plan in plans]
   assert {m.kind for m in sent[0]} == {"all-reduce"} and {m.kind for m in sent[1]} == {"all-gather", "reduce-scatter"}
   assert sum(m.nbytes for m in sent[1]) == pytest.approx(sum(m.nbytes for m in sent[0]))
   assert plans[1].nbytes["block inputs"] == plans[0].nbytes["block inputs"] / 4
   with pytest.raises(ConfigError, match="tensor=4 does not divide rows of 6 tokens"):
     train_plan(MODEL, SHAPES, training, 6, mesh, {**RULES, "length": "tensor"})
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gathers_of_tokens_are_those_of_the_compiled_step(remat):
+  with sequence_parallel(True):
+    _, step = on({"tensor": 8}, remat=remat)
+  plan = train_plan(
+    MODEL, SHAPES, Training(steps=1, batch=BATCH, remat=remat), LENGTH, {"tensor": 8}, {**RULES, "length": "tensor"}
+  )
+  found = re.findall(r" all-gather(?:-start)?\(", step.as_text())
+  assert sum(m.count for m in plan.messages if m.kind == "all-gather") == len(found)
 
 
 def test_sums_are_those_of_the_compiled_forward_pass():

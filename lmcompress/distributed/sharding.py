@@ -23,10 +23,12 @@ products of weights."""
 BATCH = ("data", "fsdp")
 """The axes that rows of a batch are split over."""
 
-RULES: dict[str, str | None] = {"vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp", "expert": "expert"}
+RULES: dict[str, str | None] = {
+  "vocab": "tensor", "mlp": "tensor", "kv": "tensor", "embed": "fsdp", "expert": "expert", "length": None,
+}  # fmt: skip
 """Which mesh axis each logical axis is split over; what is not named here is not split.
 
-Of activations one can be: `length`, the tokens of what lies between products, over `tensor` (`sequence_parallel`).
+`length` is of activations: the tokens of what lies between products, over `tensor` or whole (`sequence_parallel`).
 """
 
 sequence_parallel = jax.make_user_context(default_value=False)
@@ -35,7 +37,7 @@ sequence_parallel = jax.make_user_context(default_value=False)
 Norms and sums are then made in parts, and a device keeps its part of each block's input for the way back. The sum of
 partial outputs becomes one whose parts stay where they are needed (reduce-scatter), and a gather stands before the next
 product: as many bytes as one sum of all (Korthikanti et al. 2022, arXiv:2205.05198). Where `tensor` does not divide the
-tokens, nothing changes.
+tokens, nothing changes; nor does it in `fit_local` and `fit_async`, whose copies lie on no mesh.
 """
 
 
@@ -302,8 +304,12 @@ def require_division(
   """Refuses a mesh that does not divide what its rules split.
 
   Raises:
-    ConfigError: names the weight, its axis, both numbers, and what would do.
+    ConfigError: names the weight, its axis, both numbers, and what would do; or a rule is of an axis that there is not.
   """
+  axes = [axis for axes in model.axes.values() for axis in axes]
+  known = {name for axis in axes for name in (axis if isinstance(axis, tuple) else (axis,))}
+  if unknown := sorted(set(rules) - set(RULES) - known):
+    raise ConfigError(f"mesh.rules.{unknown[0]}: no such axis; there are {', '.join(sorted(known | {'length'}))}")
   params = as_on(params, sizes)
   counts = _entries(model, params)
   for path, leaf in tree.weights(params).items():
@@ -328,10 +334,10 @@ def ways(mesh: Mesh | None) -> int:
 
 
 def mesh_of(params: Params) -> Mesh | None:
-  """The mesh that the parameters lie on."""
-  sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
-  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-  return mesh if isinstance(mesh, Mesh) else None
+  """The mesh that the parameters lie on, or those of them that lie on one."""
+  shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(params))
+  meshes = (s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh))
+  return next(meshes, None)
 
 
 def stage_meshes(mesh: Mesh | None, stages: int) -> list[Mesh]:

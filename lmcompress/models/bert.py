@@ -245,6 +245,11 @@ class Bert(BlockModel):
     """What a head reads: the states `[batch, length, embed]` after the last layer."""
     return carry["h"]
 
+  @property
+  def tells_texts(self) -> bool:
+    """Whether tokens of the second of two texts have type 1; RoBERTa's tokenizers give all of them type 0."""
+    return self.config.kind == "bert"
+
   def summary(self, x: jax.Array) -> jax.Array:
     """What a head reads of a row, of what its own layer makes of the first token (transformers' classifiers)."""
     return jax.nn.relu(x) if self.config.kind == "distilbert" else jnp.tanh(x)

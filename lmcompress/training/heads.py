@@ -78,7 +78,7 @@ def said(model: Any, params: Params, name: str, rows: Mapping[str, Any], kind: K
   real = within = jnp.asarray(rows["attention_mask"]) != 0
   if "second" in rows:
     places, ends = jnp.arange(within.shape[1]), jnp.asarray(rows["second"])
-    if "types" in params and params["types"]["table"].shape[-2] > 1:
+    if getattr(model, "tells_texts", False) and "types" in params and params["types"]["table"].shape[-2] > 1:
       read["token_type_ids"] = ((places >= ends[:, :1]) & real).astype(jnp.int32)
     within = real & (places >= ends[:, :1]) & (places <= ends[:, 1:])
   carry, _ = forward(model, params, read, remat)

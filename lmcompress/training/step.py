@@ -175,14 +175,14 @@ def start(
   if training.privacy is not None and _reads_gradients(transform):
     raise ValueError(f"private training clips gradients, and {transform.name} reads them; leave one of the two out")  # type: ignore[union-attr]
   trained, kept = tree.partition(params, trainable)
-  trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
+  trained = beside(params, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained))
   if not jax.tree.leaves(trained):
     raise ValueError("nothing trains: no float array of the tree is selected")
   average = None if training.average is None else jax.tree.map(jnp.copy, trained)
   links = () if transform is None else transform.init(params)
   optimizer = training.transformation()
   moments = optax.tree.map_params(optimizer, placed_like, optimizer.init(trained), trained)
-  step, moments, links = beside(trained, (jnp.int32(0), moments, links))
+  step, moments, links = beside(params, (jnp.int32(0), moments, links))
   return TrainState(step, trained, moments, average, kept, links)
 
 

@@ -156,7 +156,7 @@ def fit_tasks(
   trains = lambda path: tree.matches(HEADS, path) or trainable(path)  # noqa: E731
   state = start(whole, training, trains, transform)
   ones = jnp.ones(len(checked))
-  weights = beside(state.trained, {"weights": ones, "first": jnp.copy(ones)})
+  weights = beside(whole, {"weights": ones, "first": jnp.copy(ones)})
   state = state._replace(links={"transform": state.links, **weights})
 
   def update(state: TrainState) -> tuple[TrainState, Metrics]:

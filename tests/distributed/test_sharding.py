@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
 
 import jax
@@ -14,13 +15,15 @@ from jax.sharding import PartitionSpec as P
 import lmcompress as lmc
 from lmcompress import fit, tree
 from lmcompress.distributed import make_mesh, placements, sequence_parallel, shard, spec_of
+from lmcompress.distributed.sharding import mesh_of as mesh_on
 from lmcompress.distributed.sharding import mesh_sizes, over_data, require_division
 from lmcompress.evaluate.perplexity import perplexity
 from lmcompress.generation import Sampler
 from lmcompress.generation.generate import decode
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
-from lmcompress.training import Training
+from lmcompress.training import Distill, Match, Task, Training, fit_tasks
 from lmcompress.training.step import start, train_step
+from lmcompress.training.tasks import tasks_step
 from lmcompress.types import ConfigError
 
 SIZES = LlamaSizes(vocab=64, embed=32, mlp=64, layers=2, heads=8, kv_heads=8, tied=False)
@@ -91,6 +94,11 @@ def test_placements_are_what_a_device_holds(shape):
 def test_a_mesh_that_does_not_divide_is_refused(sizes, message):
   with pytest.raises(ConfigError, match=message):
     require_division(MODEL, PARAMS, sizes)
+
+
+def test_a_rule_of_no_axis_is_refused():
+  with pytest.raises(ConfigError, match=r"mesh\.rules\.lenght: no such axis; there are choice, .*length"):
+    require_division(MODEL, PARAMS, {"tensor": 2}, {"lenght": "tensor"})
 
 
 def test_what_rules_keep_whole_need_not_divide():
@@ -187,6 +195,26 @@ def test_a_step_compiles_once(shape):
   """What a step gives lies as what it took."""
   before = train_step._cache_size()
   fit(MODEL, shard(MODEL, PARAMS, mesh_of(shape)), ROWS, Training(3, batch=8, learning_rate=2e-2))
+  assert train_step._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("trainable", [lambda path: True, lambda path: False], ids=["all", "the head"])
+def test_a_step_of_tasks_compiles_once(trainable):
+  """A head that is new lies on the mesh as the tree does."""
+  before, labels = tasks_step._cache_size(), np.arange(16) % 2
+  task = Task(ROWS, np.ones_like(ROWS), labels, ("even", "odd"))
+  params, training = shard(MODEL, PARAMS, mesh_of((2, 1, 4))), Training(3, batch=8, learning_rate=1e-2)
+  done, _ = fit_tasks(MODEL, params, {"parity": task}, training, trainable=trainable)
+  assert tasks_step._cache_size() == before + 1
+  assert mesh_on(done["tasks"]) == mesh_of((2, 1, 4))
+
+
+def test_a_step_with_projections_compiles_once():
+  wide = Llama(MODEL.config, dataclasses.replace(SIZES, embed=48))
+  training = Training(3, batch=8, learning_rate=1e-2, loss=Distill(), match=Match(hidden=1.0))
+  before = train_step._cache_size()
+  params = shard(MODEL, PARAMS, mesh_of((2, 1, 4)))
+  fit(MODEL, params, ROWS, training, teacher=(wide, shard(wide, wide.init(jax.random.key(1)), mesh_of((2, 1, 4)))))
   assert train_step._cache_size() == before + 1
 
 
