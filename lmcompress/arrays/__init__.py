@@ -5,6 +5,7 @@ from lmcompress.arrays.clustered import ClusteredArray, clustered
 from lmcompress.arrays.dictionary import DictionaryArray, dictionary
 from lmcompress.arrays.direction import DirectionArray, direction
 from lmcompress.arrays.fake_quant import FakeQuantArray, fake_quant
+from lmcompress.arrays.gated import GatedArray, gated
 from lmcompress.arrays.grids import E2M1, FP8_E4M3, FP8_E5M2, NF4, Float8, Grid, Integer, Table
 from lmcompress.arrays.input import (
   ACTS,
@@ -50,6 +51,7 @@ __all__ = [
   "FixedStep",
   "Float8",
   "Float8PerToken",
+  "GatedArray",
   "Grid",
   "InputArray",
   "Int8PerGroup",
@@ -81,6 +83,7 @@ __all__ = [
   "direction",
   "fake_quant",
   "fetch",
+  "gated",
   "integer",
   "lattice",
   "learned_input",

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmcompress.calibration.recompute import recomputed
 from lmcompress.distributed.sharding import gathered, whole_tokens
 from lmcompress.models.base import DECODER
 from lmcompress.types import Params, WeightError
@@ -55,7 +56,7 @@ def through_blocks(
     def run(params: Params, carry: Any, block: Any = block, wanted: tuple[str, ...] = wanted) -> Any:
       return model.run(block, gathered(model, params, block.path), carry, wanted)
 
-    carry, found = (jax.checkpoint(run) if remat else run)(params, carry)
+    carry, found = (recomputed(run) if remat else run)(params, carry)
     if wanted:
       tapped[block.path] = found
   return {**carry, "h": whole_tokens(carry["h"])} if "h" in carry else carry, tapped

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.arrays import parts
+from lmcompress.arrays.gated import GatedArray
 from lmcompress.arrays.input import InputArray, Threshold
 from lmcompress.arrays.learned_input import LearnedInputArray
 from lmcompress.arrays.low_rank import LowRankArray
@@ -143,6 +144,14 @@ register(
     lambda x, w: linear(w.rounded(x), w.weight).astype(x.dtype),
     lambda ids, w: embed(ids, w.weight),
     lambda x, w: attend(w.rounded(x), w.weight).astype(x.dtype),
+  ),
+)
+register(
+  GatedArray,
+  Rules(
+    lambda x, w: linear(w.let_through(x), w.weight).astype(x.dtype),
+    gathered_embed,
+    lambda x, w: attend(w.let_through(x), w.weight).astype(x.dtype),
   ),
 )
 register(InputArray, Rules(input_linear, input_embed, input_attend))

@@ -10,6 +10,7 @@ from lmcompress import tree
 from lmcompress.arrays.clustered import ClusteredArray
 from lmcompress.arrays.direction import DirectionArray
 from lmcompress.arrays.fake_quant import FakeQuantArray
+from lmcompress.arrays.gated import GatedArray
 from lmcompress.arrays.input import InputArray, Int8PerGroup, Int8PerToken
 from lmcompress.arrays.learned_input import LearnedInputArray
 from lmcompress.arrays.low_rank import LowRankArray
@@ -114,7 +115,7 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
       return leaf
   if isinstance(leaf, (OutlierArray, SharedRef)):
     return leaf  # its products gather what they need; what it refers to is prepared at its own place
-  if isinstance(leaf, (FakeQuantArray, ScoredArray)):
+  if isinstance(leaf, (FakeQuantArray, GatedArray, ScoredArray)):
     return leaf.materialize()  # as large, and not rounded anew at each product
   if isinstance(leaf, NestedArray):
     leaf = leaf.quantized()

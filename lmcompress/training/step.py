@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from lmcompress import tree
-from lmcompress.arrays import FakeQuantArray, MaskedArray, ScoredArray
+from lmcompress.arrays import FakeQuantArray, GatedArray, MaskedArray, ScoredArray
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
 from lmcompress.distributed.sharding import beside
 from lmcompress.training.generated import Generated
@@ -298,10 +298,18 @@ def train_step(
     (total, count), grads = jax.value_and_grad(lost, has_aux=True)(moving.trained, piece)
     return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
-  zeros = (jnp.zeros(()), jnp.int32(0), jax.tree.map(jnp.zeros_like, moving.trained))
-  (total, count, grads), _ = jax.lax.scan(add, zeros, dict(batch))
-  tokens = jnp.maximum(count, 1).astype(jnp.float32)
-  return advance(moving, kept, jax.tree.map(lambda g: g / tokens, grads), total / tokens, training, transform, key)
+  def mean(trained: Params) -> jax.Array:
+    total, count = lost(trained, {name: rows[0] for name, rows in batch.items()})
+    return total / jnp.maximum(count, 1).astype(jnp.float32)
+
+  if training.accumulate == 1:  # no sums of gradients beside them, and nothing to divide
+    loss, grads = jax.value_and_grad(mean)(moving.trained)
+  else:
+    zeros = (jnp.zeros(()), jnp.int32(0), jax.tree.map(jnp.zeros_like, moving.trained))
+    (total, count, grads), _ = jax.lax.scan(add, zeros, dict(batch))
+    tokens = jnp.maximum(count, 1).astype(jnp.float32)
+    loss, grads = total / tokens, jax.tree.map(lambda g: g / tokens, grads)
+  return advance(moving, kept, grads, loss, training, transform, key)
 
 
 def compiled_step(
@@ -333,6 +341,7 @@ def advance(
   key: jax.Array | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The update that gradients of what trains make: the optimizer, the transform, the average, and the metrics."""
+  grads = _pressed(grads, moving.trained, kept)
   dense = grads
   if _reads_gradients(transform):
     grads = jax.tree.map(lambda g, k: _where_kept(g, k), grads, kept, is_leaf=lambda x: isinstance(x, MaskedArray))
@@ -379,6 +388,18 @@ def floats_as(kept: Params, dtype: str) -> Params:
   return tree.map_leaves(
     lambda _, x: x.astype(dtype) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) else x, kept
   )
+
+
+def _pressed(grads: Params, trained: Params, kept: Params) -> Params:
+  """The gradients with what gates pay for being open, which no loss says."""
+
+  def add(g: Any, mine: Any, rest: Any) -> Any:
+    if not isinstance(g, GatedArray) or g.openness is None:
+      return g
+    gates = dataclasses.replace(rest, openness=mine.openness)
+    return dataclasses.replace(g, openness=g.openness + gates.pressure())
+
+  return jax.tree.map(add, grads, trained, kept, is_leaf=lambda x: isinstance(x, GatedArray) or x is None)
 
 
 def _split_like(whole: Params, trained: Params) -> tuple[Params, Params]:

@@ -9,6 +9,7 @@ from lmcompress.transforms.fake_quantize_inputs import fake_quantize_inputs
 from lmcompress.transforms.freeze import freeze
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.gradient import gradient
+from lmcompress.transforms.hard_concrete import hard_concrete, l0, remove_closed
 from lmcompress.transforms.hqq import hqq
 from lmcompress.transforms.kmeans import kmeans
 from lmcompress.transforms.learned_rounding import learned_rounding
@@ -66,6 +67,9 @@ METHODS = {
     movement,
     prune_gradually,
     rigl,
+    hard_concrete,
+    l0,
+    remove_closed,
     prune_neurons,
     prune_heads,
     prune_width,
@@ -105,8 +109,10 @@ __all__ = [
   "freeze",
   "gptq",
   "gradient",
+  "hard_concrete",
   "hqq",
   "kmeans",
+  "l0",
   "leafwise",
   "learned_rounding",
   "llm_int8",
@@ -127,6 +133,7 @@ __all__ = [
   "quantize_activations",
   "quantize_inputs",
   "quip_sharp",
+  "remove_closed",
   "rigl",
   "rotate",
   "round_to_nearest",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from typing import Literal
 
 from lmcompress.transforms.prune_entries import Score, prune_entries
-from lmcompress.transforms.structure import Place
+from lmcompress.transforms.structure import head_axes
 from lmcompress.types import Transform
 
 
@@ -41,10 +41,7 @@ def prune_heads(
   if what == "queries" and scope == "global":
     raise ValueError("prune_heads(what='queries', scope='global'): each group keeps as many queries; use scope='block'")
 
-  def find(axes: Mapping[str, Place]) -> list[str]:
-    depth = 0 if what == "groups" else 1
-    return [name for name, p in axes.items() if len(p.names) > 1 and p.names[depth] == name]
-
+  find = functools.partial(head_axes, depth=0 if what == "groups" else 1)
   return prune_entries(
     "prune_heads", what, find, axis=axis, fraction=fraction, count=count, score=score, scope=scope,
     compensate=compensate,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from lmcompress.transforms.prune_entries import Score, prune_entries
-from lmcompress.transforms.structure import Place
+from lmcompress.transforms.structure import neuron_axes
 from lmcompress.types import Transform
 
 
@@ -40,10 +39,7 @@ def prune_neurons(
       a fraction is less than half of one.
   """
 
-  def find(axes: Mapping[str, Place]) -> list[str]:
-    return [name for name, place in axes.items() if place.names == (name,)]
-
   return prune_entries(
-    "prune_neurons", "neurons", find, axis=axis, fraction=fraction, count=count, score=score, scope=scope,
+    "prune_neurons", "neurons", neuron_axes, axis=axis, fraction=fraction, count=count, score=score, scope=scope,
     compensate=compensate,
   )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +76,16 @@ def local_axes(model: Any, params: Params, under: str) -> dict[str, Place]:
       if name in read - fixed:
         found.setdefault(name, place)
   return found
+
+
+def neuron_axes(axes: Mapping[str, Place]) -> list[str]:
+  """Of `local_axes`, those that fill a dimension by themselves, as hidden neurons do."""
+  return [name for name, place in axes.items() if place.names == (name,)]
+
+
+def head_axes(axes: Mapping[str, Place], depth: int = 0) -> list[str]:
+  """Of `local_axes`, those of groups of queries with their key and value, or at depth 1 of the queries of a group."""
+  return [name for name, place in axes.items() if len(place.names) > 1 and place.names[depth] == name]
 
 
 def _names(part: Any) -> tuple[str, ...]:
