@@ -23,6 +23,7 @@ from lmcompress.arrays import (
   DictionaryArray,
   DirectionArray,
   FakeQuantArray,
+  GatedArray,
   InputArray,
   Int8PerToken,
   LatticeArray,
@@ -43,6 +44,7 @@ from lmcompress.arrays import (
   dictionary,
   direction,
   fake_quant,
+  gated,
   lattice,
   learned_input,
   low_rank,
@@ -238,6 +240,17 @@ def by_scores(w, axis):
   return dataclasses.replace(leaf, threshold=jnp.zeros((1, 1)))
 
 
+def half_open(w, axis):
+  """Eight runs of inputs, each with a gate of its own: some open, some closed, some between."""
+  logs = np.linspace(-3, 3, 8, dtype=np.float32).reshape((8, 1) if axis == -2 else (1, 8))
+  leaf = gated(w, 8, axis, rate=10.0)
+  return dataclasses.replace(leaf, openness=jnp.asarray(logs / 10), noise=jnp.asarray(logs[::-1, ::-1] / 4))
+
+
+def half_open_codes(w, axis):
+  return half_open(quantize_matrix(w, bits=4, group_size=16, axis=axis, scale_dtype="float32"), axis)
+
+
 def of_codes(w, axis):
   """Lengths over four bits."""
   return direction(quantize_matrix(w, bits=4, group_size=16, axis=axis, scale_dtype="float32"), axis)
@@ -314,6 +327,8 @@ ROWS = [
   Row("directions", lambda w, axis: direction(w, axis), 32 + 32 / 64, trains=("weight", "magnitude")),
   Row("directions of codes", of_codes, 4 + 32 / 16 + 32 / 64, inputs=64, trains=("weight", "magnitude"), error=0.2),
   Row("training inputs", lambda w, axis: learned_input(w, 0.02, 8, axis), 32 + 32 / 2560, trains=("weight", "step")),
+  Row("gated", half_open, 32 + (8 * 2 + 1) * 32 / 2560, trains=("weight", "openness"), error=4.0),
+  Row("gated codes", half_open_codes, inputs=64, trains=("weight", "openness"), alike=True, error=4.0),
   Row("scored", by_scores, 64 + 32 / 2560, trains=("values", "scores"), keeps=third),
   Row("e8p row", lattice, 2 + 16 / 64, error=0.33),
   Row("e8p g16", lambda w, axis: lattice(w, axis, 16, scale_dtype="float32"), inputs=44, alike=True, error=0.33),
@@ -607,6 +622,13 @@ def by_direction(leaf):
   return by_invariant(leaf.magnitude) * w / np.linalg.norm(w, axis=leaf.axis, keepdims=True)
 
 
+def by_gate(leaf):
+  """The equations of arXiv:1712.01312, section 4.1."""
+  log_alpha, noise = leaf.rate * np.asarray(leaf.openness, np.float64), np.asarray(leaf.noise, np.float64)
+  gates = np.clip(1.2 / (1 + np.exp(-1.5 * (noise + log_alpha))) - 0.1, 0, 1)
+  return by_invariant(leaf.weight) * np.repeat(gates, leaf.shape[leaf.axis] // gates.size, leaf.axis)
+
+
 def by_index(leaf):
   dense, values, indices = np.zeros(leaf.shape), np.asarray(leaf.values, np.float64), np.asarray(leaf.indices, int)
   np.put_along_axis(dense, indices, values, leaf.axis)
@@ -620,6 +642,7 @@ INVARIANTS = {
   DictionaryArray: by_atoms,
   DirectionArray: by_direction,
   FakeQuantArray: by_step,
+  GatedArray: by_gate,
   LearnedInputArray: lambda leaf: by_invariant(leaf.weight),
   ScoredArray: lambda leaf: np.where(by_invariant(leaf.scores) >= by_invariant(leaf.threshold), leaf.values, 0.0),
   OutlierArray: by_index,

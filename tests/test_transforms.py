@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lmcompress import tree
-from lmcompress.arrays import MaskedArray, QuantizedArray, added, low_rank, masked
+from lmcompress.arrays import MaskedArray, QuantizedArray, added, gated, low_rank, masked
 from lmcompress.distributed import make_mesh, shard
 from lmcompress.io import checkpoint, safetensors
 from lmcompress.io.leaves import describe, rebuild
@@ -39,6 +39,7 @@ from lmcompress.transforms import (
   gradient,
   hqq,
   kmeans,
+  l0,
   leafwise,
   learned_rounding,
   llm_int8,
@@ -121,6 +122,11 @@ def pruning_row(name, jitted, options, **arguments):
     name, lambda: magnitude(**arguments),
     functools.partial(jitted, **options), functools.partial(jitted.__wrapped__, **options),
   )
+
+
+def gates():
+  """Four on the inputs of each weight."""
+  return leafwise(lambda w, *, axis: gated(w, 4, axis), name="gates")
 
 
 @jax.jit
@@ -250,6 +256,8 @@ ROWS = [
   Row("rigl", lambda: rigl(0.3, 10, 2), before=lambda: magnitude(0.5), step=4),
   Row("shrink", lambda: shrink(0.05), step=4),
   Row("shrink inputs", lambda: shrink(0.1, "input"), before=lambda: magnitude(0.5), step=4, meshes=False),
+  Row("l0", lambda: l0(0.5, 0, 10), before=gates, step=4, random=True),
+  Row("l0 settled", lambda: l0(0.5, 0, 10, "block"), before=gates, step=20, meshes=False),
   Row("fake_quantize_inputs", lambda: fake_quantize_inputs(4), sums=True),
   Row("dora", lambda: dora(4), random=True, sums=True),
   Row("freeze directions", freeze, before=lambda: chain(round_to_nearest(4, 16), dora(4)), sums=True),
@@ -373,8 +381,10 @@ def results(params):
   return functools.cache(lambda row: run(row, params))
 
 
-WHOLE = {"prune_neurons", "prune_heads", "prune_width", "prune_layers", "share", "tie_layers"}
-"""Methods that change shapes or add a subtree; test_structured.py and test_sharing.py check them on whole models."""
+WHOLE = {
+  "prune_neurons", "prune_heads", "prune_width", "prune_layers", "share", "tie_layers", "hard_concrete", "remove_closed",
+}  # fmt: skip
+"""Methods of whole models, on which test_structured.py, test_sharing.py and test_gates.py check them."""
 
 
 def same_tree(a, b):
@@ -443,7 +453,7 @@ def test_a_step_transform_jits(row, params, results):
   @functools.partial(chex.assert_max_traces, n=1)
   def update(params, state, step):
     grads = dense_like(params, "grads") if "grads" in transform.needs else None
-    return transform.apply(params, state, Evidence(step=step, grads=grads))
+    return transform.apply(params, state, Evidence(step=step, grads=grads, key=jax.random.key(0)))
 
   done, new = update(start, state, row.step)
   same_tree(done, results(row))

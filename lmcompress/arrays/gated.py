@@ -88,8 +88,7 @@ class GatedArray(CompressedArray):
 
   def let_through(self, x: jax.Array) -> jax.Array:
     """The input as the weight sees it, float32 of the shape of `x: [..., features]`."""
-    gates = self.gates().reshape(-1)
-    return (x.reshape(*x.shape[:-1], gates.size, -1) * gates[:, None]).reshape(x.shape)
+    return x * self._wide().reshape(-1)
 
   def materialize(self) -> jax.Array:
     return (parts.materialize(self.weight) * self._wide()).astype(self.dtype)

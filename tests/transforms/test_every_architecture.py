@@ -15,6 +15,7 @@ import pytest
 
 import lmcompress as lmc
 from lmcompress import tree
+from lmcompress.arrays import GatedArray, gated
 from lmcompress.calibration import compress
 from lmcompress.distributed import make_mesh, sequence_parallel, shard
 from lmcompress.models import (
@@ -79,22 +80,34 @@ GIVEN = {  # what a method is asked here, where it must be asked or its defaults
   "share": {"values": 16}, "product_quantize": {"atoms": 8, "steps": 2}, "shrink": {"amount": 0.05},
   "sparse_code": {"atoms": 8, "group_size": 16, "nonzeros": 2, "steps": 2}, "truncated_svd": {"ratio": 0.8},
   "tie_layers": {"groups": [[0, 1]], "rank": 2}, "prune_gradually": {"end": 10, "interval": 2},
-  "rigl": {"end": 10, "interval": 2},
+  "rigl": {"end": 10, "interval": 2}, "l0": {"end": 10},
 }  # fmt: skip
+
+
+def some_closed(w):
+  """Every fourth gate closed."""
+  if not isinstance(w, GatedArray):
+    return w
+  return dataclasses.replace(w, openness=w.openness.at[::4].set(-1.0))
+
+
 FIRST = {  # what a method acts on, where that is not a dense tree
   "low_rank_residual": lambda: lmc.round_to_nearest(3, 16),
   "merge": lambda: chain(lmc.round_to_nearest(3, 16), lmc.low_rank_residual(2)),
   "freeze": lambda: lmc.magnitude(0.5),
   "prune_gradually": lambda: lmc.movement(),
   "rigl": lambda: lmc.magnitude(0.5),
+  "l0": lambda: lmc.leafwise(lambda w, *, axis: gated(w, 4, axis)),
+  "remove_closed": lambda: chain(lmc.hard_concrete(), lmc.leafwise(some_closed)),
 }
 WHOLE = (
   "rotate", "prune_width", "prune_layers", "prune_neurons", "prune_heads", "tie_layers", "share", "merge", "freeze",
+  "hard_concrete", "l0", "remove_closed",
 )  # fmt: skip
 """Methods of the whole model, which a pattern does not narrow."""
 REASONS = {
   "predicts no next token": "no next token",
-  "no axis of its own": "no such axis",
+  "no axis of its own": "no such axis", "one weight that reads neurons": "no such axis",
   "no stage reads this norm": "norms apart",
   "norms lie on axes []": "no norm",
   "alone feeds what is selected": "nothing feeds it",
@@ -147,7 +160,8 @@ def outcome(architecture, method):
     else:
       done, _ = compress(model, params, chain(*first, transform), given_to(model), key)
   except WeightError as error:
-    assert "\n" not in str(error) and (method.split("_")[0] in str(error) or architecture in str(error)), error
+    names = (method.split("_")[0], architecture, *(t.name for t in first[:1] for t in (t.links or [t])))
+    assert "\n" not in str(error) and any(name.split(" ")[0] in str(error) for name in names), error
     return next((word for text, word in REASONS.items() if text in str(error)), str(error))
   assert np.isfinite(output(model, done)).all()
   assert form(done) != form(params) or any(
