@@ -254,6 +254,7 @@ class Train(_Table):
   teacher: str | None = None
   teacher_top_k: int | None = pydantic.Field(None, ge=1)
   privacy: PrivacyTable | None = None
+  cache: Literal["bfloat16", "int8", "int4"] | None = None
   during: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
   trainable: tuple[str, ...] = pydantic.Field(("**",), strict=False, min_length=1)
   save_every: int = pydantic.Field(50, ge=1)

@@ -382,7 +382,8 @@ def results(params):
 
 
 WHOLE = {
-  "prune_neurons", "prune_heads", "prune_width", "prune_layers", "share", "tie_layers", "hard_concrete", "remove_closed",
+  "prune_neurons", "prune_heads", "prune_width", "prune_layers", "share", "tie_layers", "hard_concrete",
+  "remove_closed",
 }  # fmt: skip
 """Methods of whole models, on which test_structured.py, test_sharing.py and test_gates.py check them."""
 

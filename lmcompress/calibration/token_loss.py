@@ -36,13 +36,19 @@ def forward(
   batch: Mapping[str, jax.Array],
   remat: bool = True,
   taps: Mapping[str, tuple[str, ...]] | None = None,
+  cache: Any = None,
 ) -> tuple[Any, dict[str, dict[str, jax.Array]]]:
   """The carry after the last block, and the inputs of stages that `taps` names, by the path of their block.
 
-  With `remat` the way back keeps one carry a block and computes the rest again.
+  With `remat` the way back keeps one carry a block and computes the rest again. Tokens see others as an empty `cache`
+  holds them, which is then forgotten.
   """
   given = jax.tree.map(whole_tokens, dict(batch))
-  return through_blocks(model, params, model.start(gathered(model, params), given), remat, taps)
+  if cache is None:
+    return through_blocks(model, params, model.start(gathered(model, params), given), remat, taps)
+  carry = model.start(gathered(model, params), {**given, "cache": cache})
+  carry, tapped = through_blocks(model, params, carry, remat, taps)
+  return {**carry, "cache": None}, tapped
 
 
 def through_blocks(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lmcompress.generation.windowed import GROUP, WindowedCache, empty_windowed
-from lmcompress.ops.attention import View, mix
+from lmcompress.ops.attention import View, mix, rounded_through
 
 
 @functools.partial(
@@ -56,9 +56,16 @@ class LayerCache:
     return LayerCache(write(self.k, kc), write(self.v, vc), write(self.k_scale, ks), write(self.v_scale, vs))
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, view: View, scale: float) -> tuple[jax.Array, LayerCache]:
-    """Attention of `q: [batch, length, kv, group, head]` to what is held and to these tokens, which are added."""
+    """Attention of `q: [batch, length, kv, group, head]` to what is held and to these tokens, which are added.
+
+    Gradients pass through codes as if nothing were rounded.
+    """
     cache = self.update(k, v, view.slot)
-    return mix(q, cache.keys(), cache.values(), view.visible(), scale, view), cache
+    keys, values = cache.keys(), cache.values()
+    if self.k_scale is not None:
+      put = functools.partial(jax.lax.dynamic_update_slice_in_dim, jnp.zeros(keys.shape), axis=2, start_index=view.slot)
+      keys, values = rounded_through(keys, put(k)), rounded_through(values, put(v))
+    return mix(q, keys, values, view.visible(), scale, view), cache
 
   def rollback(self, length: Any, written: Any) -> LayerCache:
     """The cache of the first `length` of `written` slots; what lies behind is written over."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmcompress.ops.attention import View, mix, mix_parts
+from lmcompress.ops.attention import View, mix, mix_parts, rounded_through
 
 GROUP = 32
 """Tokens of which each channel of the keys shares a scale."""
@@ -66,6 +66,8 @@ class WindowedCache:
   ) -> tuple[jax.Array, WindowedCache]:
     """Attention of `q: [batch, length, kv, group, head]` to what is held and to these tokens, which are added.
 
+    Gradients pass through codes as if nothing were rounded.
+
     Args:
       k, v: `[batch, kv, length, head]`.
     """
@@ -82,7 +84,8 @@ class WindowedCache:
     else:
       cache, seen = encoded(), view.visible()
       old = slots < _coded(view.slot + jnp.arange(length)[:, None])
-      mixed = mix_parts(q, [(cache.keys(), cache.values(), seen & old), (keys, values, seen & ~old)], scale, view)
+      coded = rounded_through(cache.keys(), keys), rounded_through(cache.values(), values)
+      mixed = mix_parts(q, [(*coded, seen & old), (keys, values, seen & ~old)], scale, view)
     new = (slots >= view.slot) & (slots < view.slot + length)
     return mixed, cache._remembered(keys, values, new & real)
 

@@ -69,6 +69,16 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return made if turned == x.shape[-1] else jnp.concatenate([made, x[..., turned:]], axis=-1)
 
 
+@jax.custom_vjp
+def rounded_through(rounded: jax.Array, given: jax.Array) -> jax.Array:
+  """What became of `given` by rounding; gradients pass to it as if nothing had (straight-through, arXiv:1308.3432)."""
+  del given
+  return rounded
+
+
+rounded_through.defvjp(lambda rounded, given: (rounded, None), lambda _, g: (jnp.zeros_like(g), g))
+
+
 def mix(
   q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float, view: View | None = None
 ) -> jax.Array:

@@ -149,7 +149,7 @@ class Pipeline:
     self, model: Any, params: Params, training: Training, stages: int, teacher: tuple[Any, Params] | None = None
   ):
     require_causal(model, "a pipeline")
-    refused = {"match": training.match, "generated": training.generated, "privacy": training.privacy}
+    refused = {name: getattr(training, name) for name in ("match", "generated", "privacy", "cache")}
     if asked := [name for name, value in refused.items() if value]:
       raise ValueError(f"a pipeline has rows and labels, or a teacher's predictions: leave out {', '.join(asked)}")
     self.model, self.training, self.meshes = model, training, stage_meshes(mesh_of(params), stages)

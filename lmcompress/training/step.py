@@ -16,6 +16,7 @@ from lmcompress import tree
 from lmcompress.arrays import FakeQuantArray, GatedArray, MaskedArray, ScoredArray
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
 from lmcompress.distributed.sharding import beside
+from lmcompress.generation.cache import init_cache
 from lmcompress.training.generated import Generated
 from lmcompress.training.losses import Labels, Likeliest, Loss
 from lmcompress.training.match import PROJECTIONS, Match
@@ -70,6 +71,8 @@ class Training:
     compute: dtype of products; what trains is float32 all the while.
     chunk: positions whose logits are in memory at a time.
     remat: recompute each block on the way back.
+    cache: tokens see keys and values as a cache of that dtype will hold them when text is generated, rounded straight
+      through, so that weights learn to live with it; of a decoder.
     privacy: clip each row's gradient and add noise (DP-SGD); rows are then drawn one by one, `batch` in the mean.
 
   Raises:
@@ -93,6 +96,7 @@ class Training:
   chunk: int = 64
   remat: bool = True
   privacy: Privacy | None = None
+  cache: Literal["bfloat16", "int8", "int4"] | None = None
 
   def __post_init__(self) -> None:
     if min(self.steps, self.batch, self.accumulate, self.chunk) < 1 or self.batch % self.accumulate:
@@ -105,6 +109,8 @@ class Training:
         f"Training(learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}): a rate "
         f"above 0, a warmup below the {self.steps} steps, no negative decay"
       )
+    if self.cache not in (None, "bfloat16", "int8", "int4"):
+      raise ValueError(f"Training(cache={self.cache!r}): bfloat16, int8, int4 or None")
     if self.privacy is not None and self.accumulate > 1:
       raise ValueError("Training(privacy=..., accumulate=...): rows are taken one by one; leave accumulate at 1")
     if self.privacy is not None and self.generated is not None:
@@ -237,7 +243,8 @@ def loss_of(
     teacher = teacher[0], floats_as(teacher[1], training.compute)
   paired = [] if match is None or teacher is None else match.pairs(model, whole, teacher)
   taps = [{} if match is None else match.taps(paired, side) for side in (0, 1)]
-  carry, seen = forward(model, whole, rows, training.remat, taps[0])
+  held = None if training.cache is None else _cache(model, whole, rows["tokens"], training.cache)
+  carry, seen = forward(model, whole, rows, training.remat, taps[0], held)
   if "teacher_ids" in rows:
     guide = stored_guide(rows)
   elif teacher is not None:
@@ -248,6 +255,17 @@ def loss_of(
     real = jnp.ones(rows["tokens"].shape, bool) if rows.get("attention_mask") is None else rows["attention_mask"] != 0
     total += count * match.loss(paired, seen, shown, whole.get(PROJECTIONS, {}), real)
   return total, count
+
+
+def _cache(model: Any, params: Params, tokens: jax.Array, dtype: str) -> Any:
+  """An empty one for rows `[n, length]`.
+
+  Raises:
+    ValueError: the model keeps no keys and values that could be rounded.
+  """
+  if not hasattr(model, "cache_shapes") or hasattr(model, "states") or hasattr(model, "encode"):
+    raise ValueError(f"Training(cache={dtype!r}): a {type(model).__name__} keeps no such cache; leave cache out")
+  return init_cache(model, params, *tokens.shape, dtype)
 
 
 def stored_guide(rows: Any) -> Callable[[Any, int], Likeliest]:

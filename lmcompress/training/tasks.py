@@ -129,7 +129,7 @@ def fit_tasks(
     WeightError, FormatError: as of `fit`.
   """
   weighting = weighting or Weighting()
-  refused = [what for what in ("privacy", "match", "generated") if getattr(training, what) is not None]
+  refused = [what for what in ("privacy", "match", "generated", "cache") if getattr(training, what) is not None]
   if refused:
     raise ValueError(f"fit_tasks learns tasks: no {', no '.join(refused)}")
   if training.accumulate > 1:
