@@ -69,6 +69,12 @@ class Explain(_Table):
   length: int = pydantic.Field(256, ge=2)
 
 
+class Carbon(_Table):
+  """Grams of CO2 beside the joules of a run, by a country's grid (ISO 3166, three letters)."""
+
+  country: str = pydantic.Field(min_length=3, max_length=3)
+
+
 class MeshSizes(_Table):
   """Devices that share the work; one size may be -1.
 
@@ -302,6 +308,7 @@ class Config(_Table):
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))
   samples: Samples | None = None
   explain: Explain | None = None
+  carbon: Carbon | None = None
   mesh: MeshSizes | None = None
   gates: Gates | None = None
   stream: bool = False
@@ -312,7 +319,7 @@ class Config(_Table):
   def hash(self) -> str:
     """Eight hex digits that change with anything that changes the result."""
     silent = ("gates", "stream", "search", "train", "tasks", "finish", "samples", "explain")
-    without = {name for name in silent if not getattr(self, name)}  # what says nothing changes nothing
+    without = {"carbon", *(name for name in silent if not getattr(self, name))}  # what says nothing changes nothing
     table = self.model_dump(mode="json", exclude=without)
     if self.mesh:
       unsaid = {"fsdp": 1, "expert": 1, "pipe": 1, "rules": {}}

@@ -97,7 +97,10 @@ def run(
     watcher.note(f"{folder} is complete already; its result is shown (remove the folder to run it again)")
     return through_gates(config, read_result(folder))
 
-  mesh, counter = _mesh(config), energy.meter(threads=threads(), platform=jax.default_backend())
+  mesh, electricity = _mesh(config), None if config.carbon is None else energy.grid(config.carbon.country)
+  counter = energy.meter(threads=threads(), platform=jax.default_backend())
+  if electricity is not None and (counter is None or counter.label == "modelled"):
+    counter = energy.estimated(electricity)
   started, joules = time.perf_counter(), 0.0 if counter is None else counter.read()
   watcher.note(f"loading {config.model}")
   reset_peak()
@@ -226,7 +229,7 @@ def run(
     "profile": profiling.busiest(folder / TENSORBOARD),
     "energy": counter and {
       "label": counter.label, "source": counter.source, "joules": spent, "seconds": time.perf_counter() - started
-    },
+    } | (electricity.said(spent) if electricity else {}),
     "histograms": {} if config.stream else measuring.histograms(stages[0].params, stages[-1].params),
     "generation": generation,
     "explain": explanation,

@@ -291,7 +291,11 @@ def _energy(result: Result) -> list[tuple[str, str]]:
   if math.isnan(as_float(spent.get("joules"))):
     return []
   label, source = (as_text(spent.get(name)) for name in ("label", "source"))
-  return [(f"energy, kJ ({label}: {source})", formatted(spent["joules"], 1, 1e3))]
+  rows = [(f"energy, kJ ({label}: {source})", formatted(spent["joules"], 1, 1e3))]
+  if not math.isnan(as_float(spent.get("grams"))):
+    country, mix = (as_text(spent.get(name)) for name in ("country", "grid"))
+    rows.append((f"CO2, g (grid of {country}: {mix})", formatted(spent["grams"], 2)))
+  return rows
 
 
 def _needs(result: Result) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import difflib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lmcompress.errors import ConfigError
 
 WATTS_PER_THREAD = 5.0
 """A server CPU's rated power by core: 4.4 W for an EPYC 7763 (280 W, 64 cores), 6.8 W for a Xeon 8380 (270 W, 40)."""
@@ -56,6 +60,66 @@ def meter(
   if platform != "cpu":
     return None
   return modelled(WATTS_PER_THREAD * threads, f"{threads} threads at {WATTS_PER_THREAD:g} W")
+
+
+class Grid(NamedTuple):
+  """A country's electricity.
+
+  Attributes:
+    country: ISO 3166 code of three letters.
+    grams_per_kwh: of CO2 equivalents, its mix over a year.
+    source: of that figure.
+  """
+
+  country: str
+  grams_per_kwh: float
+  source: str
+
+  def said(self, joules: float) -> dict[str, Any]:
+    """What a result says of it: `country`, `grams` of CO2 equivalents, and the `grid` that they are of."""
+    return {"country": self.country, "grams": joules / 3.6e6 * self.grams_per_kwh, "grid": self.source}
+
+
+def grid(country: str) -> Grid:
+  """The grid of a country, by codecarbon's tables.
+
+  Raises:
+    ConfigError: codecarbon is not installed, or has no such country.
+  """
+  codecarbon = _codecarbon()
+  from codecarbon.input import DataSource  # pyright: ignore[reportMissingImports]
+
+  mixes = DataSource().get_global_energy_mix_data()
+  if country not in mixes:
+    near = ", ".join(difflib.get_close_matches(country.upper(), mixes, 3, 0.4)) or "such as DEU"
+    raise ConfigError(f"carbon.country {country!r}: ISO codes of three letters are known ({near})")
+  mix = mixes[country]
+  return Grid(country, float(mix["carbon_intensity"]), f"codecarbon {codecarbon.__version__}, mix of {mix['year']}")
+
+
+def estimated(where: Grid) -> Meter:
+  """codecarbon's model of this process: its share of the processor's rated power, and the memory of the machine.
+
+  Raises:
+    ConfigError: codecarbon is not installed.
+  """
+  codecarbon = _codecarbon()
+  tracker = codecarbon.OfflineEmissionsTracker(
+    country_iso_code=where.country, tracking_mode="process", measure_power_secs=15, save_to_file=False,
+    allow_multiple_runs=True, log_level="error",
+  )  # fmt: skip
+  tracker.start()
+  atexit.register(tracker.stop)
+  source = f"codecarbon {codecarbon.__version__}, this process"
+  return Meter("modelled", source, lambda: 3.6e9 * (tracker.flush() or 0.0) / where.grams_per_kwh)
+
+
+def _codecarbon() -> Any:
+  try:
+    import codecarbon  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    raise ConfigError("grams of CO2 need codecarbon: pip install 'lmcompress[carbon]'") from None
+  return codecarbon
 
 
 def modelled(watts: float, source: str) -> Meter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lmcompress.errors import ConfigError
 from lmcompress.evaluate import memory
-from lmcompress.evaluate.energy import WATTS_PER_THREAD, meter
+from lmcompress.evaluate.energy import WATTS_PER_THREAD, estimated, grid, meter
 
 
 def zone(root, where, name, joules):
@@ -40,6 +41,23 @@ def test_a_counter_begins_anew(tmp_path):
   before = found.read()
   zone(tmp_path, "intel-rapl:0", "package-0", 3)
   assert found.read() - before == pytest.approx(5)
+
+
+def test_grams_are_the_joules_by_a_countrys_grid():
+  """The figure of a kilowatt hour is what codecarbon says by its own way, and its model counts what a process does."""
+  from codecarbon.core.emissions import Emissions
+  from codecarbon.core.units import Energy
+  from codecarbon.external.geography import GeoMetadata
+  from codecarbon.input import DataSource
+
+  found = grid("FRA")
+  hour = Emissions(DataSource()).get_country_emissions(Energy.from_energy(kWh=1), GeoMetadata("FRA", "France"))
+  assert found.said(3.6e6)["grams"] == pytest.approx(1000 * hour) and found.said(0.0)["country"] == "FRA"
+  counter = estimated(found)
+  before = counter.read()
+  assert counter.label == "modelled" and sum(i * i for i in range(10**6)) and counter.read() > before
+  with pytest.raises(ConfigError, match=r"letters are known .*FRA"):
+    grid("fra")
 
 
 def test_nothing_is_made_up_for_an_accelerator(tmp_path):
