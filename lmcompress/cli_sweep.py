@@ -14,7 +14,14 @@ def sweep(
   grid: Annotated[
     list[str] | None, typer.Option("--grid", "-g", help="A dotted key and its values; repeat for a product.")
   ] = None,
-  processes: Annotated[int, typer.Option("--processes", "-p", help="Runs at once.")] = 1,
+  processes: Annotated[
+    int | None, typer.Option("--processes", "-p", help="Runs at once: one, or with --ray as many as there is room for.")
+  ] = None,
+  ray: Annotated[
+    str | None, typer.Option("--ray", help="The address of a Ray cluster, or local: its machines run the trials.")
+  ] = None,
+  cpus: Annotated[float, typer.Option("--cpus", help="CPUs that a run takes, with --ray.")] = 1,
+  gpus: Annotated[float, typer.Option("--gpus", help="GPUs that a run takes, with --ray.")] = 0,
   results: Annotated[Path, typer.Option("--results", help="Folder of the run folders.")] = Path("results"),
 ) -> None:
   """Runs a config for every combination of values, or for each of its variants, and puts the runs in one table.
@@ -26,18 +33,26 @@ def sweep(
     lmcompress sweep configs/smollm2/quickstart.yaml --grid "recipe.1.bits=[3,4,5]" --grid "seed=[0,1]"
 
     lmcompress sweep configs/small/distill.yaml --processes 2
+
+    lmcompress sweep configs/small/distill.yaml --ray auto --gpus 1
   """
   from rich.table import Table
 
   from lmcompress.config import load_config
-  from lmcompress.sweep import said
+  from lmcompress.places import Here, OnRay
+  from lmcompress.sweep import said, trials_of
   from lmcompress.sweep import sweep as run
   from lmcompress.terminal import Progress, console, find_config, wide
 
   loaded = load_config(find_config(config), overrides or [])
   screen = console()
-  with Progress(screen) as progress:
-    folder, rows = run(loaded, grid or [], results, processes, progress)
+  place = OnRay(ray, cpus, gpus) if ray else Here()
+  at_once = processes if processes is not None else len(trials_of(loaded, grid or [], results)) if ray else 1
+  try:
+    with Progress(screen) as progress:
+      folder, rows = run(loaded, grid or [], results, at_once, progress, place=place)
+  finally:
+    place.close()
   table = Table("run", "bits/weight", "MB", "perplexity", "KL", "s", "folder")
   for row in rows:
     if row["error"]:

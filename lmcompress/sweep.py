@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from lmcompress.errors import GateError
 from lmcompress.gates import through_gates
 from lmcompress.io.whole import write_text
 from lmcompress.io.yaml_text import parse
+from lmcompress.places import Here, Place, Running
 from lmcompress.run_folder import read_result
 from lmcompress.search import pareto
 from lmcompress.stages import Watcher
@@ -97,12 +97,16 @@ def trials_of(config: Config, grid: Sequence[str], results: Path) -> list[Trial]
 
 
 def sweep(
-  config: Config, grid: Sequence[str], results: Path, at_once: int, watcher: Watcher, program: Sequence[str] = PROGRAM
+  config: Config, grid: Sequence[str], results: Path, at_once: int, watcher: Watcher, program: Sequence[str] = PROGRAM,
+  place: Place | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
   """Runs the trials, so many at once, each in a process and a run folder of its own.
 
   Trials that are complete are not run again, and one that was cut off goes on, so the same command continues a sweep.
   One that fails does not end the others.
+
+  Args:
+    place: where they run; this machine by default.
 
   Returns:
     The sweep's folder, which holds `sweep.json`, `pareto.svg` and a log for each run, and a row for each trial.
@@ -118,7 +122,8 @@ def sweep(
   waiting = [trial for trial in trials if not (trial.folder / run_folder.RESULT).is_file()]
   done = len(trials) - len(waiting)
   watcher.note(f"{len(trials)} runs, {done} of them complete already, {at_once} at once")
-  running: list[tuple[Trial, subprocess.Popen, Any]] = []
+  running: list[tuple[Trial, Running]] = []
+  place = place or Here()
   try:
     while waiting or running:
       while waiting and len(running) < at_once:
@@ -128,27 +133,24 @@ def sweep(
         except LmcompressError as error:
           trial.error, done = str(error), done + 1
           continue
-        log = (folder / f"{trial.folder.name}.log").open("w", encoding="utf-8")
         command = [*program, "resume", str(trial.folder)]
-        running.append((trial, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log))
+        running.append((trial, place.start(command, folder / f"{trial.folder.name}.log")))
       for entry in list(running):
-        trial, process, log = entry
-        if process.poll() is None:
+        trial, run = entry
+        code = run.ended()
+        if code is None:
           continue
-        log.close()
         running.remove(entry)
         done += 1
-        if process.returncode:
+        if code:
           lines = (folder / f"{trial.folder.name}.log").read_text("utf-8", "replace").strip().splitlines()
-          trial.error = lines[-1] if lines else f"ended with code {process.returncode}"
+          trial.error = lines[-1] if lines else f"ended with code {code}"
           watcher.note(f"{said(trial.choice)}: {trial.error}")
       watcher.step("runs", done, len(trials))
       time.sleep(0.1 if running else 0)
   finally:
-    for _, process, log in running:
-      process.terminate()
-      process.wait()
-      log.close()
+    for _, run in running:
+      run.stop()
   rows = [trial.row() for trial in trials]
   write_text(folder / RESULT, json.dumps({"format": 1, "name": config.name, "trials": rows}, indent=1) + "\n")
   _plot(folder / PLOT, rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -16,6 +18,7 @@ from lmcompress.cli import app
 from lmcompress.config import check
 from lmcompress.errors import ConfigError
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
+from lmcompress.places import Here, OnRay
 from lmcompress.stages import Silent
 from lmcompress.sweep import sweep, trials_of
 
@@ -68,15 +71,44 @@ stage = {"bits_per_weight": 4.0, "bytes_on_disk": 10, "perplexity": {"t": 2.0}, 
 """
 
 
-def test_failures_do_not_end_the_rest_and_nothing_runs_twice(tmp_path, monkeypatch):
+@pytest.fixture(params=["here", "ray"])
+def place(request):
+  """Where trials run."""
+  made = Here() if request.param == "here" else OnRay("local", cpus=0.5)
+  yield made
+  made.close()
+
+
+def test_failures_do_not_end_the_rest_and_nothing_runs_twice(tmp_path, monkeypatch, place):
   monkeypatch.setattr("lmcompress.sweep.read_result", lambda folder: json.loads((folder / "result.json").read_text()))
-  config = check(BASE, "x")
+  config, program = check(BASE, "x"), (sys.executable, "-c", PROGRAM)
   for _ in range(2):
-    folder, rows = sweep(config, ["seed=[0, 1, 2]"], tmp_path, 2, Silent(), (sys.executable, "-c", PROGRAM))
+    folder, rows = sweep(config, ["seed=[0, 1, 2]"], tmp_path, 2, Silent(), program, place)
     assert [row["error"] for row in rows] == ["", "lmcompress: no memory", ""]
     assert json.loads((folder / "sweep.json").read_text())["trials"] == rows and (folder / "pareto.svg").is_file()
   counts = [(tmp_path / row["folder"] / "count").read_text() for row in rows if not row["error"]]
   assert counts == ["1", "1"]
+  log, mark = tmp_path / "log", tmp_path / "mark"
+  sleeps = f"import pathlib, time; pathlib.Path({str(mark)!r}).write_text('begun'); time.sleep(120)"
+  run = place.start((sys.executable, "-c", sleeps), log)
+  deadline = time.monotonic() + 60
+  while not mark.exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert run.ended() is None
+  run.stop()
+  assert run.ended() is not None and time.monotonic() < deadline + 30
+  found = subprocess.run(["pgrep", "-f", str(mark)], capture_output=True, text=True)
+  assert not found.stdout.strip()
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+  ({"address": "auto"}, "--ray auto: no cluster answers there"),
+  ({"address": "local", "gpus": 7}, "--gpus 7: machines"),
+  ({"address": "local", "cpus": 0}, "takes some of one"),
+])  # fmt: skip
+def test_a_cluster_that_cannot_run_them(asked, said):
+  with pytest.raises(ConfigError, match=said):
+    OnRay(**asked)
 
 
 def test_a_gate_that_was_broken_stays_broken(tmp_path, monkeypatch):
