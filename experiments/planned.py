@@ -1,0 +1,95 @@
+"""What `lmcompress plan` says that a training step holds, beside what XLA says of the compiled step, over meshes.
+
+Nothing is run: a step is compiled for each mesh of eight devices, virtual ones where there are none, and the bytes of
+its arguments and temporaries on one device are held against the plan's. XLA's schedule for CPUs runs ahead what can run
+at once, as the gathers of other blocks, and holds more for it; `--in-order` asks for its other schedule.
+
+  python experiments/planned.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lmcompress.errors import LmcompressError
+
+RESULT = Path(__file__).parent / "results" / "planned.json"
+SHAPES = [
+  {}, {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4},
+  {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+]  # fmt: skip
+DEVICES, IN_ORDER = "--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any]]:
+  """A row for each mesh."""
+  import jax
+  import jax.numpy as jnp
+
+  from lmcompress import load
+  from lmcompress.distributed import make_mesh, shard
+  from lmcompress.distributed.sharding import on_mesh_of, over_data
+  from lmcompress.planner import train_plan
+  from lmcompress.training import Training, start, train_step
+
+  model = load(name)[0]
+  model = dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, layers=layers))
+  params, training = model.init(jax.random.key(0)), Training(steps=1, batch=batch)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  found = []
+  for sizes in SHAPES:
+    mesh = make_mesh(**sizes) if sizes else None
+    whole = params if mesh is None else shard(model, params, mesh)
+    rows: Any = {"tokens": jnp.zeros((1, batch, length), jnp.int32)}
+    rows = rows if mesh is None else over_data(mesh, rows, batch, axis=1)
+    with on_mesh_of(whole):
+      state = start(whole, training, lambda path: True)
+      step = train_step.lower(model, state._replace(kept=None), state.kept, rows, training, key=jax.random.key(0))
+      memory = step.compile().memory_analysis()
+    plan = train_plan(model, shapes, training, length, sizes)
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    found.append(
+      {"mesh": sizes, "planned": plan.total, "compiled": held, "ratio": plan.total / held, "parts": plan.nbytes}
+    )
+    print(f"{sizes}: {plan.total / held:.3f}", file=sys.stderr, flush=True)
+  return found
+
+
+def main() -> int:
+  """Runs the study, writes its result and prints a table."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--model", default="configs/small/meshes.yml", help="a known name or a file of sizes")
+  parser.add_argument("--layers", type=int, default=8, help="blocks")
+  parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+  parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+  parser.add_argument("--in-order", action="store_true", help="XLA's schedule for less memory")
+  parser.add_argument("--out", type=Path, default=RESULT, help="result; what it holds of the other schedule stays")
+  arguments = parser.parse_args()
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), DEVICES, *[IN_ORDER] * arguments.in_order])
+  try:
+    rows = study(arguments.model, arguments.layers, arguments.batch, arguments.length)
+  except LmcompressError as error:
+    print(f"planned: {error}", file=sys.stderr)
+    return 2
+  from lmcompress.environment import device, versions
+
+  result = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
+  result |= {"format": 1, "model": arguments.model, "layers": arguments.layers, "batch": arguments.batch}
+  result |= {"length": arguments.length, "versions": versions(), "device": device()}
+  result["in order" if arguments.in_order else "at once"] = rows
+  arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+  for row in rows:
+    mesh = ", ".join(f"{axis}={n}" for axis, n in row["mesh"].items()) or "one device"
+    sizes = [row[key] / 2**20 for key in ("planned", "compiled")]
+    print(f"{mesh:<28}{sizes[0]:>9.1f} MiB planned{sizes[1]:>9.1f} compiled  {row['ratio']:.3f}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
