@@ -52,25 +52,33 @@ def tokens_of(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
   return calibration, windows(tokenizer, load_text(e.texts[0]), e.windows, e.length)
 
 
-def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
-  """One variant, compressed and scored."""
+def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
+  """One variant, compressed and scored; with `stream: true` its weights stay in a Hugging Face folder's file."""
   import resource
 
   import jax
 
   from lmcompress import compress, load
+  from lmcompress.calibration.sequential import Streamed
   from lmcompress.evaluate.perplexity import compare
   from lmcompress.evaluate.size import sizes
+  from lmcompress.io.store import Store
   from lmcompress.recipe import build
 
   variant = next(v for v in variants_of(config) if v.name == name)
   calibration, held_out = tokens_of(config, seed)
-  model, params, _ = load(config.model)
+  store = None
+  if variant.stream:
+    model, params, _ = load(scratch / "original", lazy=True)
+    store = Store(scratch / f"{name}-{seed}", {"recipe": variant.recipe, "seed": seed}, mapped=True)
+  else:
+    model, params, _ = load(config.model)
   begun = time.perf_counter()
-  done, report = compress(model, params, build(variant.recipe), calibration, jax.random.key(seed))
+  done, report = compress(model, params, build(variant.recipe), calibration, jax.random.key(seed), store=store)
   seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   total: dict[str, Any] = {}
-  for _, scores in compare(model, params, {"float32": params, "done": done}, held_out):
+  scored = Streamed(model) if variant.stream else model
+  for _, scores in compare(scored, params, {"float32": params, "done": done}, held_out):
     for key, value in scores.items():
       total[key] = value if key not in total else total[key] + value
   before, after = total["float32"].perplexity, total["done"].perplexity
@@ -80,6 +88,12 @@ def ours(config: Any, name: str, seed: int) -> dict[str, Any]:
     "output_error": float(np.mean([e for row in report.rows if (e := row["output_error"]) is not None] or [0])),
     "seconds": seconds, "peak_bytes": peak,
   }  # fmt: skip
+
+
+def _export(name: str, folder: Path) -> None:
+  """The model as a Hugging Face folder, made in a process of its own, for its memory."""
+  if not (folder / "config.json").is_file():
+    subprocess.run([sys.executable, "-m", "lmcompress.cli", "export", name, str(folder)], check=True, capture_output=True)
 
 
 def study(
@@ -102,7 +116,10 @@ def study(
         continue
       print(f"{who} {name}, calibration {seed}", file=sys.stderr, flush=True)
       if who == "ours":
+        if next(v for v in variants_of(config) if v.name == name).stream:
+          _export(config.model, folder / "original")
         command = [sys.executable, __file__, "--config", str(path), "--worker", name, "--seeds", str(seed)]
+        command += ["--scratch", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
           raise LmcompressError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
@@ -149,10 +166,11 @@ def main() -> int:
   parser.add_argument("--peer", help="the Python of quantization-requirements.txt")
   parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json", help="result")
   parser.add_argument("--worker", help=argparse.SUPPRESS)
+  parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   try:
     if arguments.worker:
-      print(json.dumps(ours(load_config(arguments.config, []), arguments.worker, arguments.seeds[0])))
+      print(json.dumps(ours(load_config(arguments.config, []), arguments.worker, arguments.seeds[0], arguments.scratch)))
       return 0
     result = study(
       arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization",

@@ -63,19 +63,40 @@ def study(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
     jax.block_until_ready(forward(params, rows[0]))
     if n:
       seconds["teacher"].append(time.perf_counter() - begun)
-  middle = {kind: statistics.median(times) for kind, times in seconds.items()}
   memory = {}
   for what, chunk in (("runs of 64", 64), ("all at once", length)):
     for kind, (tree_, training, guide) in kinds.items():
       if kind != "codes":
         step = compiled_step(model, tree_, dataclasses.replace(training, chunk=chunk), length, trains, None, guide)
         memory[f"{kind}, {what}"] = needs(step)
+        memory[f"{kind}, the loss alone, {what}"] = needs(loss_alone(model, params, training, batch, length, chunk))
+  middle = {kind: statistics.median(times) for kind, times in seconds.items()}
   return {
     "format": 1, "model": name, "batch": batch, "length": length, "vocabulary": vocabulary, "rounds": rounds,
     "seconds": middle, "codes_ratio": middle["codes"] / middle["plain"],
     "distilled_ratio": middle["distilled"] / (middle["plain"] + middle["teacher"]), "memory": memory,
     "versions": versions(), "device": device(),
   }  # fmt: skip
+
+
+def loss_alone(model: Any, params: Any, training: Any, batch: int, length: int, chunk: int) -> Any:
+  """The compiled loss of the states after the last block, and its gradient; a teacher's states stand beside them."""
+  import jax
+  import jax.numpy as jnp
+
+  from lmcompress.calibration.token_loss import head_loss, predictions
+
+  tokens = jnp.zeros((batch, length), jnp.int32)
+  start = jax.eval_shape(lambda p: model.start(p, {"tokens": tokens}), params)
+
+  def lost(carry: Any, ends: Any, theirs: Any) -> Any:
+    guide = predictions(model, ends, theirs) if training.loss.needs_teacher else None
+    return head_loss(model, ends, carry, {"tokens": tokens}, training.loss, guide, chunk)[0]
+
+  def of_states(h: Any, carry: Any, ends: Any, theirs: Any) -> Any:
+    return jax.value_and_grad(lambda h: lost({**carry, "h": h}, ends, theirs))(h)
+
+  return jax.jit(of_states).lower(start["h"], start, params, start).compile()
 
 
 def main() -> int:
@@ -97,7 +118,7 @@ def main() -> int:
   print(f"{times}; codes {result['codes_ratio']:.3f} of plain, distilled {result['distilled_ratio']:.3f} of both")
   for kind, found in result["memory"].items():
     sizes = [found[key] / 2**20 for key in ("temporaries", "peak_bytes")]
-    print(f"{kind:<26}{sizes[0]:>8.0f} MiB of temporaries, {sizes[1]:.0f} at once")
+    print(f"{kind:<44}{sizes[0]:>8.0f} MiB of temporaries, {sizes[1]:.0f} at once")
   return 0
 
 
