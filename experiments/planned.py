@@ -51,7 +51,7 @@ def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any
     with on_mesh_of(whole):
       state = start(whole, training, lambda path: True)
       step = train_step.lower(model, state._replace(kept=None), state.kept, rows, training, key=jax.random.key(0))
-      memory = step.compile().memory_analysis()
+      memory: Any = step.compile().memory_analysis()
     plan = train_plan(model, shapes, training, length, sizes)
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     found.append(

@@ -93,7 +93,8 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
 def _export(name: str, folder: Path) -> None:
   """The model as a Hugging Face folder, made in a process of its own, for its memory."""
   if not (folder / "config.json").is_file():
-    subprocess.run([sys.executable, "-m", "lmcompress.cli", "export", name, str(folder)], check=True, capture_output=True)
+    command = [sys.executable, "-m", "lmcompress.cli", "export", name, str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def study(
@@ -170,7 +171,8 @@ def main() -> int:
   arguments = parser.parse_args()
   try:
     if arguments.worker:
-      print(json.dumps(ours(load_config(arguments.config, []), arguments.worker, arguments.seeds[0], arguments.scratch)))
+      config = load_config(arguments.config, [])
+      print(json.dumps(ours(config, arguments.worker, arguments.seeds[0], arguments.scratch)))
       return 0
     result = study(
       arguments.config, arguments.seeds, arguments.peer, arguments.only, Path("results") / "quantization",

@@ -46,7 +46,7 @@ def study(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
   forward = jax.jit(lambda p, t: jax.numpy.sum(model.apply(p, t)[:, -1]))
   states = {kind: start(tree_, training, trains) for kind, (tree_, training, _) in kinds.items()}
   seconds: dict[str, list[float]] = {kind: [] for kind in (*kinds, "teacher")}
-  for n in range(rounds + 1):
+  for n in range(rounds + 1 if rounds else 0):
     for kind, (_, training, guide) in kinds.items():
       state, begun = states[kind], time.perf_counter()
       moving = state._replace(kept=None)
@@ -70,11 +70,14 @@ def study(name: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
         step = compiled_step(model, tree_, dataclasses.replace(training, chunk=chunk), length, trains, None, guide)
         memory[f"{kind}, {what}"] = needs(step)
         memory[f"{kind}, the loss alone, {what}"] = needs(loss_alone(model, params, training, batch, length, chunk))
+  found = {"memory": {f"{batch} x {length}": memory}}
+  if not rounds:
+    return found
   middle = {kind: statistics.median(times) for kind, times in seconds.items()}
   return {
     "format": 1, "model": name, "batch": batch, "length": length, "vocabulary": vocabulary, "rounds": rounds,
     "seconds": middle, "codes_ratio": middle["codes"] / middle["plain"],
-    "distilled_ratio": middle["distilled"] / (middle["plain"] + middle["teacher"]), "memory": memory,
+    "distilled_ratio": middle["distilled"] / (middle["plain"] + middle["teacher"]), **found,
     "versions": versions(), "device": device(),
   }  # fmt: skip
 
@@ -105,7 +108,7 @@ def main() -> int:
   parser.add_argument("--model", default="smollm2-135m", help="a known name or a path")
   parser.add_argument("--batch", type=int, default=4, help="rows of a step")
   parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-  parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that compiles")
+  parser.add_argument("--rounds", type=int, default=5, help="rounds that count; 0 for memory alone")
   parser.add_argument("--out", type=Path, default=RESULT, help="result")
   arguments = parser.parse_args()
   try:
@@ -113,10 +116,13 @@ def main() -> int:
   except LmcompressError as error:
     print(f"training_cost: {error}", file=sys.stderr)
     return 2
+  old = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
+  known = {size: found for size, found in old.get("memory", {}).items() if " x " in size}
+  result = {**old, **result, "memory": known | result["memory"]}
   arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   times = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in result["seconds"].items())
   print(f"{times}; codes {result['codes_ratio']:.3f} of plain, distilled {result['distilled_ratio']:.3f} of both")
-  for kind, found in result["memory"].items():
+  for kind, found in result["memory"][f"{arguments.batch} x {arguments.length}"].items():
     sizes = [found[key] / 2**20 for key in ("temporaries", "peak_bytes")]
     print(f"{kind:<44}{sizes[0]:>8.0f} MiB of temporaries, {sizes[1]:.0f} at once")
   return 0

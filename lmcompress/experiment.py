@@ -229,7 +229,7 @@ def run(
     "profile": profiling.busiest(folder / TENSORBOARD),
     "energy": counter and {
       "label": counter.label, "source": counter.source, "joules": spent, "seconds": time.perf_counter() - started
-    } | (electricity.said(spent) if electricity else {}),
+    } | (electricity.said(spent or 0.0) if electricity else {}),
     "histograms": {} if config.stream else measuring.histograms(stages[0].params, stages[-1].params),
     "generation": generation,
     "explain": explanation,

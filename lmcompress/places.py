@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ class Place(Protocol):
 
   def start(self, command: Sequence[str], log: Path) -> Running:
     """Begins a command whose output goes to a file."""
+    ...
 
   def close(self) -> None:
     """Nothing more is begun."""
@@ -80,8 +82,8 @@ class OnRay:
       raise ConfigError(f"--cpus {cpus:g} --gpus {gpus:g}: a run takes some of one")
     self._ray: Any = ray
     try:
-      own = {"include_dashboard": False} if address == "local" else {}
-      ray.init(address, log_to_driver=False, logging_level="error", **own)
+      own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+      ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError, TimeoutError) as error:
       raise ConfigError(f"--ray {address}: no cluster answers there ({str(error).splitlines()[0]})") from None
     most = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]

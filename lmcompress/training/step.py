@@ -265,7 +265,8 @@ def _cache(model: Any, params: Params, tokens: jax.Array, dtype: str) -> Any:
   """
   if not hasattr(model, "cache_shapes") or hasattr(model, "states") or hasattr(model, "encode"):
     raise ValueError(f"Training(cache={dtype!r}): a {type(model).__name__} keeps no such cache; leave cache out")
-  return init_cache(model, params, *tokens.shape, dtype)
+  rows, length = tokens.shape
+  return init_cache(model, params, rows, length, dtype)
 
 
 def stored_guide(rows: Any) -> Callable[[Any, int], Likeliest]:
