@@ -1,8 +1,9 @@
 """What `lmcompress plan` says that a training step holds, beside what XLA says of the compiled step, over meshes.
 
 Nothing is run: a step is compiled for each mesh of eight devices, virtual ones where there are none, and the bytes of
-its arguments and temporaries on one device are held against the plan's. XLA's schedule for CPUs runs ahead what can run
-at once, as the gathers of other blocks, and holds more for it; `--in-order` asks for its other schedule.
+its arguments and temporaries on one device are held against the plan's. XLA's usual schedule for CPUs runs ahead what
+can run at once, as the gathers of other blocks, and holds more for it; its other one goes in order. The plan is made
+with the latter, as the command makes it, and both are held against that one.
 
   python experiments/planned.py
 """
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ SHAPES = [
   {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
 ]  # fmt: skip
 DEVICES, IN_ORDER = "--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+SCHEDULES = {"in order": f"{DEVICES} {IN_ORDER}", "at once": DEVICES}
 
 
 def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any]]:
@@ -54,11 +57,26 @@ def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any
       memory: Any = step.compile().memory_analysis()
     plan = train_plan(model, shapes, training, length, sizes)
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    found.append(
-      {"mesh": sizes, "planned": plan.total, "compiled": held, "ratio": plan.total / held, "parts": plan.nbytes}
-    )
-    print(f"{sizes}: {plan.total / held:.3f}", file=sys.stderr, flush=True)
+    found.append({"mesh": sizes, "planned": plan.total, "compiled": held, "parts": plan.nbytes})
+    print(f"{sizes}: planned {plan.total:.0f}, compiled {held}", file=sys.stderr, flush=True)
   return found
+
+
+def both(command: list[str]) -> list[dict[str, Any]]:
+  """The rows of both schedules, each made in a process of its own, beside the plan of the first."""
+  made = {}
+  for schedule, flags in SCHEDULES.items():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    env = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run([*command, "--worker"], env=env, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+      raise LmcompressError(f"compiling {schedule} failed")
+    made[schedule] = json.loads(done.stdout.splitlines()[-1])
+  first, second = made.values()
+  for row, other in zip(first, second, strict=True):
+    row["compiled"] = {"in order": row["compiled"], "at once": other["compiled"]}
+    row["ratio"] = {schedule: row["planned"] / held for schedule, held in row["compiled"].items()}
+  return first
 
 
 def main() -> int:
@@ -68,26 +86,27 @@ def main() -> int:
   parser.add_argument("--layers", type=int, default=8, help="blocks")
   parser.add_argument("--batch", type=int, default=16, help="rows of a step")
   parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-  parser.add_argument("--in-order", action="store_true", help="XLA's schedule for less memory")
-  parser.add_argument("--out", type=Path, default=RESULT, help="result; what it holds of the other schedule stays")
+  parser.add_argument("--out", type=Path, default=RESULT, help="result")
+  parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
-  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), DEVICES, *[IN_ORDER] * arguments.in_order])
+  given = (arguments.model, arguments.layers, arguments.batch, arguments.length)
   try:
-    rows = study(arguments.model, arguments.layers, arguments.batch, arguments.length)
+    if arguments.worker:
+      print(json.dumps(study(*given)))
+      return 0
+    rows = both([sys.executable, *sys.argv])
   except LmcompressError as error:
     print(f"planned: {error}", file=sys.stderr)
     return 2
   from lmcompress.environment import device, versions
 
-  result = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
-  result |= {"format": 1, "model": arguments.model, "layers": arguments.layers, "batch": arguments.batch}
-  result |= {"length": arguments.length, "versions": versions(), "device": device()}
-  result["in order" if arguments.in_order else "at once"] = rows
+  settings = dict(zip(("model", "layers", "batch", "length"), given, strict=True))
+  result = {"format": 1, **settings, "versions": versions(), "device": device(), "meshes": rows}
   arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   for row in rows:
     mesh = ", ".join(f"{axis}={n}" for axis, n in row["mesh"].items()) or "one device"
-    sizes = [row[key] / 2**20 for key in ("planned", "compiled")]
-    print(f"{mesh:<28}{sizes[0]:>9.1f} MiB planned{sizes[1]:>9.1f} compiled  {row['ratio']:.3f}")
+    ratios = "".join(f"{row['ratio'][schedule]:>10.3f} {schedule}" for schedule in SCHEDULES)
+    print(f"{mesh:<28}{row['planned'] / 2**20:>9.1f} MiB planned{ratios}")
   return 0
 
 

@@ -47,8 +47,8 @@ def sweep(
   loaded = load_config(find_config(config), overrides or [])
   screen = console()
   place = OnRay(ray, cpus, gpus) if ray else Here()
-  at_once = processes if processes is not None else len(trials_of(loaded, grid or [], results)) if ray else 1
   try:
+    at_once = processes if processes is not None else len(trials_of(loaded, grid or [], results)) if ray else 1
     with Progress(screen) as progress:
       folder, rows = run(loaded, grid or [], results, at_once, progress, place=place)
   finally:

@@ -446,16 +446,19 @@ def _require_rows(config: Config) -> None:
     return
   if (train.text is None and train.written is None) == (not names):
     raise ConfigError("train: give a text or written rows, or leave them out and give tasks")
-  others = ("match", "generated", "privacy", "held_out", "teacher_top_k")
+  others = ("match", "generated", "privacy", "held_out", "teacher_top_k", "cache")
   alone = [key for key in others if getattr(train, key) is not None]
   if names and (alone or train.accumulate > 1):
     refused = ", ".join(alone) or "accumulate but 1"
     raise ConfigError(f"train: tasks are learned from labels or a teacher, all in each batch: no {refused}")
   if config.mesh is not None and config.mesh.pipe > 1:
-    never = ("match", "generated", "privacy", "during")
+    never = ("match", "generated", "privacy", "during", "cache")
     given = {"tasks": names, **{f"train.{key}": getattr(train, key) for key in never}}
     if asked := [word for word, value in given.items() if value]:
       raise ConfigError(f"mesh.pipe={config.mesh.pipe}: a pipeline has no {', no '.join(asked)}; say fsdp instead")
+  for link in train.during:
+    if link.get("name") == "l0" and train.steps <= (end := link.get("end", 100)):
+      raise ConfigError(f"train.during: l0 closes gates at step {end}, and training has {train.steps}; train on")
   if train.weighting is not None and not names:
     raise ConfigError("train.weighting: it weighs tasks; there are none")
 

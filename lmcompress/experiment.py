@@ -205,7 +205,10 @@ def run(
   if explained_on is not None:
     before, after = stages[0].params, stages[-1].params
     explanation = importance.explained(model, after, explained_on, tokenizer, before, watcher.note)
-  spent = None if counter is None else counter.read() - joules
+  spent = None
+  if counter is not None:
+    spent = counter.read() - joules
+    counter.stop()
   result = {
     "format": 1,
     "name": config.name,

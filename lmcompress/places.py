@@ -13,6 +13,11 @@ from typing import Any, Protocol
 
 from lmcompress.types import ConfigError
 
+_PYTHON = "<python>"
+"""In a command: the interpreter of the machine that runs it."""
+_SETTINGS = ("LMCOMPRESS_", "JAX_", "XLA_")
+"""What begins the names of the variables that a run takes with it."""
+
 
 class Running(Protocol):
   """A command that was begun."""
@@ -93,8 +98,9 @@ class OnRay:
     self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_called)
 
   def start(self, command: Sequence[str], log: Path) -> Running:
-    ours = ["" if part == sys.executable else part for part in command]
-    return _Task(self._ray, self._task.remote(ours, str(log.resolve()), os.getcwd()), log)
+    parts = [_PYTHON if part == sys.executable else part for part in command]
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+    return _Task(self._ray, self._task.remote(parts, str(log.resolve()), os.getcwd(), settings), log)
 
   def close(self) -> None:
     self._ray.shutdown()
@@ -119,11 +125,11 @@ class _Task:
     self._ray.wait([self._reference], timeout=30)
 
 
-def _called(command: Sequence[str], log: str, folder: str) -> int:
+def _called(command: Sequence[str], log: str, folder: str, settings: dict[str, str]) -> int:
   """Runs a command of this machine's Python, within Ray's worker."""
-  made = [part or sys.executable for part in command]
+  made = [sys.executable if part == _PYTHON else part for part in command]
   with open(log, "w", encoding="utf-8") as file:
-    process = subprocess.Popen(made, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+    process = subprocess.Popen(made, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=os.environ | settings)
     try:
       while process.poll() is None:
         time.sleep(0.1)  # where a task that is cancelled gets its interrupt; waiting for the process would not let it

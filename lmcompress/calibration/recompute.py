@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 
@@ -16,7 +17,7 @@ def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
   (Chen et al. 2016, arXiv:1604.06174.) On CPUs XLA drops the barriers of `jax.checkpoint` and then computes all blocks
   again at once, so that as much stands in memory as without it. There the second run and the way back are a branch of a
   conditional, which begins when the gradient of the output has come, and whose insides no other block's mix with.
-  There is no derivative forward.
+  A function says all that it reads by its arguments.
   """
   return _in_a_branch(run) if jax.default_backend() == "cpu" else jax.checkpoint(run)
 
@@ -52,7 +53,7 @@ def _kept_inputs(body: Callable[..., list[jax.Array]]) -> Callable[[list[jax.Arr
     return body(*(v.value for v in values)), (moving, fixed)
 
   def backward(kept: Any, gradients: list[Any]) -> tuple[list[Any]]:
-    known = {n: g for n, g in enumerate(gradients) if isinstance(g, jax.Array) and _is_float(g)}
+    known = {n: g for n, g in enumerate(gradients) if not isinstance(g, SymbolicZero) and _is_float(g)}
 
     def again(moving: Any, fixed: Any, known: dict[int, jax.Array]) -> Any:
       def outputs(moving: Any) -> dict[int, jax.Array]:

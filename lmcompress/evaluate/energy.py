@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import difflib
 import time
 from collections.abc import Callable
@@ -24,11 +23,13 @@ class Meter(NamedTuple):
     label: `measured` or `modelled`.
     source: what counts, or what the model assumes.
     read: joules since some moment.
+    stop: nothing more is read.
   """
 
   label: str
   source: str
   read: Callable[[], float]
+  stop: Callable[[], Any] = lambda: None
 
 
 def meter(
@@ -90,7 +91,7 @@ def grid(country: str) -> Grid:
   from codecarbon.input import DataSource  # pyright: ignore[reportMissingImports]
 
   mixes = DataSource().get_global_energy_mix_data()
-  if country not in mixes:
+  if country not in mixes or not mixes[country]["carbon_intensity"] > 0:
     near = ", ".join(difflib.get_close_matches(country.upper(), mixes, 3, 0.4)) or "such as DEU"
     raise ConfigError(f"carbon.country {country!r}: ISO codes of three letters are known ({near})")
   mix = mixes[country]
@@ -109,9 +110,12 @@ def estimated(where: Grid) -> Meter:
     allow_multiple_runs=True, log_level="error",
   )  # fmt: skip
   tracker.start()
-  atexit.register(tracker.stop)
-  source = f"codecarbon {codecarbon.__version__}, this process"
-  return Meter("modelled", source, lambda: 3.6e9 * (tracker.flush() or 0.0) / where.grams_per_kwh)
+
+  def read() -> float:
+    tracker.flush()
+    return tracker._total_energy.kWh * 3.6e6
+
+  return Meter("modelled", f"codecarbon {codecarbon.__version__}, this process", read, tracker.stop)
 
 
 def _codecarbon() -> Any:

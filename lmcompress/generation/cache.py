@@ -63,7 +63,9 @@ class LayerCache:
     cache = self.update(k, v, view.slot)
     keys, values = cache.keys(), cache.values()
     if self.k_scale is not None:
-      put = functools.partial(jax.lax.dynamic_update_slice_in_dim, jnp.zeros(keys.shape), axis=2, start_index=view.slot)
+      put = lambda x: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+        jnp.zeros_like(keys), x.astype(keys.dtype), view.slot, axis=2
+      )
       keys, values = rounded_through(keys, put(k)), rounded_through(values, put(v))
     return mix(q, keys, values, view.visible(), scale, view), cache
 

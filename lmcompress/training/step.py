@@ -139,7 +139,11 @@ class Training:
     """The optimizer."""
     first = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
     inner = optax.scale_by_adam() if self.optimizer == "adamw" else optax.trace(0.9)
-    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+
+    def matrices(params: Params) -> Any:
+      gate = lambda path: getattr(path[-1], "name", "") == "openness"  # noqa: E731
+      return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > 1 and not gate(path), params)
+
     decay = [optax.add_decayed_weights(self.weight_decay, matrices)] if self.weight_decay else []
     return optax.chain(*first, inner, *decay, optax.scale_by_learning_rate(self.rate))
 
@@ -181,6 +185,9 @@ def start(
   if training.privacy is not None and _reads_gradients(transform):
     raise ValueError(f"private training clips gradients, and {transform.name} reads them; leave one of the two out")  # type: ignore[union-attr]
   trained, kept = tree.partition(params, trainable)
+  gates = [x for x in tree.weights(trained).values() if isinstance(x, GatedArray)]
+  if gates and all(x.openness is None for x in gates) and any(t.name.startswith("l0") for t in _links(transform)):
+    raise ValueError("l0 closes gates that train, and none does; select them too, with the pattern **/openness")
   trained = beside(params, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained))
   if not jax.tree.leaves(trained):
     raise ValueError("nothing trains: no float array of the tree is selected")
@@ -375,6 +382,7 @@ def advance(
   average = moving.average
   if training.average is not None:
     average = optax.incremental_update(trained, average, 1 - training.average)
+    average = jax.tree.map(_gates_as_they_are, average, trained, is_leaf=_is_gated)
   finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
   metrics = {
     "loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step),
@@ -388,7 +396,12 @@ def held_out_loss(
   model: Any, trained: Params, kept: Params, rows: jax.Array, training: Training
 ) -> tuple[jax.Array, jax.Array]:
   """The summed cross entropy of rows `[n, length]`, whatever the training's loss, and the tokens that it counts."""
+  kept = jax.tree.map(_undrawn, kept, is_leaf=_is_gated)
   return loss_of(model, kept, dataclasses.replace(training, loss=Labels(), match=None), None, trained, {"tokens": rows})
+
+
+def _links(transform: Transform | None) -> tuple[Transform, ...]:
+  return () if transform is None else transform.links or (transform,)
 
 
 def _reads_gradients(transform: Transform | None) -> bool:
@@ -418,7 +431,21 @@ def _pressed(grads: Params, trained: Params, kept: Params) -> Params:
     gates = dataclasses.replace(rest, openness=mine.openness)
     return dataclasses.replace(g, openness=g.openness + gates.pressure())
 
-  return jax.tree.map(add, grads, trained, kept, is_leaf=lambda x: isinstance(x, GatedArray) or x is None)
+  return jax.tree.map(add, grads, trained, kept, is_leaf=_is_gated)
+
+
+def _is_gated(x: Any) -> bool:
+  return isinstance(x, GatedArray) or x is None
+
+
+def _gates_as_they_are(average: Any, now: Any) -> Any:
+  """A mean of gates that were closed for good would open them again."""
+  return dataclasses.replace(average, openness=now.openness) if isinstance(average, GatedArray) else average
+
+
+def _undrawn(x: Any) -> Any:
+  """Gates at their medians."""
+  return dataclasses.replace(x, noise=jnp.zeros_like(x.noise)) if isinstance(x, GatedArray) else x
 
 
 def _split_like(whole: Params, trained: Params) -> tuple[Params, Params]:

@@ -90,8 +90,8 @@ def l0(
   Each step draws the gates anew and sets a price for being open (`GatedArray.pressure`), the multiplier of a
   constraint: the expected share that is closed follows a cubic schedule to `sparsity` (arXiv:2310.06694, equation 3,
   with the price raised by what is missing). From step `end` on the gates that are least open are closed for good,
-  exactly that share of the inputs that gates lie on; what stays trains on without noise, and recovers. `remove_closed`
-  then removes them.
+  that share of the inputs that gates lie on, less what is no whole gate, one of each weight staying; what stays trains
+  on without noise, and recovers. `remove_closed` then removes them.
 
   Args:
     sparsity: the share that closes.
@@ -122,6 +122,14 @@ def l0(
     found = of(params, selected)
     if not found:
       raise WeightError("l0: no selected weight has gates; make them with hard_concrete()")
+    for members in groups(found):
+      leaves = [found[path] for path in members]
+      total, least = sum(x.shape[x.axis] for x in leaves), min(x.shape[x.axis] // x.openness.size for x in leaves)
+      if round(sparsity * total) < least:
+        raise WeightError(
+          f"l0(sparsity={sparsity}, scope={scope!r}) at {members[0]}: {round(sparsity * total)} of {total} inputs are "
+          f"less than the {least} of one gate, and none would close; give a share from {least / total:.3g}"
+        )
     return [jnp.zeros(()) for _ in groups(found)]
 
   def apply(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
@@ -135,14 +143,14 @@ def l0(
       missing = ramp(step) - (1 - open_)
       owed = jnp.maximum(owed + gain * missing, 0.0)
       price = jnp.maximum(owed + damping * missing, 0.0) / total
-      limit = _limit(leaves, width, round(sparsity * total))
-      for path, leaf, wide in zip(members, leaves, width, strict=True):
+      closing = _closing(leaves, width, round(sparsity * total))
+      for path, leaf, wide, closes in zip(members, leaves, width, closing, strict=True):
         key = path_key(evidence.key, path)  # type: ignore[arg-type]
         drawn = dataclasses.replace(
           leaf, price=jnp.full_like(leaf.price, price * wide),
           noise=jax.random.logistic(key, leaf.noise.shape, leaf.noise.dtype),
         )  # fmt: skip
-        done = _settled(leaf, limit)
+        done = _settled(leaf, closes)
         after = jax.tree.map(lambda a, b: jnp.where(step > end, a, b), done, drawn)
         params = tree.put(params, path, after)
       prices.append(owed)
@@ -151,19 +159,25 @@ def l0(
   return Transform(init, apply, needs=frozenset({"step", "key"}), phase="step", name="l0")
 
 
-def _limit(leaves: list[GatedArray], width: list[float], gone: int) -> jax.Array:
-  """The `log_alpha` from which gates stay, so that at least `gone` inputs lie behind those below it."""
-  logs = jnp.concatenate([leaf.log_alpha.reshape(-1) for leaf in leaves])
-  inputs = jnp.concatenate([jnp.full(leaf.openness.size, w) for leaf, w in zip(leaves, width, strict=True)])
-  order = jnp.argsort(logs)
-  closed = jnp.sum(jnp.cumsum(inputs[order]) <= gone + 0.5)
-  return logs[order][jnp.minimum(closed, logs.size - 1)]
+def _closing(leaves: list[GatedArray], width: list[float], gone: int) -> list[jax.Array]:
+  """Which gates of each weight close: the least open ones, so many that at most `gone` inputs lie behind them.
+
+  Of gates that are as open as each other the first close. The most open one of a weight never does.
+  """
+  logs = [leaf.log_alpha.reshape(-1) for leaf in leaves]
+  ranked = jnp.concatenate([jnp.where(jnp.arange(x.size) == jnp.argmax(x), jnp.inf, x) for x in logs])
+  inputs = jnp.concatenate([jnp.full(x.size, w) for x, w in zip(logs, width, strict=True)])
+  order = jnp.argsort(ranked, stable=True)
+  first = (jnp.cumsum(inputs[order]) <= gone + 0.5) & jnp.isfinite(ranked[order])
+  closes = jnp.zeros(ranked.size, bool).at[order].set(first)
+  starts = np.cumsum([0, *(x.size for x in logs)])
+  return [closes[a : a + x.size].reshape(leaf.openness.shape) for a, x, leaf in zip(starts, logs, leaves, strict=False)]
 
 
-def _settled(leaf: GatedArray, limit: jax.Array) -> GatedArray:
-  """Each gate closed for good, or open without noise; one of a weight stays in any case."""
+def _settled(leaf: GatedArray, closes: jax.Array) -> GatedArray:
+  """Each gate closed for good, or open without noise."""
   log_alpha = leaf.log_alpha
-  stays = (log_alpha >= limit) | (log_alpha == jnp.max(log_alpha))
+  stays = ~closes
   now = jnp.where(stays, jnp.maximum(log_alpha, OPEN), CLOSED) / leaf.rate
   return dataclasses.replace(
     leaf, openness=now.astype(leaf.openness.dtype), noise=jnp.zeros_like(leaf.noise), price=jnp.zeros_like(leaf.price)

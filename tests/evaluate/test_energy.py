@@ -56,6 +56,9 @@ def test_grams_are_the_joules_by_a_countrys_grid():
   counter = estimated(found)
   before = counter.read()
   assert counter.label == "modelled" and sum(i * i for i in range(10**6)) and counter.read() > before
+  counter.stop()
+  with pytest.raises(ConfigError, match="'CAF'"):
+    grid("CAF")
   with pytest.raises(ConfigError, match=r"letters are known .*FRA"):
     grid("fra")
 

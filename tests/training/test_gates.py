@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from small_training import MODEL, PARAMS, ROWS, same
 
-from lmcompress import chain, compress, fit, hard_concrete, l0, magnitude, remove_closed, tree
+from lmcompress import chain, compress, fit, hard_concrete, l0, load, magnitude, remove_closed, save, tree
 from lmcompress.arrays import GatedArray
+from lmcompress.config import check
 from lmcompress.training import Training, start
 from lmcompress.training.step import advance
-from lmcompress.types import Evidence, WeightError
+from lmcompress.types import ConfigError, Evidence, WeightError
 
 NEURONS = compress(MODEL, PARAMS, hard_concrete(), None, None)[0]
 TRAINING = Training(60, batch=8, learning_rate=3e-3, chunk=16)
@@ -95,6 +96,30 @@ def test_what_was_cut_off_goes_on_to_the_bit(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     run(on_step=stop)
   assert same(run()[0], trained("global")[0])
+
+
+def test_heads_and_neurons_close_together_and_are_saved(tmp_path):
+  """At most the share that was asked, whole heads, one of each weight staying; under an average and in bfloat16."""
+  both = compress(MODEL, PARAMS, chain(hard_concrete(), hard_concrete("heads")), None, None)[0]
+  training = dataclasses.replace(TRAINING, steps=30, average=0.99, compute="bfloat16", accumulate=2)
+  done, _ = fit(MODEL, both, ROWS, training, transform=l0(0.5, 0, 20))
+  save(tmp_path / "m", MODEL, done)
+  again = load(tmp_path / "m")[1]
+  assert same(again, done)
+  closed = sum(int(jnp.sum(x.gates() == 0)) * (x.shape[-2] // x.openness.size) for x in gates_of(again).values())
+  assert 80 <= closed <= 96 and all(float(x.gates().max()) > 0 for x in gates_of(again).values())
+  small = compress(MODEL, again, remove_closed(), None, None)[0]
+  np.testing.assert_allclose(MODEL.apply(small, ROWS[:2]), MODEL.apply(again, ROWS[:2]), atol=1e-5)
+
+
+def test_what_would_close_nothing_is_refused():
+  heads = compress(MODEL, PARAMS, hard_concrete("heads"), None, None)[0]
+  with pytest.raises(WeightError, match="none would close; give a share from 0.5"):
+    l0(0.25, scope="block").init(heads)
+  with pytest.raises(ValueError, match=r"select them too, with the pattern \*\*/openness"):
+    fit(MODEL, NEURONS, ROWS, TRAINING, trainable=lambda path: path.endswith("values"), transform=l0())
+  with pytest.raises(ConfigError, match="l0 closes gates at step 100, and training has 100"):
+    check({"name": "x", "model": "m", "recipe": [], "train": {"text": "grimm", "during": [{"name": "l0"}]}}, "x")
 
 
 @pytest.mark.parametrize(("make", "said"), [

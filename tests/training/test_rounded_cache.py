@@ -39,6 +39,14 @@ def test_the_loss_is_that_of_a_model_that_generates(dtype):
   assert float(total) != float(plain)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_weights_in_bfloat16_generate_and_train(dtype):
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+  assert nats(half, LONG, dtype) == pytest.approx(nats(PARAMS, LONG, dtype), rel=0.05)
+  training = Training(2, batch=4, cache=dtype, compute="bfloat16", chunk=16)
+  assert np.isfinite(fit(MODEL, PARAMS, LONG, training)[1][-1]["loss"])
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_gradients_pass_straight_through(dtype):
   """Finite, near those of the unrounded loss, and of keys and values what the attention to rounded ones says."""
