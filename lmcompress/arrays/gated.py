@@ -34,7 +34,7 @@ class GatedArray(CompressedArray):
     weight: dense or compressed, its inputs in n consecutive runs.
     openness: float32 `[..., n, 1]` for axis -2, `[..., 1, n]` for axis -1.
     noise: like it; the logit of what was drawn between 0 and 1 for this step, or 0.
-    price: float32 `[..., 1, 1]`, nats that all gates of the model together pay for being open.
+    price: float32 `[..., 1, 1]`, nats that a gate pays for being open.
     axis: the contraction axis.
     rate: above 0.
   """
