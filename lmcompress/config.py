@@ -457,7 +457,8 @@ def _require_rows(config: Config) -> None:
     if asked := [word for word, value in given.items() if value]:
       raise ConfigError(f"mesh.pipe={config.mesh.pipe}: a pipeline has no {', no '.join(asked)}; say fsdp instead")
   for link in train.during:
-    if link.get("name") == "l0" and train.steps <= (end := link.get("end", 100)):
+    end = link.get("end", 100)
+    if link.get("name") == "l0" and isinstance(end, int) and train.steps <= end:
       raise ConfigError(f"train.during: l0 closes gates at step {end}, and training has {train.steps}; train on")
   if train.weighting is not None and not names:
     raise ConfigError("train.weighting: it weighs tasks; there are none")

@@ -14,10 +14,10 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
   """A function of pytrees that keeps nothing but what it reads for the way back, where it runs again.
 
-  The source is Chen et al. 2016, arXiv:1604.06174. On CPUs XLA drops the barriers of `jax.checkpoint` and then computes all blocks
-  again at once, so that as much stands in memory as without it. There the second run and the way back are a branch of a
-  conditional, which begins when the gradient of the output has come, and whose insides no other block's mix with.
-  A function says all that it reads by its arguments.
+  The source is Chen et al. 2016, arXiv:1604.06174. On CPUs XLA drops the barriers of `jax.checkpoint` and then computes
+  all blocks again at once, so that as much stands in memory as without it. There the second run and the way back are a
+  branch of a conditional, which begins when the gradient of the output has come, and whose insides no other block's mix
+  with. A function says all that it reads by its arguments.
   """
   return _in_a_branch(run) if jax.default_backend() == "cpu" else jax.checkpoint(run)
 
