@@ -114,7 +114,7 @@ def test_heads_and_neurons_close_together_and_are_saved(tmp_path):
 
 def test_what_would_close_nothing_is_refused():
   heads = compress(MODEL, PARAMS, hard_concrete("heads"), None, None)[0]
-  with pytest.raises(WeightError, match="none would close; give a share from 0.5"):
+  with pytest.raises(WeightError, match=r"none would close; give a share from 0\.5"):
     l0(0.25, scope="block").init(heads)
   with pytest.raises(ValueError, match=r"select them too, with the pattern \*\*/openness"):
     fit(MODEL, NEURONS, ROWS, TRAINING, trainable=lambda path: path.endswith("values"), transform=l0())
