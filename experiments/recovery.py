@@ -75,8 +75,9 @@ def main() -> int:
   for r in result["rows"]:
     for text, t in r["texts"].items():
       ratios = [t[key] / t["float32"] for key in ("compressed", "trained")]
+      back = "" if t["recovered"] is None else f"{t['recovered']:.0%}"  # what cost nothing before training
       print(f"{r['name']:<16}{r['parameters_ratio']:>11.3f}  {text:<12}{ratios[0]:>9.3f}{ratios[1]:>9.3f}"
-            f"{t['kl']:>8.3f}{t['kl_trained']:>9.3f}{t['recovered']:>7.0%}")  # fmt: skip
+            f"{t['kl']:>8.3f}{t['kl_trained']:>9.3f}{back:>7}")  # fmt: skip
   return 0
 
 
