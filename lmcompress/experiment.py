@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lmcompress.distributed.sharding import make_mesh, placements, require_divis
 from lmcompress.environment import device, exact_products, versions
 from lmcompress.evaluate import energy, importance, profiling
 from lmcompress.evaluate.latency import latency
-from lmcompress.evaluate.memory import peak_bytes, reset_peak
+from lmcompress.evaluate.memory import peak_bytes, release, reset_peak
 from lmcompress.gates import through_gates
 from lmcompress.io import checkpoint, hub
 from lmcompress.io.load import load, origin, read_tasks
@@ -145,6 +146,7 @@ def run(
   for name, tokens in texts.items():
     if int(tokens.max()) >= vocab:
       raise ConfigError(f"text {name}: token {int(tokens.max())} is outside the model's vocabulary of {vocab}")
+  del params  # the stages hold it
 
   rows: list[dict[str, Any]] = []
   store = None if many else Store(folder / BLOCKS, _decides(config, calibration), mapped=config.stream)
@@ -160,7 +162,8 @@ def run(
       if tasks:
         training = train_tasks(config, config.train, model, tasks, stages, watcher, folder, decides)
       else:
-        training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
+        with _original_away(config, stages):
+          training = train_text(config, config.train, model, tokenizer, stages, watcher, folder, decides, mesh, profile)
   last = None if many else Store(folder / FINISHED, _decides(config, calibration))
   if config.finish:
     rows += _compress(config, recipes.build(config.finish, "finish"), model, calibration, stages, watcher, last)
@@ -391,6 +394,29 @@ def _tell_places(config: Config, model: Any, params: Params, mesh: Any, watcher:
   for row in rows:
     split = " ".join(f"{n}/{to}" if to else str(n) for n, to in zip(row.shape, row.split, strict=True))
     watcher.note(f"  {row.leaves:4d} x {row.path}  [{split}]  {row.nbytes / 2**20:.2f} MiB")
+
+
+@contextlib.contextmanager
+def _original_away(config: Config, stages: list[Stage]) -> Iterator[None]:
+  """While a text trains a tree that a recipe made, the original need not be in memory: it is read again for the scores.
+
+  It stays where it teaches, lies on a mesh, or is made anew from a file of sizes.
+  """
+  train, made = config.train, config.model.endswith((".yml", ".yaml"))
+  assert train is not None
+  teaches = train.teacher is None and (train.settings().needs_teacher or train.written is not None)
+  if len(stages) == 1 or teaches or made or config.mesh is not None or processes.count() > 1:
+    yield
+    return
+  others = {id(leaf) for stage in stages[1:] for leaf in tree.flatten(stage.params).values()}
+  shared = {path: leaf for path, leaf in tree.flatten(stages[0].params).items() if id(leaf) in others}
+  stages[0].params = {}
+  release()
+  yield
+  again = load(config.model)[1]
+  for path, leaf in shared.items():
+    again = tree.put(again, path, leaf)
+  stages[0].params = again
 
 
 def _compress(

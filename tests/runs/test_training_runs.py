@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 from small_run import COMMAND, training
@@ -44,6 +45,40 @@ def test_a_config_trains_finishes_and_resumes(place, monkeypatch):
   assert again["tree_hash"] == result["tree_hash"]
   assert row["history"][-1]["held_out"] == again["training"]["history"][-1]["held_out"] > 0
   assert [r["loss"] for r in again["training"]["history"]] == [r["loss"] for r in row["history"]]
+
+
+@pytest.mark.parametrize("teaches", [False, True])
+def test_the_original_is_away_while_a_text_trains(place, monkeypatch, teaches):
+  """It is in memory then only where it teaches; its scores are those of the model that was read."""
+  read, whole = [], experiment.load
+
+  def load(*args, **more):
+    model, params, tokenizer = whole(*args, **more)
+    read.append(weakref.ref(params["layers"]["0"]["mlp"]["up"]["kernel"]))
+    return model, params, tokenizer
+
+  class Looks:
+    seen = ()
+
+    def step(self, what, done, total):
+      if what.startswith("training"):
+        self.seen = (*self.seen, read[0]() is None)
+
+    def note(self, text):
+      return
+
+  monkeypatch.setattr(experiment, "load", load)
+  loss = {"name": "distill"} if teaches else {"name": "labels"}
+  table = training(place, steps=2, warmup=0, loss=loss, trainable=["**/delta"]).model_dump(mode="json")
+  recipe = [{"name": "round_to_nearest", "at": "layers/*", "bits": 4, "group_size": 16},
+            {"name": "lora", "at": "layers/*", "rank": 2}]  # fmt: skip
+  config, looks = check({**table, "recipe": recipe, "finish": []}, "away"), Looks()
+  result = experiment.run(config, place / f"away {teaches}", COMMAND, looks)
+  assert looks.seen and set(looks.seen) == {not teaches} and len(read) == 2 - teaches
+  text, = config.evaluate.texts
+  original, = (stage for stage in result["stages"] if stage["name"] == "original")
+  plain = experiment.run(check({**config.model_dump(mode="json"), "train": None, "finish": []}, "x"), place, COMMAND)
+  assert original["perplexity"] == plain["stages"][0]["perplexity"] and original["kl"][text] == 0
 
 
 def test_a_run_cut_off_while_it_finishes_goes_on(place):
