@@ -424,6 +424,8 @@ def floats_as(kept: Params, dtype: str) -> Params:
 
 def _pressed(grads: Params, trained: Params, kept: Params) -> Params:
   """The gradients with what gates pay for being open, which no loss says."""
+  if not any(isinstance(g, GatedArray) for g in jax.tree.leaves(grads, is_leaf=_is_gated)):
+    return grads
 
   def add(g: Any, mine: Any, rest: Any) -> Any:
     if not isinstance(g, GatedArray) or g.openness is None:
