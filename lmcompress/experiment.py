@@ -408,8 +408,10 @@ def _original_away(config: Config, stages: list[Stage]) -> Iterator[None]:
   if len(stages) == 1 or teaches or made or config.mesh is not None or processes.count() > 1:
     yield
     return
-  others = {id(leaf) for stage in stages[1:] for leaf in tree.flatten(stage.params).values()}
-  shared = {path: leaf for path, leaf in tree.flatten(stages[0].params).items() if id(leaf) in others}
+  others = {id(x) for stage in stages[1:] for x in jax.tree.leaves(stage.params)}  # arrays, within leaves too
+  mine = tree.flatten(stages[0].params)
+  shared = {path: leaf for path, leaf in mine.items() if all(id(x) in others for x in jax.tree.leaves(leaf))}
+  del mine
   stages[0].params = {}
   release()
   yield

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lmcompress.arrays import parts
-from lmcompress.types import CompressedArray
+from lmcompress.types import CompressedArray, Params
 
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 """Of the hard concrete distribution, and how far it is stretched (Louizos et al. 2018, section 4.1)."""
@@ -124,3 +124,39 @@ def gated(weight: Any, runs: int, axis: int, start: float = 2.5, rate: float = 1
   shape = (*lead, runs, 1) if axis == -2 else (*lead, 1, runs)
   openness = jnp.full(shape, start / rate, jnp.float32)
   return GatedArray(weight, openness, jnp.zeros(shape), jnp.zeros((*lead, 1, 1)), axis, rate)
+
+
+def pressed(grads: Params, trained: Params, kept: Params) -> Params:
+  """Gradients of what trains with what its gates pay for being open, which no loss says.
+
+  Args:
+    trained, kept: a tree in two, as of `tree.partition`.
+  """
+
+  def add(g: Any, mine: Any, rest: Any) -> Any:
+    if not isinstance(g, GatedArray) or g.openness is None:
+      return g
+    return dataclasses.replace(g, openness=g.openness + dataclasses.replace(rest, openness=mine.openness).pressure())
+
+  return jax.tree.map(add, grads, trained, kept, is_leaf=_whole) if _has_gates(grads) else grads
+
+
+def with_gates_of(now: Params, average: Params) -> Params:
+  """A tree with the gates of another: a mean of gates that were closed for good would open them again."""
+  put = lambda a, n: dataclasses.replace(a, openness=n.openness) if isinstance(a, GatedArray) else a  # noqa: E731
+  return jax.tree.map(put, average, now, is_leaf=_whole)
+
+
+def undrawn(params: Params) -> Params:
+  """A tree with its gates at their medians."""
+  calm = lambda x: dataclasses.replace(x, noise=jnp.zeros_like(x.noise)) if isinstance(x, GatedArray) else x  # noqa: E731
+  return jax.tree.map(calm, params, is_leaf=_whole)
+
+
+def _has_gates(params: Params) -> bool:
+  return any(isinstance(x, GatedArray) for x in jax.tree.leaves(params, is_leaf=_whole))
+
+
+def _whole(x: Any) -> bool:
+  """What stands in one place of a tree in two: an array, gates, or nothing."""
+  return isinstance(x, GatedArray) or x is None

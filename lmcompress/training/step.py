@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from lmcompress import tree
 from lmcompress.arrays import FakeQuantArray, GatedArray, MaskedArray, ScoredArray
+from lmcompress.arrays.gated import pressed, undrawn, with_gates_of
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
 from lmcompress.distributed.sharding import beside
 from lmcompress.generation.cache import init_cache
@@ -178,7 +179,7 @@ def start(
     transform: of phase `step`, applied after each update.
 
   Raises:
-    ValueError: nothing trains, or the transform is of another phase.
+    ValueError: nothing trains, or the transform is of another phase, or closes gates none of which trains.
   """
   if transform is not None and transform.phase != "step":
     raise ValueError(f"training applies transforms of phase 'step'; {transform.name} is of phase {transform.phase!r}")
@@ -367,7 +368,7 @@ def advance(
   key: jax.Array | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """The update that gradients of what trains make: the optimizer, the transform, the average, and the metrics."""
-  grads = _pressed(grads, moving.trained, kept)
+  grads = pressed(grads, moving.trained, kept)
   dense = grads
   if _reads_gradients(transform):
     grads = jax.tree.map(lambda g, k: _where_kept(g, k), grads, kept, is_leaf=lambda x: isinstance(x, MaskedArray))
@@ -381,8 +382,8 @@ def advance(
     trained, changed = _split_like(whole, trained)  # type: ignore[arg-type]
   average = moving.average
   if training.average is not None:
-    average = optax.incremental_update(trained, average, 1 - training.average)
-    average = jax.tree.map(_gates_as_they_are, average, trained, is_leaf=_is_gated)
+    average: Any = optax.incremental_update(trained, average, 1 - training.average)
+    average = with_gates_of(trained, average)  # type: ignore[arg-type]
   finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
   metrics = {
     "loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": training.rate(moving.step),
@@ -396,8 +397,8 @@ def held_out_loss(
   model: Any, trained: Params, kept: Params, rows: jax.Array, training: Training
 ) -> tuple[jax.Array, jax.Array]:
   """The summed cross entropy of rows `[n, length]`, whatever the training's loss, and the tokens that it counts."""
-  kept = jax.tree.map(_undrawn, kept, is_leaf=_is_gated)
-  return loss_of(model, kept, dataclasses.replace(training, loss=Labels(), match=None), None, trained, {"tokens": rows})
+  alone = dataclasses.replace(training, loss=Labels(), match=None)
+  return loss_of(model, undrawn(kept), alone, None, trained, {"tokens": rows})
 
 
 def _links(transform: Transform | None) -> tuple[Transform, ...]:
@@ -420,34 +421,6 @@ def floats_as(kept: Params, dtype: str) -> Params:
   return tree.map_leaves(
     lambda _, x: x.astype(dtype) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) else x, kept
   )
-
-
-def _pressed(grads: Params, trained: Params, kept: Params) -> Params:
-  """The gradients with what gates pay for being open, which no loss says."""
-  if not any(isinstance(g, GatedArray) for g in jax.tree.leaves(grads, is_leaf=_is_gated)):
-    return grads
-
-  def add(g: Any, mine: Any, rest: Any) -> Any:
-    if not isinstance(g, GatedArray) or g.openness is None:
-      return g
-    gates = dataclasses.replace(rest, openness=mine.openness)
-    return dataclasses.replace(g, openness=g.openness + gates.pressure())
-
-  return jax.tree.map(add, grads, trained, kept, is_leaf=_is_gated)
-
-
-def _is_gated(x: Any) -> bool:
-  return isinstance(x, GatedArray) or x is None
-
-
-def _gates_as_they_are(average: Any, now: Any) -> Any:
-  """A mean of gates that were closed for good would open them again."""
-  return dataclasses.replace(average, openness=now.openness) if isinstance(average, GatedArray) else average
-
-
-def _undrawn(x: Any) -> Any:
-  """Gates at their medians."""
-  return dataclasses.replace(x, noise=jnp.zeros_like(x.noise)) if isinstance(x, GatedArray) else x
 
 
 def _split_like(whole: Params, trained: Params) -> tuple[Params, Params]:

@@ -102,7 +102,8 @@ def l0(
 
   Raises:
     ValueError: an argument is out of range.
-    WeightError (when planned): no selected weight has gates; `hard_concrete` makes them.
+    WeightError (when planned): no selected weight has gates, which `hard_concrete` makes, or the share is less than a
+      gate's.
   """
   if not 0 < sparsity < 1 or not 0 <= start < end or scope not in ("global", "block") or gain <= 0 or damping < 0:
     raise ValueError(
@@ -176,9 +177,7 @@ def _closing(leaves: list[GatedArray], width: list[float], gone: int) -> list[ja
 
 def _settled(leaf: GatedArray, closes: jax.Array) -> GatedArray:
   """Each gate closed for good, or open without noise."""
-  log_alpha = leaf.log_alpha
-  stays = ~closes
-  now = jnp.where(stays, jnp.maximum(log_alpha, OPEN), CLOSED) / leaf.rate
+  now = jnp.where(closes, CLOSED, jnp.maximum(leaf.log_alpha, OPEN)) / leaf.rate
   return dataclasses.replace(
     leaf, openness=now.astype(leaf.openness.dtype), noise=jnp.zeros_like(leaf.noise), price=jnp.zeros_like(leaf.price)
   )
