@@ -98,6 +98,7 @@ class OnRay:
     self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_called)
 
   def start(self, command: Sequence[str], log: Path) -> Running:
+    _stop_file(str(log.resolve())).unlink(missing_ok=True)
     parts = [_PYTHON if part == sys.executable else part for part in command]
     settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
     return _Task(self._ray, self._task.remote(parts, str(log.resolve()), os.getcwd(), settings), log)
@@ -108,7 +109,7 @@ class OnRay:
 
 class _Task:
   def __init__(self, ray: Any, reference: Any, log: Path):
-    self._ray, self._reference, self._log = ray, reference, log
+    self._ray, self._reference, self._log, self._asked = ray, reference, log, _stop_file(str(log.resolve()))
 
   def ended(self) -> int | None:
     if not self._ray.wait([self._reference], timeout=0)[0]:
@@ -121,20 +122,26 @@ class _Task:
       return 1
 
   def stop(self) -> None:
-    self._ray.cancel(self._reference)
-    self._ray.wait([self._reference], timeout=30)
+    self._asked.touch()
+    self._ray.cancel(self._reference)  # what has not begun
+    self._ray.wait([self._reference], timeout=60)
+    self._asked.unlink(missing_ok=True)
+
+
+def _stop_file(log: str) -> Path:
+  """What stands beside a log once its run is to end; an interrupt within Ray's worker may be lost."""
+  return Path(f"{log}.stop")
 
 
 def _called(command: Sequence[str], log: str, folder: str, settings: dict[str, str]) -> int:
   """Runs a command of this machine's Python, within Ray's worker."""
-  made = [sys.executable if part == _PYTHON else part for part in command]
+  made, asked = [sys.executable if part == _PYTHON else part for part in command], _stop_file(log)
   with open(log, "w", encoding="utf-8") as file:
     process = subprocess.Popen(made, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=os.environ | settings)
     try:
-      while process.poll() is None:
-        time.sleep(0.1)  # where a task that is cancelled gets its interrupt; waiting for the process would not let it
-      return process.returncode
+      while process.poll() is None and not asked.exists():
+        time.sleep(0.1)
     finally:
       if process.poll() is None:
         process.terminate()
-        process.wait()
+    return process.wait()
