@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -86,10 +87,13 @@ class OnRay:
     if cpus < 0 or gpus < 0 or cpus + gpus == 0:
       raise ConfigError(f"--cpus {cpus:g} --gpus {gpus:g}: a run takes some of one")
     self._ray: Any = ray
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+      if port.isdigit():  # Ray itself would try for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
       own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
       ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ray.exceptions.RayError, ValueError, RuntimeError, OverflowError) as error:
       raise ConfigError(f"--ray {address}: no cluster answers there ({str(error).splitlines()[0]})") from None
     most = [(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]
     if not any(c >= cpus and g >= gpus for c, g in most):

@@ -102,6 +102,7 @@ def test_failures_do_not_end_the_rest_and_nothing_runs_twice(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("asked", "said"), [
+  ({"address": "127.0.0.1:1"}, "--ray 127.0.0.1:1: no cluster answers there"),
   ({"address": "not an address"}, "--ray not an address: no cluster answers there"),
   ({"address": "local", "gpus": 7}, "--gpus 7: machines"),
   ({"address": "local", "cpus": 0}, "takes some of one"),
