@@ -1,9 +1,9 @@
 """What `lmcompress plan` says that a training step holds, beside what XLA says of the compiled step, over meshes.
 
-Nothing is run: a step is compiled for each mesh of eight devices, virtual ones where there are none, and the bytes of
-its arguments and temporaries on one device are held against the plan's. XLA's usual schedule for CPUs runs ahead what
-can run at once, as the gathers of other blocks, and holds more for it; its other one goes in order. The plan is made
-with the latter, as the command makes it, and both are held against that one.
+Nothing is run: the step of the whole model is compiled for each mesh of eight virtual devices, and the bytes of its
+arguments and temporaries on one device are held against the plan's, which has compiled two and four blocks. XLA's usual
+schedule for CPUs runs ahead what can run at once, as the gathers of other blocks, and holds more for it; its other one
+goes in order. The plan is made with the latter, and both are held against it.
 
   python experiments/planned.py
 """
@@ -26,39 +26,34 @@ SHAPES = [
   {}, {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4},
   {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
 ]  # fmt: skip
+OTHERS: list[dict[str, Any]] = [{"accumulate": 2}, {"remat": False}, {"compute": "bfloat16"}, {"optimizer": "sgd"}]
+CASES = [(sizes, {}) for sizes in SHAPES] + [(sizes, over) for over in OTHERS for sizes in (SHAPES[2], SHAPES[5])]
 DEVICES, IN_ORDER = "--xla_force_host_platform_device_count=8", "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 SCHEDULES = {"in order": f"{DEVICES} {IN_ORDER}", "at once": DEVICES}
 
 
 def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any]]:
-  """A row for each mesh."""
+  """A row for each case."""
   import jax
-  import jax.numpy as jnp
 
   from lmcompress import load
   from lmcompress.distributed import make_mesh, shard
-  from lmcompress.distributed.sharding import on_mesh_of, over_data
   from lmcompress.planner import train_plan
-  from lmcompress.training import Training, start, train_step
+  from lmcompress.shapes import shapes_of
+  from lmcompress.training import Training, compiled_step
 
   model = load(name)[0]
   model = dataclasses.replace(model, sizes=dataclasses.replace(model.sizes, layers=layers))
-  params, training = model.init(jax.random.key(0)), Training(steps=1, batch=batch)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  params = model.init(jax.random.key(0))
   found = []
-  for sizes in SHAPES:
-    mesh = make_mesh(**sizes) if sizes else None
-    whole = params if mesh is None else shard(model, params, mesh)
-    rows: Any = {"tokens": jnp.zeros((1, batch, length), jnp.int32)}
-    rows = rows if mesh is None else over_data(mesh, rows, batch, axis=1)
-    with on_mesh_of(whole):
-      state = start(whole, training, lambda path: True)
-      step = train_step.lower(model, state._replace(kept=None), state.kept, rows, training, key=jax.random.key(0))
-      memory: Any = step.compile().memory_analysis()
-    plan = train_plan(model, shapes, training, length, sizes)
+  for sizes, over in CASES:
+    training = Training(steps=1, batch=batch, **over)
+    whole = shard(model, params, make_mesh(**sizes)) if sizes else params
+    memory: Any = compiled_step(model, whole, training, length, lambda path: True).memory_analysis()
+    plan = train_plan(model, shapes_of(model), training, length, sizes)
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    found.append({"mesh": sizes, "planned": plan.total, "compiled": held, "parts": plan.nbytes})
-    print(f"{sizes}: planned {plan.total:.0f}, compiled {held}", file=sys.stderr, flush=True)
+    found.append({"mesh": sizes, "settings": over, "planned": plan.total, "compiled": held, "parts": plan.nbytes})
+    print(f"{sizes} {over}: planned {plan.total:.0f}, compiled {held}", file=sys.stderr, flush=True)
   return found
 
 
@@ -104,9 +99,9 @@ def main() -> int:
   result = {"format": 1, **settings, "versions": versions(), "device": device(), "meshes": rows}
   arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
   for row in rows:
-    mesh = ", ".join(f"{axis}={n}" for axis, n in row["mesh"].items()) or "one device"
+    mesh = ", ".join(f"{axis}={n}" for axis, n in (row["mesh"] | row["settings"]).items()) or "one device"
     ratios = "".join(f"{row['ratio'][schedule]:>10.3f} {schedule}" for schedule in SCHEDULES)
-    print(f"{mesh:<28}{row['planned'] / 2**20:>9.1f} MiB planned{ratios}")
+    print(f"{mesh:<38}{row['planned'] / 2**20:>9.1f} MiB planned{ratios}")
   return 0
 
 

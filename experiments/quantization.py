@@ -37,7 +37,7 @@ PEERS = {
 }
 """What the peer is asked for beside a config of that name."""
 
-FIGURES = ("ratio", "zeros", "perplexity", "kl", "bits_per_weight", "output_error", "seconds", "peak_bytes")
+FIGURES = ("ratio", "zeros", "perplexity", "kl", "bits_per_weight", "nbytes", "output_error", "seconds", "peak_bytes")
 _SHIFT = 4096
 """Tokens by which the calibration text of one seed starts after that of another."""
 
@@ -85,6 +85,7 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
   return {
     "method": name, "recipe": list(variant.recipe), "float32": before, "perplexity": after, "ratio": after / before,
     "kl": total["done"].summary()["kl"], "bits_per_weight": sizes({"layers": done["layers"]})["bits_per_weight"],
+    "nbytes": sizes(done)["nbits"] // 8,
     "output_error": float(np.mean([e for row in report.rows if (e := row["output_error"]) is not None] or [0])),
     "seconds": seconds, "peak_bytes": peak,
   }  # fmt: skip

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-@contextlib.contextmanager
-def _programs_of_little_memory() -> Iterator[None]:
-  """XLA for CPUs, which reads its flags when it starts, arranges programs so that they hold little at once."""
-  flags = os.environ.get("XLA_FLAGS")
-  if "xla_cpu_enable_concurrency" not in (flags or ""):
-    os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_cpu_enable_concurrency_optimized_scheduler=false".strip()
-  try:
-    yield
-  finally:  # processes that are started later are not meant
-    os.environ.pop("XLA_FLAGS")
-    if flags is not None:
-      os.environ["XLA_FLAGS"] = flags
-
-
-@_programs_of_little_memory()
 def plan(
   model: Annotated[str, typer.Argument(help="A preset such as llama3-405b, a config, a known name, or a path.")],
   topology: Annotated[
@@ -111,7 +94,7 @@ def plan(
   console.print(table)
   console.print(
     "Estimates: a roofline of data sheets, from all overlapped to nothing; latencies are not in it. Energy is the "
-    "highest draw for the least time. Activations are by theory: a block at a time, and each block's input."
+    "highest draw for the least time. What a training step makes is XLA's account of its program for CPUs."
   )
   if asked.note:
     console.print(f"Note: {asked.note}.")

@@ -187,8 +187,9 @@ class Asked:
   def on(self, made: Plan, device: Accelerator) -> dict[str, Any]:
     """Whether it `fits` a device, the `estimate`, the `largest_batch`, and the first `form` of `FORMS` that fits."""
     step = ways(self.sizes) * (1 if self.training is None else self.training.accumulate)
-    least, more = self.plan(step).total, self.plan(2 * step).total
-    most = largest_batch(lambda n: least + (more - least) * (n // step - 1), device.memory, step)
+    other = step if self.batch >= 8 * step else 8 * step  # so far apart that activations tell
+    each = max((made.total - self.plan(other).total) / (self.batch - other), 1.0)
+    most = largest_batch(lambda n: made.total + each * (n - self.batch), device.memory, step)
     form = None
     for word, keys in FORMS.items() if self.training is None else ():
       with contextlib.suppress(ConfigError):  # groups that the widths do not take

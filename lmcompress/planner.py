@@ -8,7 +8,6 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lmcompress import tree
@@ -26,9 +25,13 @@ from lmcompress.distributed.sharding import (
   shardings,
 )
 from lmcompress.evaluate.roofline import leaf_bytes, multiply_adds, share
-from lmcompress.training import Labels, Training, compiled_step
+from lmcompress.training import Labels, Training
 from lmcompress.training.pipeline import is_tied, stages_of
 from lmcompress.types import ConfigError, Params
+from lmcompress.virtual import VirtualStep, temporaries
+
+_COMPILED = (2, 4)
+"""Blocks of the programs that a deeper model is drawn on from."""
 
 
 class Message(NamedTuple):
@@ -104,9 +107,10 @@ def train_plan(
 ) -> Plan:  # fmt: skip
   """What a training step takes on a mesh of such sizes, of which `pipe` is the stages of a pipeline.
 
-  Weights, moments and gradients are counted. Activations are those of a step that is compiled for one device's part of
-  the model's ends and one block, and nothing is run; the input of each block is kept beside them. Of stages, it is the
-  one that holds most; what a device waits for others is not counted.
+  Weights, moments and gradients are counted. What else a step makes is XLA's account of its program for such a mesh,
+  compiled for virtual devices (`virtual.temporaries`) and never run: of the whole model where it has few blocks, else
+  drawn on from two and four of them. Of stages, it is the one that holds most; what a device waits for others is not
+  counted.
 
   Args:
     params: shapes, of compressed leaves too.
@@ -128,39 +132,19 @@ def train_plan(
   mine, rest = tree.partition(_only(student.split, student.own), trainable)
   trained, kept = 4 * _elements(mine), _nbytes(rest)  # what trains does so in float32
   moments = trained * (2 if training.optimizer == "adamw" else 1)
-  blocks = _blocks(model, _only(student.params, student.own))
   width = 2 if training.compute == "bfloat16" else 4
-  first, of_layer = _with_layers(model, student.whole, 1), student.layer
-  block = f"{_blocks(model, first)[0].path}/"
-  some = trainable if any(n for path, n in learned.items() if path.startswith(block)) else lambda path: True
-  loss = training.loss if guide is not None else Labels()  # predictions that were written before, and not by a teacher
-  step = dataclasses.replace(training, batch=rows, match=None, loss=loss)
-  beside = None if guide is None else (guide.model, _with_layers(guide.model, guide.whole, 1))
-
-  def temporaries(params: Params) -> float:
-    made = compiled_step(model, params, step, length, some, None, beside)
-    return made.memory_analysis().temp_size_in_bytes - _nbytes(tree.partition(params, some)[0])  # gradients are apart
-
-  parted = rules.get("length") == "tensor" and sizes["tensor"] > 1
-  if parted and length % sizes["tensor"]:
+  if rules.get("length") == "tensor" and length % sizes["tensor"]:
     raise ConfigError(f"rules length=tensor: tensor={sizes['tensor']} does not divide rows of {length} tokens")
   hidden = float(rows // training.accumulate * length * student.embed * width)
-  activations, inner = max(temporaries(first), 0.0), hidden / (sizes["tensor"] if parted else 1)
-  if not training.remat and len(blocks) > 1:
-    inner = max(temporaries(_with_layers(model, student.whole, 2)) - activations, 0.0)
-  lying = jax.tree.leaves([_only(part.split, part.own) for part in (student, guide) if part is not None])
-  narrowed = _nbytes([x for x in lying if x.dtype == jnp.float32]) / 2
   states = hidden if guide is None else hidden * (1 + guide.embed / student.embed)
+  made = _besides(student, guide, training, length, sizes, rules, stages, trainable)
   parts = {
     "weights, float32": float(trained), "weights that do not train": float(kept), "moments": float(moments),
     "gradients": float(trained), "average": float(trained if training.average is not None else 0),
     "the teacher": 0.0 if guide is None else float(guide.held),
-    "gathered weights": 2.0 * (of_layer + (0 if guide is None else guide.layer)) * (sizes["fsdp"] > 1),
-    "activations of a block and the head": activations,
-    "block inputs" if training.remat else "activations of the other blocks": inner * (len(blocks) - 1),
+    "activations, and what else the step makes": made,
     "inputs of small batches on their way": states * min(stages, training.accumulate) if stages > 1 else 0.0,
     "the first stage's table": float(_bytes(_only(student.split, student.tied))),
-    "copies in bfloat16": narrowed if width == 2 else 0.0,
   }  # fmt: skip
   tokens = training.batch * length
   sent = tokens // ways(sizes)
@@ -243,6 +227,35 @@ def largest_batch(total: Callable[[int], float], room: float, step: int) -> int:
 # ---------------------------------------------------------------------------------------- parts
 
 
+def _besides(
+  student: _Part, guide: _Part | None, training: Training, length: int, sizes: Mapping[str, int],
+  rules: Mapping[str, str | None], stages: int, trainable: Callable[[str], bool],
+) -> float:  # fmt: skip
+  """Bytes that one device holds beside arguments and gradients while it runs the step, of a stage for a small batch."""
+  model, params = student.model, student.params
+  blocks, every = [f"{b.path}/" for b in _blocks(model, params)], _paths(params)
+  of = [frozenset(p.removeprefix(b) for p in every if p.startswith(b) and trainable(p)) for b in blocks]
+  alike = all(some == of[0] for some in of)  # else counted as if all trained
+  loss = training.loss if guide is not None else Labels()  # predictions that were written before, and not by a teacher
+  step = dataclasses.replace(training, match=None, loss=loss)
+  if stages > 1:
+    step = dataclasses.replace(step, batch=training.batch // training.accumulate, accumulate=1)
+  few = min(2, sizes["data"])  # more that repeat the same would hold the same
+  step = dataclasses.replace(step, batch=step.batch * few // sizes["data"])
+  sizes = {**sizes, "data": few}
+  count = len(_blocks(model, _only(params, student.own)))
+  steps, grads = [], []
+  for n in [count] if count <= _COMPILED[-1] else _COMPILED:
+    first = _with_layers(model, params, n)
+    some = frozenset(path for path in _paths(first) if trainable(path) or not alike)
+    beside = None if guide is None else (guide.model, _with_layers(guide.model, guide.params, n))
+    steps.append(VirtualStep(model, first, step, length, some, beside, sizes, rules))
+    grads.append(4 * _elements(tree.partition(_local(model, first, sizes, rules), some.__contains__)[0]))
+  held = [nbytes - some for nbytes, some in zip(temporaries(steps), grads, strict=True)]
+  further = 0.0 if len(held) == 1 else (held[1] - held[0]) / (_COMPILED[1] - _COMPILED[0])
+  return max(held[-1] + further * (count - min(count, _COMPILED[-1])), 0.0)
+
+
 def ways(sizes: Mapping[str, int]) -> int:
   """Into how many parts such a mesh splits the rows of a batch."""
   return math.prod(sizes.get(name, 1) for name in BATCH)
@@ -291,13 +304,15 @@ class _Part:
     return _bytes(_only(self.split, self.own))
 
   @property
-  def layer(self) -> int:
-    """Bytes of the first block, gathered."""
-    return _bytes(_with_layers(self.model, self.whole, 1)) - _bytes(_with_layers(self.model, self.whole, 0))
-
-  @property
   def embed(self) -> int:
     return self.params["embed"]["table"].shape[-1]
+
+
+def _paths(params: Params) -> list[str]:
+  """Of all arrays that could train."""
+  found: list[str] = []
+  tree.partition(params, lambda path: bool(found.append(path)))
+  return found
 
 
 def _elements(part: Any) -> int:

@@ -381,13 +381,17 @@ def on_stage(mesh: Mesh, batch: Any, rows: int) -> Any:
 
 def over_data(mesh: Mesh | None, batch: Any, rows: int, axis: int = 0) -> Any:
   """A batch, its arrays of so many rows (along `axis`) split over the axes `BATCH` of a mesh that divides them."""
-  if ways(mesh) == 1 or rows % ways(mesh):
-    return batch
-  assert mesh is not None
-  names = [name for name in BATCH if mesh.shape.get(name, 1) > 1]
-  split = NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(names) if len(names) > 1 else names[0]))
-  fits = lambda x: x.ndim > axis and x.shape[axis] == rows  # noqa: E731
+  split = rows_split(mesh, rows, axis)
+  fits = lambda x: split is not None and x.ndim > axis and x.shape[axis] == rows  # noqa: E731
   return jax.tree.map(lambda x: jax.device_put(x, split) if fits(x) else x, batch)
+
+
+def rows_split(mesh: Mesh | None, rows: int, axis: int = 0) -> NamedSharding | None:
+  """Where arrays of so many rows (along `axis`) lie, split over the axes `BATCH` of a mesh that divides them."""
+  if mesh is None or ways(mesh) == 1 or rows % ways(mesh):
+    return None
+  names = [name for name in BATCH if mesh.shape.get(name, 1) > 1]
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, tuple(names) if len(names) > 1 else names[0]))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lmcompress import tree
 from lmcompress.arrays import FakeQuantArray, GatedArray, MaskedArray, ScoredArray
 from lmcompress.arrays.gated import pressed, undrawn, with_gates_of
 from lmcompress.calibration.token_loss import forward, head_loss, predictions
-from lmcompress.distributed.sharding import beside
+from lmcompress.distributed.sharding import beside, mesh_of, on_mesh_of, rows_split
 from lmcompress.generation.cache import init_cache
 from lmcompress.training.generated import Generated
 from lmcompress.training.losses import Labels, Likeliest, Loss
@@ -318,15 +318,19 @@ def train_step(
     `learning_rate`, and `broken`, the first of the arrays that train whose gradient is not finite, or -1.
   """
 
-  guide = None if teacher is None else (teacher_model, teacher)
-  lost = functools.partial(loss_of, model, kept, training, guide, through_masks=_reads_gradients(transform))
+  def lost(trained: Params, piece: Mapping[str, jax.Array], kept: Params, teacher: Params | None) -> Any:
+    guide = None if teacher is None else (teacher_model, teacher)
+    through = _reads_gradients(transform)
+    return loss_of(model, kept, training, guide, trained, piece, through_masks=through)
 
   def add(sums: Any, piece: Mapping[str, jax.Array]) -> tuple[Any, None]:
-    (total, count), grads = jax.value_and_grad(lost, has_aux=True)(moving.trained, piece)
+    # else XLA gathers all blocks before the loop, where they do not change
+    given = jax.lax.optimization_barrier((moving.trained, dict(piece), kept, teacher))
+    (total, count), grads = jax.value_and_grad(lost, has_aux=True)(*given)
     return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
   def mean(trained: Params) -> jax.Array:
-    total, count = lost(trained, {name: rows[0] for name, rows in batch.items()})
+    total, count = lost(trained, {name: rows[0] for name, rows in batch.items()}, kept, teacher)
     return total / jnp.maximum(count, 1).astype(jnp.float32)
 
   if training.accumulate == 1:  # no sums of gradients beside them, and nothing to divide
@@ -348,14 +352,35 @@ def compiled_step(
   transform: Transform | None = None,
   teacher: tuple[Any, Params] | None = None,
 ) -> Any:
-  """The compiled step for rows of `length` tokens, made from shapes alone: nothing is held or run."""
+  """The compiled step for rows of `length` tokens, made from shapes alone: nothing is held or run.
+
+  Shapes (or arrays) that say where they lie make it the program of one device of their mesh.
+  """
   state = jax.eval_shape(lambda p: start(p, training, trainable, transform), params)
+  state = _lying(state, params, training, trainable)
   shape = (training.accumulate, training.batch // training.accumulate, length)
-  batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32)}
+  batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows_split(mesh_of(params), shape[1], axis=1))}
   who, guide = teacher if teacher is not None else (None, None)
   key = jax.eval_shape(lambda: jax.random.key(0))
   moving = state._replace(kept=None)
-  return train_step.lower(model, moving, state.kept, batch, training, transform, who, guide, key).compile()
+  with on_mesh_of(params):
+    return train_step.lower(model, moving, state.kept, batch, training, transform, who, guide, key).compile()
+
+
+def _lying(state: Any, params: Params, training: Training, trainable: Callable[[str], bool]) -> Any:
+  """A state of shapes, each part where the parameter lies that it belongs to."""
+
+  def like(x: Any, old: Any) -> Any:
+    sharding = getattr(old, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)
+
+  trained, kept = tree.partition(params, trainable)
+  return state._replace(
+    trained=jax.tree.map(like, state.trained, trained),
+    moments=optax.tree.map_params(training.transformation(), like, state.moments, trained),
+    average=None if state.average is None else jax.tree.map(like, state.average, trained),
+    kept=jax.tree.map(like, state.kept, kept),
+  )
 
 
 def advance(
