@@ -309,7 +309,7 @@ def _needs(result: Result) -> str:
     )
     if key in needs
   ]  # fmt: skip
-  return f"A training step as compiled (a loop's body counts once): {', '.join(parts)}." if parts else ""
+  return f"A training step as compiled for a device (a loop's body counts once): {', '.join(parts)}." if parts else ""
 
 
 def _continuations(generation: Row) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lmcompress.distributed import RULES, make_mesh, sequence_parallel, shard
 from lmcompress.distributed.accelerators import ACCELERATORS
 from lmcompress.distributed.sharding import over_data
 from lmcompress.errors import ConfigError, LmcompressError
+from lmcompress.evaluate import profiling
 from lmcompress.generation.cache import init_cache
 from lmcompress.models import Llama, LlamaConfig, LlamaSizes
 from lmcompress.plan_request import PRESETS, Asked, parse_topology
@@ -99,6 +100,15 @@ def test_a_deep_model_is_drawn_on_from_a_shallow_one(shape, over):
   held, = temporaries([VirtualStep(model, shapes, training, LENGTH, every, None, shape, RULES)])
   made = plan.nbytes["gradients"] + plan.nbytes[BESIDES]
   assert made == pytest.approx(held, rel=0.05)
+
+
+def test_a_compiled_step_of_a_mesh_is_that_of_one_device():
+  """The same program, made from where arrays lie and from a state that lies there."""
+  _, step = on({"data": 2, "fsdp": 4}, average=0.9)
+  params = shard(MODEL, PARAMS, make_mesh(data=2, fsdp=4))
+  training = Training(steps=1, batch=BATCH, average=0.9)
+  made = compiled_step(MODEL, params, training, LENGTH, lambda path: True)
+  assert profiling.needs(made) == profiling.needs(step)
 
 
 @pytest.mark.parametrize(("trains", "teacher"), [("", False), ("norm", False), ("", True)])
