@@ -54,7 +54,8 @@ def plan(
   asked = plan_request.Asked.of(model, topology, serve, batch, length, compute)
   console = Console()
   console.width = console.width if console.is_terminal else max(console.width, 140)
-  made = asked.plan(asked.batch)
+  with console.status("the plan" if serve else "compiling the step for virtual devices"):
+    made = asked.plan(asked.batch)
   devices = asked.devices
   table = Table("weights", "each", "split", "MiB a device", title=f"{model} on {devices} devices: {asked.said}")
   for row in made.placements:
@@ -76,11 +77,11 @@ def plan(
   columns = ["device", "fits", f"{unit}, s", "tokens/s", "J a token", "largest batch"]
   columns += ["form of layers that fits"] if serve else []
   table = Table(*columns, *(["cost of 10^9 tokens"] if price is not None else []))
-  rows = {}
-  for name, device in ACCELERATORS.items():
-    if accelerator not in (None, name):
-      continue
-    found = rows[name] = asked.on(made, device)
+  with console.status("the largest batch of each device"):
+    named = {name: device for name, device in ACCELERATORS.items() if accelerator in (None, name)}
+    rows = {name: asked.on(made, device) for name, device in named.items()}
+  for name, found in rows.items():
+    device = named[name]
     t = found["estimate"]
     cells = [
       name, "yes" if found["fits"] else f"no, {device.memory / 1e9:.0f} GB", f"{t.least:.4g} to {t.most:.4g}",
