@@ -32,8 +32,8 @@ DEVICES, IN_ORDER = "--xla_force_host_platform_device_count=8", "--xla_cpu_enabl
 SCHEDULES = {"in order": f"{DEVICES} {IN_ORDER}", "at once": DEVICES}
 
 
-def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any]]:
-  """A row for each case."""
+def study(name: str, layers: int, batch: int, length: int, plans: bool) -> list[dict[str, Any]]:
+  """A row for each case, with the plan where it `plans`."""
   import jax
 
   from lmcompress import load
@@ -50,10 +50,12 @@ def study(name: str, layers: int, batch: int, length: int) -> list[dict[str, Any
     training = Training(steps=1, batch=batch, **over)
     whole = shard(model, params, make_mesh(**sizes)) if sizes else params
     memory: Any = compiled_step(model, whole, training, length, lambda path: True).memory_analysis()
-    plan = train_plan(model, shapes_of(model), training, length, sizes)
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    found.append({"mesh": sizes, "settings": over, "planned": plan.total, "compiled": held, "parts": plan.nbytes})
-    print(f"{sizes} {over}: planned {plan.total:.0f}, compiled {held}", file=sys.stderr, flush=True)
+    row = {"mesh": sizes, "settings": over, "compiled": memory.argument_size_in_bytes + memory.temp_size_in_bytes}
+    if plans:
+      plan = train_plan(model, shapes_of(model), training, length, sizes)
+      row |= {"planned": plan.total, "parts": plan.nbytes}
+    print(row, file=sys.stderr, flush=True)
+    found.append(row)
   return found
 
 
@@ -63,7 +65,8 @@ def both(command: list[str]) -> list[dict[str, Any]]:
   for schedule, flags in SCHEDULES.items():
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     env = os.environ | {"XLA_FLAGS": flags}
-    done = subprocess.run([*command, "--worker"], env=env, stdout=subprocess.PIPE, text=True)
+    asked = [*command, "--worker", *([] if made else ["--plans"])]
+    done = subprocess.run(asked, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
       raise LmcompressError(f"compiling {schedule} failed")
     made[schedule] = json.loads(done.stdout.splitlines()[-1])
@@ -83,11 +86,12 @@ def main() -> int:
   parser.add_argument("--length", type=int, default=128, help="tokens of a row")
   parser.add_argument("--out", type=Path, default=RESULT, help="result")
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--plans", action="store_true", help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   given = (arguments.model, arguments.layers, arguments.batch, arguments.length)
   try:
     if arguments.worker:
-      print(json.dumps(study(*given)))
+      print(json.dumps(study(*given, arguments.plans)))
       return 0
     rows = both([sys.executable, *sys.argv])
   except LmcompressError as error:
