@@ -157,6 +157,21 @@ def study(
           "evaluate": config.evaluate.model_dump(mode="json"), "versions": versions(), "device": device(), "rows": rows}
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+  """Bytes of the whole model against the ratio of perplexities, a line for names that differ in their number alone."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(6, 4), layout="constrained")
+  axis, lines = figure.subplots(), {}
+  for row in sorted(result["rows"], key=lambda row: row["nbytes"]):
+    lines.setdefault(row["name"].rstrip("0123456789."), []).append(row)
+  for name, line in sorted(lines.items()):
+    axis.plot([row["nbytes"] / 1e6 for row in line], [row["ratio"] for row in line], marker="o", label=name)
+  axis.set(xlabel="MB of all weights", ylabel="perplexity over float32's", yscale="log", title=result["model"])
+  axis.legend()
+  figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> int:
   """Runs the study and writes its result; prints the table."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,6 +198,8 @@ def main() -> int:
     print(f"quantization: {error}", file=sys.stderr)
     return 2
   arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+  if all("nbytes" in row for row in result["rows"]):
+    plot(result, arguments.out.with_suffix(".svg"))
   print(f"{'who':<6}{'method':<14}{'ratio':>8}{'bits':>8}{'seconds':>9}{'MiB':>7}")
   for row in result["rows"]:
     bits = f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else ""
