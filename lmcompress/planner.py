@@ -120,6 +120,7 @@ def train_plan(
   Raises:
     ConfigError: the mesh does not divide the model or the batch, there are more stages than blocks, or nothing trains.
     WeightError: the model predicts no next token.
+    LmcompressError: the step does not compile.
   """
   require_causal(model, "a plan of training")
   stages, sizes = sizes.get("pipe", 1), {name: sizes.get(name, 1) for name in AXES}

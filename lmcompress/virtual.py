@@ -102,6 +102,5 @@ def _compiled(step: VirtualStep) -> int:
       made = compiled_step(step.model, params, step.training, step.length, trained, None, teacher)
     return made.memory_analysis().temp_size_in_bytes
   except Exception as error:  # as words: JAX's own are not all such as another process can be given
-    raise LmcompressError(
-      f"a plan's step does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    ) from None
+    said = (str(error).strip() or "it says no more").splitlines()[0]
+    raise LmcompressError(f"a plan's step does not compile: {type(error).__name__}: {said}") from None
