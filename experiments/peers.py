@@ -104,6 +104,7 @@ OURS = (  # variant of the config ("" is the dense tree), bits, activations, cac
   ("", 32, "float32", "float32"),
   ("", 16, "bfloat16", "bfloat16"),
   ("int8-row", 8, "int8", "bfloat16"),
+  ("int8-row", 8, "int8_token", "bfloat16"),
   ("int8-g32", 8, "int8", "bfloat16"),
   ("int4-g32", 4, "bfloat16", "bfloat16"),
   ("int4-g32", 4, "int8", "bfloat16"),

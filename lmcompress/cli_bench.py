@@ -20,9 +20,9 @@ def bench(
   batch: Annotated[list[int], typer.Option(help="Sequences at once; repeat.")] = [1],  # noqa: B006
   decode: Annotated[int, typer.Option(help="Tokens written in each round.")] = 32,
   rounds: Annotated[int, typer.Option(help="Rounds that count, after a warm-up.")] = 5,
-  activations: Annotated[str, typer.Option(help="What products round their inputs to: float32, bfloat16, int8.")] = (
-    "float32"
-  ),
+  activations: Annotated[
+    str, typer.Option(help="What products round their inputs to: float32, bfloat16, int8, int8_token.")
+  ] = "float32",
   cache: Annotated[str, typer.Option(help="Keys and values: float32, bfloat16, int8, int4.")] = "float32",
   backend: Annotated[str, typer.Option(help="auto, native, pallas, reference.")] = "auto",
   recipe: Annotated[str | None, typer.Option(help="A config whose recipe compresses the model first.")] = None,

@@ -691,26 +691,28 @@ template <int rows, int tiles, bool wide, bool row_scale>
 inline void int8_block(
     const Weight& w, const uint8_t* codes, const Rows& x, int64_t r, const float* scales, const float* minima,
     bool shifted, float* y, int64_t ldy, int64_t outputs, const uint8_t* ahead) {
-  int64_t depth = w.padded(), per_tile = 16 * w.groups, unit = w.unit(), units = w.units(), in_group = w.group / unit;
+  const int64_t depth = w.padded(), per_tile = 16 * w.groups, unit = x.unit, units = (depth + unit - 1) / unit;
+  const int64_t in_group = w.group / unit, step = w.unit(), lines = tiles * w.bits * step / 32;
   f32 total[rows][tiles] = {};
   const int8_t* q = x.q + r * x.width;
   const int32_t* starts = x.starts + r * units;
   const float* activations = x.scale + r * units;
   for (int64_t u = 0, g = 0, left = in_group; u < units; u++) {
     i32 acc[rows][tiles];
-    if (ahead)  // the tiles that come next, while these are multiplied
-      for (int64_t line = 0; line < tiles * w.bits * unit / 32; line++)
-        __builtin_prefetch(ahead + (u * tiles * w.bits * unit / 32 + line) * 64);
     for (int i = 0; i < rows; i++) {
       i32 start = i32{} + starts[i * units + u];
       for (int t = 0; t < tiles; t++) acc[i][t] = start;
     }
-    for (int64_t k = u * unit; k < (u + 1) * unit; k += 4) {
-      u32 v[tiles];
-      for (int t = 0; t < tiles; t++) v[t] = load<u32>(codes + t * depth * 16 + 16 * k);
-      for (int i = 0; i < rows; i++) {
-        u32 a = four_of(q + i * x.width + k);
-        for (int t = 0; t < tiles; t++) acc[i][t] = dot4<wide>(acc[i][t], v[t], a);
+    for (int64_t from = u * unit, end = std::min(depth, from + unit); from < end; from += step) {
+      if (ahead)  // the tiles that come next, while these are multiplied
+        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(ahead + (from / step * lines + line) * 64);
+      for (int64_t k = from; k < from + step; k += 4) {
+        u32 v[tiles];
+        for (int t = 0; t < tiles; t++) v[t] = load<u32>(codes + t * depth * 16 + 16 * k);
+        for (int i = 0; i < rows; i++) {
+          u32 a = four_of(q + i * x.width + k);
+          for (int t = 0; t < tiles; t++) acc[i][t] = dot4<wide>(acc[i][t], v[t], a);
+        }
       }
     }
     if constexpr (row_scale) {
@@ -886,6 +888,15 @@ void quantize_units(const float* x, int64_t n, int64_t unit, int8_t* q, float* s
     int32_t total = 0;
     for (int64_t j = i; j < i + unit; j++) total += q[j];
     sums[u] = total;
+  }
+}
+
+void quantize_token(const float* x, int64_t n, int64_t unit, int8_t* q, float* scale, int32_t* sums) {
+  float one = quantize(x, n, q);
+  for (int64_t u = 0, i = 0; i < n; u++, i += unit) {
+    int32_t total = 0;
+    for (int64_t j = i; j < std::min(n, i + unit); j++) total += q[j];
+    scale[u] = one, sums[u] = total;
   }
 }
 
@@ -1365,8 +1376,9 @@ void attend(const Cache& kc, const Cache& vc, int64_t head, int64_t base, int64_
 }  // namespace
 
 const Kernels table = {
-    LMC_NAME,  few_float, few_int8, many_float, many_bf16, many_int8, row,    quantize, quantize_units, bf16_row,
-    group_sums, rms_norm, gated_silu, argmax, sparse_row, rotate,   append,    append_group, attend,    attend_scratch,
+    LMC_NAME,       few_float, few_int8,   many_float, many_bf16,  many_int8, row,        quantize,
+    quantize_units, quantize_token, bf16_row, group_sums, rms_norm, gated_silu, argmax,   sparse_row,
+    rotate,         append,    append_group, attend,   attend_scratch,
 };
 
 }  // namespace LMC_ISA

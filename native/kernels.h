@@ -46,6 +46,8 @@ struct Weight {
   int64_t padded() const { return blocks * 32; }
   int64_t unit() const { return group == 16 ? 16 : 32; }  // inputs that share a scale of their activations
   int64_t units() const { return padded() / unit(); }
+  // The same where a token has one scale: as many as share a scale of the weight, and are summed in 32 bits.
+  int64_t long_unit() const { return groups == 1 ? 1 << 14 : group <= 1 << 14 ? group : unit(); }
   int code_offset() const { return zero || minimum ? 0 : offset; }
   bool plain() const { return codes == Codes::integer || codes == Codes::table; }
 };
@@ -58,7 +60,8 @@ struct Rows {
   int64_t stride = 0;              // of x alone
   const uint16_t* bf16 = nullptr;  // [count, width]
   const int8_t* q = nullptr;       // [count, width]
-  const float* scale = nullptr;    // [count, units]: x = q * scale, a scale for each unit of 32 inputs (or 16)
+  int64_t unit = 32;               // of q: inputs that share an entry of `scale` and of `starts`
+  const float* scale = nullptr;    // [count, units]: x = q * scale
   const int32_t* starts = nullptr;  // [count, units]: minus the weight's offset times the sum of q
   const float* sums = nullptr;     // [count, groups]: of x, or of q * scale
 };
@@ -84,7 +87,9 @@ struct Kernels {
   // One output row of a table, decoded: [padded inputs].
   void (*row)(const Weight&, int64_t output, float* y);
   float (*quantize)(const float* x, int64_t n, int8_t* q);  // all of x with one scale, which it returns
+  // Codes of x, the sums of each unit's codes and its scale: of its own, or one for all of x.
   void (*quantize_units)(const float* x, int64_t n, int64_t unit, int8_t* q, float* scale, int32_t* sums);
+  void (*quantize_token)(const float* x, int64_t n, int64_t unit, int8_t* q, float* scale, int32_t* sums);
   void (*to_bf16)(const float* x, int64_t n, uint16_t* y);
   void (*group_sums)(const float* x, int64_t n, int64_t group, float* sums);
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int64_t n, float* y);

@@ -18,7 +18,7 @@ enum Field {
   kValue, kFields
 };
 
-enum Activations { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Activations { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt8Token = 3 };  // the last: one scale for a token
 
 constexpr int64_t kSpare = 64;  // entries past the last value of a bitmap, which a vector load may touch
 
@@ -167,9 +167,9 @@ struct Prepared {
   int offset;
   bool sums;
   Rows rows;
-  bool fits(const Weight& w, bool need_sums) const {
+  bool fits(const Weight& w, bool need_sums, int64_t unit) const {
     return width == w.padded() && group == w.group && packed_group == w.packed_group && groups == w.groups &&
-           (!rows.q || offset == w.code_offset()) && (sums || !need_sums);
+           (!rows.q || (offset == w.code_offset() && rows.unit == unit)) && (sums || !need_sums);
   }
 };
 
@@ -196,7 +196,7 @@ constexpr int64_t kFewInt8 = 2;       // and of integers
 constexpr int64_t kShare = 1 << 12;   // values from which preparing several rows is shared out
 
 void fill_row(const Weight& w, const Kernels& k, const float* from, int64_t r, int64_t inputs, bool scatter,
-              int activations, char* arena, const Layout& at, bool need_sums) {
+              int activations, bool token, int64_t unit, char* arena, const Layout& at, bool need_sums) {
   int64_t width = w.padded();
   const float* x = from;
   if (scatter) {
@@ -214,10 +214,10 @@ void fill_row(const Weight& w, const Kernels& k, const float* from, int64_t r, i
   if (activations == kBfloat16) k.to_bf16(x, width, (uint16_t*)(arena + at.bf16) + r * width);
   float* sums = (float*)(arena + at.sums) + r * w.groups;
   if (activations == kInt8) {
-    int64_t units = w.units(), in_group = std::max<int64_t>(1, w.group / w.unit());
+    int64_t units = (width + unit - 1) / unit, in_group = w.groups == 1 ? units : w.group / unit;
     float* scale = (float*)(arena + at.scale) + r * units;
     int32_t* starts = (int32_t*)(arena + at.starts) + r * units;
-    k.quantize_units(x, width, w.unit(), (int8_t*)(arena + at.q) + r * width, scale, starts);
+    (token ? k.quantize_token : k.quantize_units)(x, width, unit, (int8_t*)(arena + at.q) + r * width, scale, starts);
     if (need_sums) {
       std::fill(sums, sums + w.groups, 0.f);
       for (int64_t u = 0; u < units; u++) sums[u / in_group] += scale[u] * float(starts[u]);
@@ -234,7 +234,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
   auto dims = x.dimensions();
   if (x.element_type() != ffi::DataType::F32 || dims.size() != 2) return bad("x is not float32 [rows, inputs]");
   if (forms.size() % kFields) return bad("the description of the weights is cut off");
-  if (activations < 0 || activations > 2) return bad("activations are float32, bfloat16 or int8");
+  if (activations < 0 || activations > 3) return bad("activations are float32, bfloat16, int8 or int8 by the token");
   int64_t rows = dims[0], inputs = dims[1], count = int64_t(forms.size()) / kFields;
   if (int64_t(rets.size()) != count) return bad("there are not as many outputs as weights");
   Operands operands(args);
@@ -260,18 +260,20 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
   if (int64_t(arenas.size()) < count) arenas.resize(count);
   prepared.clear();
   std::vector<int64_t> form_of(count);
-  auto int8 = [&](const Weight& w) { return activations == kInt8 && w.codes == Codes::integer; };
+  bool token = activations == kInt8Token;
+  auto int8 = [&](const Weight& w) { return (token || activations == kInt8) && w.codes == Codes::integer; };
   auto many = [&](const Weight& w) { return rows > (int8(w) ? kFewInt8 : kFew); };
   auto bf16 = [&](const Weight& w) { return many(w) && activations == kBfloat16 && !int8(w); };
   for (int64_t i = 0; i < count; i++) {
     const Weight& w = weights[i];
     int mode = int8(w) ? kInt8 : bf16(w) ? kBfloat16 : kFloat32;
     bool sums = w.plain() && (w.zero || w.minimum) && (mode == kInt8 || !many(w));
+    int64_t unit = token && many(w) ? w.long_unit() : w.unit();
     int64_t j = 0;
     for (; j < int64_t(prepared.size()); j++) {
       const Prepared& p = prepared[j];
       bool has = mode == kInt8 ? p.rows.q != nullptr : mode == kBfloat16 ? p.rows.bf16 != nullptr : p.rows.q == nullptr && p.rows.bf16 == nullptr;
-      if (has && p.fits(w, sums)) break;
+      if (has && p.fits(w, sums, unit)) break;
     }
     form_of[i] = j;
     if (j < int64_t(prepared.size())) continue;
@@ -284,12 +286,13 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arg
     r.stride = scatter ? r.width : inputs;
     r.bf16 = mode == kBfloat16 ? (uint16_t*)(arena + at.bf16) : nullptr;
     r.q = mode == kInt8 ? (int8_t*)(arena + at.q) : nullptr;
+    r.unit = unit;
     r.scale = mode == kInt8 ? (float*)(arena + at.scale) : nullptr;
     r.starts = mode == kInt8 ? (int32_t*)(arena + at.starts) : nullptr;
     r.sums = sums ? (float*)(arena + at.sums) : nullptr;
     auto fill = [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; n++)
-        fill_row(w, k, values + n * inputs, n, inputs, scatter, mode, arena, at, sums);
+        fill_row(w, k, values + n * inputs, n, inputs, scatter, mode, token, unit, arena, at, sums);
     };
     bool any = scatter || mode != kFloat32 || sums;
     bool share = rows > 1 && rows * w.padded() >= kShare;

@@ -70,7 +70,7 @@ class TiledArray(CompressedArray):
     pad: inputs and outputs that the layout adds.
     axis: the contraction axis of the logical array.
     source: the `kind` of the weight that it was made from.
-    activations: `float32`, `bfloat16` or `int8`: what inputs are rounded to before the product.
+    activations: `float32`, `bfloat16`, `int8` or `int8_token`: what inputs are rounded to before the product.
   """
 
   codes: jax.Array

@@ -25,7 +25,7 @@ from lmcompress.arrays.tiled import TiledArray
 from lmcompress.ops import backend
 from lmcompress.types import CompressedArray, Params, WeightError
 
-ACTIVATIONS = ("float32", "bfloat16", "int8")
+ACTIVATIONS = ("float32", "bfloat16", "int8", "int8_token")
 
 
 def prepare(
@@ -44,9 +44,9 @@ def prepare(
   Args:
     params: a canonical tree.
     activations: what inputs are rounded to before a product. `float32` computes in float; `bfloat16` rounds inputs of
-      many rows at once to bfloat16 (decoding stays in float32); `int8` rounds each token to 8 bits with a scale of
-      its own and multiplies integers, for integer codes (other forms take float32). An `InputArray` with
-      `Int8PerToken` or `Int8PerGroup` asks for `int8` itself (the kernel has a scale for every 32 inputs).
+      many rows at once to bfloat16 (decoding stays in float32); `int8` rounds to 8 bits with a scale for every 32
+      inputs of a token and multiplies integers, `int8_token` with one scale for a token, as `InputArray`s with
+      `Int8PerGroup` and `Int8PerToken` ask for themselves. Forms other than integer codes take float32 there.
     consume: empties `params` as it goes, so that memory never holds two copies of more than one weight.
     progress: called with `("prepare", done, total)`.
 
@@ -86,18 +86,18 @@ def _codebooks(params: Params, leaf: Any) -> Any:
 
 
 def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
-  from lmcompress.ops.kernels.tiling import Unsupported, tile
+  from lmcompress.ops.kernels.tiling import Unsupported, taken, tile
 
   if isinstance(leaf, TiledArray):
-    return dataclasses.replace(leaf, activations=_allowed(leaf, activations))
+    return dataclasses.replace(leaf, activations=taken(leaf.form, activations))
   if isinstance(leaf, LearnedInputArray):
     return _prepared(path, leaf.fixed(), axis, activations)
   if isinstance(leaf, InputArray):
-    if not isinstance(leaf.act, (Int8PerGroup, Int8PerToken)):
-      return dataclasses.replace(leaf, weight=_prepared(path, leaf.weight, axis, "float32"))
-    inner = _prepared(path, leaf.weight, axis, "int8")
-    fused = isinstance(inner, TiledArray) and inner.activations == "int8"
-    return inner if fused else dataclasses.replace(leaf, weight=inner)
+    fused = {Int8PerGroup: "int8", Int8PerToken: "int8_token"}.get(type(leaf.act), "float32")
+    inner = _prepared(path, leaf.weight, axis, fused)
+    if fused != "float32" and isinstance(inner, TiledArray) and inner.activations == fused:
+      return inner
+    return dataclasses.replace(leaf, weight=inner)
   if isinstance(leaf, LowRankArray):
     left, right = (_prepared(path, part, axis, activations) for part in (leaf.left, leaf.right))
     return dataclasses.replace(leaf, left=left, right=right)
@@ -129,7 +129,3 @@ def _prepared(path: str, leaf: Any, axis: int, activations: str) -> Any:
     return leaf
   except ValueError as error:
     raise WeightError(f"prepare at {path}: {error}") from None
-
-
-def _allowed(leaf: TiledArray, activations: str) -> str:
-  return "float32" if activations == "int8" and leaf.form.codes != "integer" else activations

@@ -32,6 +32,7 @@ quiet = functools.partial(settings, phases=[Phase.generate], deadline=None, dera
 fill = jax.jit(pack, static_argnames=("bits", "axis", "block"))
 dense_value = jax.jit(lambda leaf: leaf.materialize())
 AXES = pytest.mark.parametrize("axis", [-2, -1], ids=["kernel", "table"])
+ACTIVATIONS = ("float32", "bfloat16", "int8", "int8_token")
 
 
 class Case(NamedTuple):
@@ -165,6 +166,8 @@ def tiled(case, activations="float32"):
 
 def units(w):
   """Where inputs begin that share a scale of their int8 activations: every 32 of a group (16 where groups are 16)."""
+  if w.activations == "int8_token":
+    return [0]
   form, size = w.form, 16 if w.form.padded_group == 16 else 32
   group = w.inputs if form.group == -1 else form.group
   return [i for start in range(0, w.inputs, group) for i in range(start, min(start + group, w.inputs), size)]
@@ -199,7 +202,7 @@ def check(case, w, rows, seed=7):
   x = np.random.default_rng(seed).normal(size=(rows, case.dense.shape[0])).astype(np.float32)
   y = np.asarray(product(jnp.asarray(x), w))
   assert y.shape == (rows, case.dense.shape[1]) and y.dtype == np.float32
-  inputs, ties = int8(x, w) if w.activations == "int8" else (x.astype(np.float64), 0 * x)
+  inputs, ties = int8(x, w) if w.activations.startswith("int8") else (x.astype(np.float64), 0 * x)
   magnitude = np.abs(inputs)
   bound = 8 * x.shape[1] ** 0.5 * 2.0**-24 * (magnitude @ (np.abs(case.dense) + 2 * case.shift)) + 2.0**-100
   bound += ties @ np.abs(case.dense)
@@ -213,7 +216,7 @@ def check_all(case, few, many, all_activations=True):
   """Each path of a weight, and rows of a table."""
   w = tiled(case)
   assert w.shape == case.leaf.shape and w.outputs == case.dense.shape[1]
-  for activations in ("float32", "bfloat16", "int8") if all_activations else ("float32",):
+  for activations in ACTIVATIONS if all_activations else ("float32",):
     name = "kernel" if case.axis == -2 else "table"
     acting = ops.prepare({name: w}, activations=activations)[name]
     if acting.activations == activations:  # int8 is for integers
@@ -450,7 +453,7 @@ def test_gradient_to_x(form, axis):
   x, g = (jnp.asarray(rng.normal(size=(3, n)), jnp.float32) for n in case.dense.shape)
   want = np.asarray(g, np.float64) @ case.dense.T
   bound = 1e-6 * (np.abs(g) @ (np.abs(case.dense) + 2 * case.shift).T)
-  for activations in ("float32", "int8")[: 2 if form.startswith("int") else 1]:
+  for activations in ("float32", "int8", "int8_token")[: 3 if form.startswith("int") else 1]:
     w = tiled(case, activations)
     got = jax.jit(jax.grad(lambda x, w=w: jnp.sum(g * product(x, w))))(x)
     assert np.all(np.abs(got - want) <= bound)
@@ -461,7 +464,7 @@ def test_gradient_to_x(form, axis):
 def test_nan_and_infinity_stay_in_their_row(rows, bad):
   for name, case in some().items():
     at = int(np.argmax(np.abs(case.dense).min(axis=1))) if name in ("2:4 int8", "bitmap float32") else 7
-    for activations in ("float32", "bfloat16", "int8"):
+    for activations in ACTIVATIONS:
       w = tiled(case, activations)
       x = np.random.default_rng(1).normal(size=(rows, w.inputs)).astype(np.float32)
       clean = np.asarray(ops.linear(jnp.asarray(x), w))
@@ -473,7 +476,7 @@ def test_nan_and_infinity_stay_in_their_row(rows, bad):
 
 
 @pytest.mark.parametrize("rows", [2, 11])
-@pytest.mark.parametrize("activations", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_linears(rows, activations):
   """Several weights at once are those weights one by one, whether or not they share a layout."""
   rng = np.random.default_rng(0)
@@ -483,7 +486,7 @@ def test_linears(rows, activations):
     integer(rng, 8, -1, -2, 83, 16, "minimum"),
     integer(rng, 4, 32, -2, 83, 70, "zero point"),
   ]
-  if activations != "int8":
+  if not activations.startswith("int8"):
     cases += [bfloat16(rng, -2, 83, 21), on_grid(rng, NF4, 32, -2, 83, 20), bitmap(rng, "int8", -2, 83, 9)]
   weights = [tiled(case, activations) for case in cases]
   x = jnp.asarray(rng.normal(size=(rows, 83)), jnp.float32)
@@ -492,6 +495,13 @@ def test_linears(rows, activations):
     np.testing.assert_allclose(y, ops.linear(x, w), rtol=1e-6, atol=1e-5)
   mixed = ops.linears(x, [weights[0], cases[1].dense.astype(np.float32) + jnp.zeros(())])
   np.testing.assert_allclose(mixed[0], together[0], rtol=1e-6, atol=1e-5)
+
+
+def test_a_token_of_many_inputs():
+  """Integers are summed over as many inputs as 32 bits hold, whatever the codes."""
+  w = tiled(Case(quantize_matrix(jnp.ones((140_000, 5)), axis=-2, bits=8, group_size=-1), -2, None, None), "int8_token")
+  for rows in (1, 9):
+    np.testing.assert_allclose(ops.linear(jnp.ones((rows, 140_000)), w), 140_000, rtol=1e-3)
 
 
 def test_embed_clamps_and_maps():
@@ -510,7 +520,7 @@ def test_embed_clamps_and_maps():
 def test_threads_share_large_products():
   """Sizes that are cut into parts; the same numbers in every run."""
   case = integer(np.random.default_rng(0), 4, 32, -2, 512, 1000, "zero point")
-  for activations in ("float32", "bfloat16", "int8"):
+  for activations in ACTIVATIONS:
     w = tiled(case, activations)
     for rows in (1, 70):
       check(case, w, rows)
@@ -550,7 +560,7 @@ def test_operands_of_another_size_or_dtype(form):
   refused(x[:, :-1], w)
   refused(x[None], w)
   refused(x, w, outputs=(2, w.outputs - 1))
-  refused(x, w, activations=3)
+  refused(x, w, activations=4)
   refused(x, w, forms=_describe(w)[:-1])
   refused(x, w, forms=[*_describe(w), *_describe(w)])
 
@@ -576,7 +586,7 @@ def test_descriptions_at_random():
   for i, (w, form) in enumerate(mutations(250, 0)):
     x = jnp.ones(((3, 9)[i % 2], w.inputs))
     try:
-      jax.block_until_ready(raw(x, w, form, activations=i % 3))
+      jax.block_until_ready(raw(x, w, form, activations=i % 4))
     except jax.errors.JaxRuntimeError:
       refusals += 1
   assert refusals > 100

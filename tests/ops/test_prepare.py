@@ -63,7 +63,12 @@ def test_nested_forms():
   np.testing.assert_allclose(ops.linear(x, fast), ops.linear(x, factored), rtol=1e-4, atol=1e-3)
   acted = arrays.with_act(q(weight()), arrays.Int8PerToken())
   fused = leaf_of(ops.prepare(small(acted)))
-  assert isinstance(fused, TiledArray) and fused.activations == "int8"
+  assert isinstance(fused, TiledArray) and fused.activations == "int8_token"
+  sizes = 10.0 ** np.arange(-4, 5)[:, None]
+  many = jnp.asarray(sizes * np.random.default_rng(2).normal(size=(9, 64)), jnp.float32)
+  with ops.use_backend("reference"):
+    want = ops.linear(many, acted)
+  np.testing.assert_allclose(ops.linear(many, fused) / sizes, want / sizes, rtol=1e-4, atol=1e-3)
   kept = leaf_of(ops.prepare(small(arrays.with_act(weight().astype(jnp.bfloat16), arrays.Int8PerToken(), -2))))
   assert isinstance(kept.weight, TiledArray) and kept.weight.activations == "float32"
 
@@ -156,12 +161,12 @@ with warnings.catch_warnings(record=True) as said:
     bf16=w.astype(jnp.bfloat16), half=nm_sparse(w, nm_mask(w, 2, 4, -2), 2, 4, -2))
   for name, leaf in forms.items():
     dense = np.asarray(leaf.materialize() if hasattr(leaf, "materialize") else leaf, np.float64)
-    for activations in ("float32", "int8"):
+    for activations in ("float32", "int8", "int8_token"):
       prepared = ops.prepare({{"kernel": leaf}}, activations=activations)["kernel"]
       for rows in (1, 3, 20):
         x = rng.normal(size=(rows, 96)).astype(np.float32)
         error = np.abs(np.asarray(ops.linear(jnp.asarray(x), prepared), np.float64) - x @ dense)
-        bound = np.abs(x) @ np.abs(dense) * (2e-2 if activations == "int8" or name == "bf16" else 1e-5)
+        bound = np.abs(x) @ np.abs(dense) * (2e-2 if activations.startswith("int8") or name == "bf16" else 1e-5)
         assert (error <= bound).all(), (name, activations, rows, (error / bound).max())
   view = ops.View(jnp.ones((1, 9), bool), jnp.int32(0), jnp.ones((1, 9, 16)), jnp.zeros((1, 9, 16)))
   k = jnp.asarray(rng.normal(size=(1, 9, 32)).astype(np.float32))

@@ -17,7 +17,7 @@ from lmcompress.ops.linear import Rules, gathered_embed, register, tiled_attend,
 
 _CODES = {"integer": 0, "table": 1, "bfloat16": 2, "n_of_m": 3, "bitmap": 4}
 _TYPES = {"": 0, "float32": 1, "bfloat16": 3, "uint8": 4}
-_ACTIVATIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
+_ACTIVATIONS = {"float32": 0, "bfloat16": 1, "int8": 2, "int8_token": 3}
 
 
 def _describe(w: TiledArray) -> list[int]:

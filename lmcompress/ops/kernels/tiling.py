@@ -39,8 +39,8 @@ def tile(leaf: Any, axis: int, activations: str) -> TiledArray:
   Args:
     leaf: a compressed array, or a bfloat16 array.
     axis: its contraction axis.
-    activations: what inputs are rounded to: `float32`, `bfloat16` or `int8` (integer codes only; others take
-      float32 inputs).
+    activations: what inputs are rounded to: `float32`, `bfloat16`, `int8` or `int8_token` (integer codes only;
+      others take float32 inputs).
 
   Raises:
     Unsupported: the kernels do not read this form.
@@ -68,8 +68,7 @@ def tile(leaf: Any, axis: int, activations: str) -> TiledArray:
   else:
     raise Unsupported(leaf.kind)
   form: Form = parts["form"]
-  if activations == "int8" and form.codes != "integer":
-    activations = "float32"
+  activations = taken(form, activations)
   arrays = {name: parts.get(name) for name in ("codes", "index", "start", "scale", "zero", "minimum", "outer", "table")}
   for name in ("scale", "minimum", "outer"):
     if arrays[name] is not None and not np.isfinite(np.asarray(arrays[name], np.float32)).all():
@@ -83,6 +82,11 @@ def tile(leaf: Any, axis: int, activations: str) -> TiledArray:
     source=leaf.kind if isinstance(leaf, CompressedArray) else str(leaf.dtype),
     activations=activations,
   )
+
+
+def taken(form: Form, activations: str) -> str:
+  """What products of a form round their inputs to, asked for `activations`: only integer codes meet integers."""
+  return "float32" if activations.startswith("int8") and form.codes != "integer" else activations
 
 
 def _stacked(leaf: Any, axis: int, activations: str) -> TiledArray:
