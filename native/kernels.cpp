@@ -687,12 +687,12 @@ void many_bf16(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
   });
 }
 
-template <int rows, int tiles, bool wide, bool row_scale>
+template <int rows, int tiles, bool wide>
 inline void int8_block(
     const Weight& w, const uint8_t* codes, const Rows& x, int64_t r, const float* scales, const float* minima,
     bool shifted, float* y, int64_t ldy, int64_t outputs, const uint8_t* ahead) {
   const int64_t depth = w.padded(), per_tile = 16 * w.groups, unit = x.unit, units = (depth + unit - 1) / unit;
-  const int64_t in_group = w.group / unit, step = w.unit(), lines = tiles * w.bits * step / 32;
+  const int64_t in_group = w.groups == 1 ? units : w.group / unit, step = w.unit(), lines = tiles * w.bits * step / 32;
   f32 total[rows][tiles] = {};
   const int8_t* q = x.q + r * x.width;
   const int32_t* starts = x.starts + r * units;
@@ -715,20 +715,13 @@ inline void int8_block(
         }
       }
     }
-    if constexpr (row_scale) {
-      for (int i = 0; i < rows; i++)
-        for (int t = 0; t < tiles; t++) total[i][t] += to_f32(acc[i][t]) * activations[i * units + u];
-    } else {
-      for (int t = 0; t < tiles; t++) {
-        f32 s = load<f32>(scales + t * per_tile + 16 * g);
-        for (int i = 0; i < rows; i++) total[i][t] += to_f32(acc[i][t]) * (s * activations[i * units + u]);
-      }
-      if (--left == 0) g++, left = in_group;
+    for (int t = 0; t < tiles; t++) {
+      f32 s = load<f32>(scales + t * per_tile + 16 * g);
+      for (int i = 0; i < rows; i++) total[i][t] += to_f32(acc[i][t]) * (s * activations[i * units + u]);
     }
+    if (--left == 0) g++, left = in_group;
   }
   for (int t = 0; t < tiles; t++) {
-    if constexpr (row_scale)
-      for (int i = 0; i < rows; i++) total[i][t] *= load<f32>(scales + t * per_tile);
     if (shifted)
       for (int64_t g = 0; g < w.groups; g++) {
         f32 m = load<f32>(minima + t * per_tile + 16 * g);
@@ -778,10 +771,7 @@ void many_int8(const Weight& w, int64_t tile, int tiles, const Rows& x, float* y
     in_sixes(x.count, [&]<int rows>(int64_t r) {
       const uint8_t* ahead = r ? nullptr : next + t * w.blocks * (w.bits * 64);
       float* to = y + 16 * t;
-      if (w.groups == 1)
-        int8_block<rows, n, wide, true>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);
-      else
-        int8_block<rows, n, wide, false>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);
+      int8_block<rows, n, wide>(w, c, x, r, s, m, shifted, to, ldy, outputs - 16 * t, ahead);
     });
   };
   in_tiles(tiles, [&]<int n>(int t) {
