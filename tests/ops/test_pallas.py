@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lmcompress import ops
 from lmcompress.arrays import NMSparseArray, QuantizedArray, masked, nm_mask, nm_sparse
+from lmcompress.distributed import make_mesh
 from lmcompress.ops.kernels import gpu, gpu_tiles, tpu
 from lmcompress.transforms.round_to_nearest import quantize_matrix
 
@@ -293,3 +297,46 @@ def test_what_is_left_to_the_reference(kernel):
   table = quantized("int4 g32", 64, 8, -1)
   assert supports(jnp.arange(3), table, "embed") == ""
   np.testing.assert_array_equal(KERNELS[kernel].embed(jnp.arange(3), table), ops.embed(jnp.arange(3), table))
+
+
+# ---------------------------------------------------------------------------------------------- on a mesh
+
+
+def collectives(f, *args):
+  """The value of a compiled function and the kinds of messages in its program."""
+  compiled = jax.jit(f).lower(*args).compile()
+  kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+  return compiled(*args), re.findall(rf"= .*? ({kinds})(?:-start)?\(", compiled.as_text())
+
+
+def placed(leaf, spec, mesh):
+  put = lambda s, part: jax.device_put(part, NamedSharding(mesh, s))  # noqa: E731
+  return jax.tree.map(put, leaf.sharding_like(spec), leaf, is_leaf=lambda s: isinstance(s, P))
+
+
+ON_MESHES = ["int8 row", "int8 g32 zero", "int4 g32", "fp8_e5m2 g32", "2:4 int8 row", "2:4 bfloat16"]
+
+
+@each_kernel
+@pytest.mark.parametrize("form", ON_MESHES)
+def test_each_shard_multiplies_its_part(kernel, form):
+  """No message where outputs are split, one sum where inputs are; the products are those of one device."""
+  make = two_of_four if form.startswith("2:4 ") else quantized
+  leaf, x = make(form.removeprefix("2:4 "), 1024, 256), normal(1, 4, 1024)
+  door = functools.partial(call, kernel, "linear")
+  mesh, want = make_mesh(data=2, tensor=4), np.asarray(door(x, leaf))
+  for spec, messages in ((P(None, "tensor"), []), (P("tensor", None), ["all-reduce"])):
+    put = jax.device_put(x, NamedSharding(mesh, P("data", spec[0])))
+    y, found = collectives(door, put, placed(leaf, spec, mesh))
+    assert found == messages and y.sharding.spec == (P("data", "tensor") if spec[1] else P("data"))
+    np.testing.assert_allclose(np.asarray(y), want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_ends_within_a_group_stays_whole():
+  """25 blocks and 5 groups, the last of which is cut short: five parts would each begin within a group."""
+  leaf, x = quantize_matrix(normal(0, 400, 24), axis=-2, bits=4, group_size=96), normal(1, 4, 400)
+  assert (leaf.codes.blocks, leaf.scale.shape[0]) == (25, 5)
+  mesh = Mesh(np.array(jax.devices()[:5]), ("tensor",))
+  put = jax.device_put(x, NamedSharding(mesh, P(None, "tensor")))
+  y = jax.jit(functools.partial(call, "gpu", "linear"))(put, placed(leaf, P(), mesh))
+  np.testing.assert_allclose(np.asarray(y), call("gpu", "linear", x, leaf), rtol=1e-4, atol=1e-4)

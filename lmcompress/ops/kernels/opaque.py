@@ -1,4 +1,4 @@
-"""A kernel that JAX cannot look into, made differentiable and batched by the reference that it stands beside."""
+"""A kernel that JAX cannot look into, made differentiable, batched and split over a mesh beside its reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lmcompress.arrays.grids import Float8, Integer
 from lmcompress.arrays.nm_sparse import NMSparseArray
 from lmcompress.arrays.quantized import QuantizedArray
+from lmcompress.ops.kernels.partition import Cut, partitioned
 
 Product = Callable[[jax.Array, Any], jax.Array]
 """`(x [..., inputs], w) -> [..., outputs]`."""
@@ -24,7 +26,7 @@ def around(kernel: Product, reference: Product, outputs: Callable[[Any], int]) -
 
   The backward pass is that of `reference`, which rebuilds tiles and holds no dense weight; it reaches x and the
   fields of the weight that train. Under vmap over x alone the mapped axis becomes rows of one call; where the
-  weight is mapped too, the kernel runs once for each.
+  weight is mapped too, the kernel runs once for each. On a mesh each shard runs it on its part (`split`).
 
   Args:
     kernel: `(x [m, inputs], w) -> [m, outputs]` in the dtype of x, m at least 1.
@@ -37,7 +39,7 @@ def around(kernel: Product, reference: Product, outputs: Callable[[Any], int]) -
     lead, last = x.shape[:-1], outputs(w)
     if 0 in (*x.shape, last):
       return jnp.zeros((*lead, last), x.dtype)
-    return kernel(x.reshape(math.prod(lead), x.shape[-1]), w).reshape(*lead, last)
+    return split(kernel, x.reshape(math.prod(lead), x.shape[-1]), w).reshape(*lead, last)
 
   @forward.def_vmap
   def _(axis_size: int, in_batched: Any, x: jax.Array, w: Any) -> tuple[jax.Array, bool]:
@@ -63,6 +65,52 @@ def around(kernel: Product, reference: Product, outputs: Callable[[Any], int]) -
 
   product.defvjp(lambda x, w: (forward(x, w), (x, w)), backward)
   return product
+
+
+def split(kernel: Product, rows: jax.Array, w: Any) -> jax.Array:
+  """`kernel(rows, w)`, of which each shard of a mesh computes its part.
+
+  The weight may be split by outputs, which sends nothing, and by inputs, whose partial results are added: into as many
+  parts as it has whole blocks and groups. Where they are not whole (padding, a last group cut short) it stays whole.
+  """
+  if jax.device_count() == 1:
+    return kernel(rows, w)
+  leaves, structure = jax.tree.flatten(w)
+  along = ("inputs", "outputs") if w.axis == -2 else ("outputs", "inputs")
+  specs = jax.tree.leaves(w.sharding_like(PartitionSpec(*along)), is_leaf=lambda s: isinstance(s, PartitionSpec))
+  names = [(*spec, *[None] * (leaf.ndim - len(spec))) for spec, leaf in zip(specs, leaves, strict=True)]
+  parts = {"inputs": rows.shape[1], "outputs": 0}
+  for ns, leaf in zip(names, leaves, strict=True):
+    for name, extent in zip(ns, leaf.shape, strict=True):
+      if name is not None:
+        parts[name] = math.gcd(parts[name], extent)
+  parts |= dict.fromkeys(_cut_short(w), 1)
+
+  def cut(name: str | None) -> Cut:
+    return None if name is None or parts[name] == 1 else (name, parts[name])
+
+  lead = ("rows", rows.shape[0])
+  call = partitioned(
+    lambda x, *arrays: [kernel(x, jax.tree.unflatten(structure, arrays))],
+    [[lead, cut("inputs")], *([cut(name) for name in ns] for ns in names)],
+    [[lead, cut("outputs")]],
+    sums="inputs",
+  )
+  return call(rows, *leaves)[0]
+
+
+def _cut_short(w: Any) -> set[str]:
+  """The factors along which a weight ends within a block or a group."""
+  if isinstance(w, NMSparseArray):
+    return _cut_short(w.values) | ({"inputs"} if w.indices.pad else set())
+  if not isinstance(w, QuantizedArray):
+    return set()
+  groups, found = w.scale.shape[w.axis], {"inputs"} if w.codes.pad else set[str]()
+  if groups > 1 and groups * w.group_size != w.shape[w.axis]:
+    found.add("inputs")
+  if w.zero_point is not None and w.zero_point.pad:
+    found.add("inputs" if w.zero_point.axis == w.axis else "outputs")
+  return found | ({"inputs", "outputs"} if _cut_short(w.scale) else set())
 
 
 def dtype_reason(x: Any) -> str:
