@@ -704,8 +704,8 @@ inline void int8_block(
       for (int t = 0; t < tiles; t++) acc[i][t] = start;
     }
     for (int64_t from = u * unit, end = std::min(depth, from + unit); from < end; from += step) {
-      if (ahead)  // the tiles that come next, while these are multiplied
-        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(ahead + (from / step * lines + line) * 64);
+      if (ahead)  // the tiles that come next, while these are multiplied; of the nearest cache they would clog the misses
+        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(ahead + (from / step * lines + line) * 64, 0, 2);
       for (int64_t k = from; k < from + step; k += 4) {
         u32 v[tiles];
         for (int t = 0; t < tiles; t++) v[t] = load<u32>(codes + t * depth * 16 + 16 * k);
