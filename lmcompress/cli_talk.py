@@ -47,8 +47,10 @@ def generate(
   import jax
 
   import lmcompress as lmc
+  from lmcompress.environment import keep_programs
   from lmcompress.generation import first_layers
 
+  keep_programs()
   if draft is not None and draft_layers is not None:
     raise lmc.ConfigError(f"--draft {draft} and --draft-layers {draft_layers}: one draft at a time; leave one out")
   net, params, tokenizer = lmc.load(model)
@@ -123,8 +125,10 @@ def chat(
   """
   import lmcompress as lmc
   from lmcompress import chat as talk
+  from lmcompress.environment import keep_programs
   from lmcompress.knowledge import Knowledge, passages_of
 
+  keep_programs()
   settings = talk.Settings()
   for name, value in (
     ("temperature", temperature), ("top_p", top_p), ("max_new_tokens", max_new_tokens), ("passages", passages),
@@ -206,7 +210,9 @@ def classify(
 
   import lmcompress as lmc
   from lmcompress import classes
+  from lmcompress.environment import keep_programs
 
+  keep_programs()
   for path, suffix in ((out, ".csv"), (plot, ".svg")):
     if path is not None and (path.suffix != suffix or not path.parent.is_dir() or path.is_dir()):
       raise lmc.ConfigError(f"{path}: a {suffix} in a folder that is there")

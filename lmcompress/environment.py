@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -12,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lmcompress
+
+PROGRAMS = "programs"
+"""Folder of compiled programs below the cache folder."""
+PROGRAMS_BYTES = 1 << 30
 
 _ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
 
@@ -49,6 +55,30 @@ def exact_products() -> Iterator[None]:
   cpu = jax.default_backend() == "cpu"
   with contextlib.nullcontext() if cpu else jax.default_matmul_precision("float32"):
     yield
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs in the cache folder from one start to the next, those of each kind of CPU apart.
+
+  The environment has the last word: `JAX_COMPILATION_CACHE_DIR` keeps them elsewhere,
+  `JAX_ENABLE_COMPILATION_CACHE=false` nowhere. A folder that cannot be written keeps none.
+  """
+  import jax
+
+  from lmcompress.data.fetch import cache_folder
+
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
+  folder = cache_folder() / PROGRAMS / kind
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  if importlib.util.find_spec("filelock"):  # the oldest go where there is no room
+    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
 
 
 def versions() -> dict[str, str]:
@@ -98,9 +128,14 @@ def _compiler() -> str:
 
 
 def _flags() -> list[str]:
+  features = _features().split()
+  return [flag for flag in _ISA if flag in features]
+
+
+def _features() -> str:
+  """What Linux says the CPU has, '' elsewhere."""
   try:
     text = Path("/proc/cpuinfo").read_text()
   except OSError:
-    return []
-  line = next((x for x in text.splitlines() if x.lower().startswith(("flags", "features"))), "")
-  return [flag for flag in _ISA if flag in line.split()]
+    return ""
+  return next((x for x in text.splitlines() if x.lower().startswith(("flags", "features"))), "")
