@@ -3,7 +3,7 @@
 Weights are rounded, clustered or pruned without data, so this compares speed and size, not quality (a perplexity stands
 beside each form all the same). Rounds of all forms alternate, so compare within one run. The threads are all cores.
 
-Reproduce the committed result (about ten minutes and 6 GB on 2 cores):
+Reproduce the committed result (a quarter of an hour and 8 GB on 2 cores):
 
   python experiments/forms.py
 
