@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ import lmcompress
 PROGRAMS = "programs"
 """Folder of compiled programs below the cache folder."""
 PROGRAMS_BYTES = 1 << 30
+"""Of one kind of CPU; those used longest ago go first."""
 
 _ISA = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "sve")
 
@@ -60,8 +60,9 @@ def exact_products() -> Iterator[None]:
 def keep_programs() -> None:
   """Keeps compiled programs in the cache folder from one start to the next, those of each kind of CPU apart.
 
-  The environment has the last word: `JAX_COMPILATION_CACHE_DIR` keeps them elsewhere,
-  `JAX_ENABLE_COMPILATION_CACHE=false` nowhere. A folder that cannot be written keeps none.
+  They are machine code that is loaded as it is: a folder that others own or may write is not used, nor one that cannot
+  be written. JAX's variables have the last word: `JAX_COMPILATION_CACHE_DIR` keeps programs elsewhere,
+  `JAX_ENABLE_COMPILATION_CACHE=false` nowhere.
   """
   import jax
 
@@ -72,13 +73,17 @@ def keep_programs() -> None:
   kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
   folder = cache_folder() / PROGRAMS / kind
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
   except OSError:
     return
+  others = hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022)
+  if others or not os.access(folder, os.W_OK | os.X_OK):
+    return
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  if importlib.util.find_spec("filelock"):  # the oldest go where there is no room
-    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
+  for name, value in (("persistent_cache_min_compile_time_secs", 0), ("compilation_cache_max_size", PROGRAMS_BYTES)):
+    if f"JAX_{name.upper()}" not in os.environ:
+      jax.config.update(f"jax_{name}", value)
 
 
 def versions() -> dict[str, str]:

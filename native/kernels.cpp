@@ -704,7 +704,7 @@ inline void int8_block(
       for (int t = 0; t < tiles; t++) acc[i][t] = start;
     }
     for (int64_t from = u * unit, end = std::min(depth, from + unit); from < end; from += step) {
-      if (ahead)  // the tiles that come next, while these are multiplied; of the nearest cache they would clog the misses
+      if (ahead)  // the tiles that come next, to L2 while these are multiplied: fetches to L1 would use up its miss buffers
         for (int64_t line = 0; line < lines; line++) __builtin_prefetch(ahead + (from / step * lines + line) * 64, 0, 2);
       for (int64_t k = from; k < from + step; k += 4) {
         u32 v[tiles];

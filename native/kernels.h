@@ -46,7 +46,7 @@ struct Weight {
   int64_t padded() const { return blocks * 32; }
   int64_t unit() const { return group == 16 ? 16 : 32; }  // inputs that share a scale of their activations
   int64_t units() const { return padded() / unit(); }
-  // The same where a token has one scale: as many as share a scale of the weight, and are summed in 32 bits.
+  // The same where a token has one scale: the most that share a scale of the weight and whose sum fits 32 bits.
   int64_t long_unit() const { return groups == 1 ? 1 << 14 : group <= 1 << 14 ? group : unit(); }
   int code_offset() const { return zero || minimum ? 0 : offset; }
   bool plain() const { return codes == Codes::integer || codes == Codes::table; }

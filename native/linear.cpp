@@ -94,7 +94,7 @@ Weight read_weight(const int64_t* f, Operands& from) {
   }
   if (w.inputs < 1 || w.outputs < 1 || w.bits < 1 || w.bits > 16 || w.group < 1 || w.packed_group < 1 ||
       w.packed_group > w.group || f[kCodes] < 0 || f[kCodes] > 4 || (w.plain() && w.bits > 8) ||
-      (w.plain() && w.group != 16 && w.group % 32)) {
+      (w.plain() && ((w.group != 16 && w.group % 32) || w.offset > 255))) {
     from.fail("a weight's description is out of range");
     return w;
   }

@@ -11,22 +11,24 @@ SCRIPT = """
 from lmcompress.environment import keep_programs
 keep_programs()
 import jax, jax.numpy as jnp
+seen = []
+jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
 def f(x):
   for n in range(60):
     x = jnp.linalg.qr(jnp.sin(x) + n)[0] if n % 20 == 0 else jnp.sort(jnp.cos(x), axis=n % 2)
   return x
-print(float(jax.jit(f)(jnp.ones((8, 8)))[0, 0]), jax.config.jax_compilation_cache_dir)
+value = float(jax.jit(f)(jnp.ones((8, 8)))[0, 0])
+print(value, seen.count("/jax/compilation_cache/cache_hits"), jax.config.jax_compilation_cache_dir)
 """
 
 
-def started(cache: Path, **environment: str) -> tuple[str, str]:
-  """What a new process computes, and where it keeps programs."""
-  rest = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_ENABLE"))}
-  env = {**rest, "LMCOMPRESS_CACHE": str(cache), **environment}
+def started(cache: Path, **environment: str) -> tuple[str, int, str]:
+  """What a new process computes, how many programs it finds, and where it keeps them."""
+  rest = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_ENABLE", "JAX_PERSISTENT"))}
+  env = {**rest, "LMCOMPRESS_CACHE": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
   done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=env)
-  assert done.stderr == ""
-  value, where = done.stdout.split()
-  return value, where
+  value, hits, where = done.stdout.split()
+  return value, int(hits), where
 
 
 def programs(folder: Path) -> set[str]:
@@ -34,17 +36,24 @@ def programs(folder: Path) -> set[str]:
 
 
 def test_a_second_start_finds_the_programs_of_the_first(tmp_path):
-  first, where = started(tmp_path)
+  value, hits, where = started(tmp_path)
   kept = programs(Path(where))
-  assert Path(where).parent == tmp_path / "programs" and any(name.startswith("jit_f-") for name in kept)
-  assert started(tmp_path) == (first, where) and programs(Path(where)) == kept
+  assert hits == 0 and Path(where).parent == tmp_path / "programs"
+  assert any(name.startswith("jit_f-") for name in kept) and Path(where).stat().st_mode & 0o077 == 0
+  again, hits, _ = started(tmp_path)
+  assert again == value and hits == len(kept) and programs(Path(where)) == kept
 
 
 def test_the_environment_has_the_last_word(tmp_path):
-  assert started(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[1] == str(tmp_path / "mine")
+  assert started(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[2] == str(tmp_path / "mine")
   assert not (tmp_path / "programs").exists()
+  started(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+  assert not programs(tmp_path / "programs")
 
 
-def test_a_folder_that_cannot_be_written_keeps_none(tmp_path):
+def test_a_folder_that_is_not_ones_own_keeps_none(tmp_path):
   (tmp_path / "file").write_text("")
-  assert started(tmp_path / "file")[1] == "None"
+  assert started(tmp_path / "file")[2] == "None"
+  where = Path(started(tmp_path / "mine")[2])
+  where.chmod(0o777)
+  assert started(tmp_path / "mine")[1:] == (0, "None")

@@ -96,7 +96,7 @@ _FORMS = {
   "nf4, mxfp4, nvfp4, fp8": ("linear", "embed", "attend"),
   "clustered": ("linear", "embed", "attend"),
   "e8p (2 bits; laid out in 4)": ("linear", "embed", "attend"),
-  "int8 per token x int2 ... int8": ("linear", "embed", "attend"),
+  "int8 per token or group x int2 ... int8": ("linear", "embed", "attend"),
   "bfloat16": ("linear", "embed", "attend"),
   "n:m": ("linear", "embed", "attend"),
   "bitmap": ("linear", "embed", "attend"),

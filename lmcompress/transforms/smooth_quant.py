@@ -90,7 +90,7 @@ def quantize_inputs(
 
   Args:
     activations: `int8_per_token` has a scale for each token (arXiv:2206.01861); `int8_per_group` one for every 32
-      inputs of it, which outliers spoil less and which the CPU kernels multiply; `fp8_per_token` rounds to e4m3;
+      inputs of it, which outliers spoil less (the CPU kernels multiply both); `fp8_per_token` rounds to e4m3;
       `uint8_per_tensor` has one scale and one zero for all tokens of a call, as onnxruntime rounds at run time;
       `int8_static` has one scale for all tokens, found on the calibration text (the products of these two are float
       ones here).

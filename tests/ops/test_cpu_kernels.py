@@ -497,9 +497,11 @@ def test_linears(rows, activations):
   np.testing.assert_allclose(mixed[0], together[0], rtol=1e-6, atol=1e-5)
 
 
-def test_a_token_of_many_inputs():
+@pytest.mark.parametrize("group_size", [-1, 20_000])
+def test_a_token_of_many_inputs(group_size):
   """Integers are summed over as many inputs as 32 bits hold, whatever the codes."""
-  w = tiled(Case(quantize_matrix(jnp.ones((140_000, 5)), axis=-2, bits=8, group_size=-1), -2, None, None), "int8_token")
+  leaf = quantize_matrix(jnp.ones((140_000, 5)), axis=-2, bits=8, group_size=group_size)
+  w = tiled(Case(leaf, -2, None, None), "int8_token")
   for rows in (1, 9):
     np.testing.assert_allclose(ops.linear(jnp.ones((rows, 140_000)), w), 140_000, rtol=1e-3)
 
@@ -584,7 +586,7 @@ def test_descriptions_at_random():
   """Either what is described fits the buffers, or it is refused; nothing is read beyond them."""
   refusals = 0
   for i, (w, form) in enumerate(mutations(250, 0)):
-    x = jnp.ones(((3, 9)[i % 2], w.inputs))
+    x = jnp.ones(((1, 3, 9)[i % 3], w.inputs))
     try:
       jax.block_until_ready(raw(x, w, form, activations=i % 4))
     except jax.errors.JaxRuntimeError:

@@ -314,22 +314,38 @@ def placed(leaf, spec, mesh):
   return jax.tree.map(put, leaf.sharding_like(spec), leaf, is_leaf=lambda s: isinstance(s, P))
 
 
-ON_MESHES = ["int8 row", "int8 g32 zero", "int4 g32", "fp8_e5m2 g32", "2:4 int8 row", "2:4 bfloat16"]
+ON_MESHES = [  # form, door, rows, dtype
+  ("int8 row", "linear", 4, "float32"), ("int8 g32 zero", "linear", 4, "float32"),
+  ("int4 g32", "linear", 4, "bfloat16"), ("int4 g16 double", "linear", 4, "float32"),
+  ("fp8_e5m2 g32", "linear", 18, "float32"),
+  ("int4 tensor zero", "linear", 4, "float32"), ("2:4 int8 row", "linear", 4, "float32"),
+  ("2:4 bfloat16", "linear", 18, "float32"), ("int8 g32 zero", "attend", 4, "float32"),
+  ("int4 row minimum", "attend", 18, "float32"),
+]  # fmt: skip
 
 
 @each_kernel
-@pytest.mark.parametrize("form", ON_MESHES)
-def test_each_shard_multiplies_its_part(kernel, form):
-  """No message where outputs are split, one sum where inputs are; the products are those of one device."""
-  make = two_of_four if form.startswith("2:4 ") else quantized
-  leaf, x = make(form.removeprefix("2:4 "), 1024, 256), normal(1, 4, 1024)
-  door = functools.partial(call, kernel, "linear")
-  mesh, want = make_mesh(data=2, tensor=4), np.asarray(door(x, leaf))
-  for spec, messages in ((P(None, "tensor"), []), (P("tensor", None), ["all-reduce"])):
-    put = jax.device_put(x, NamedSharding(mesh, P("data", spec[0])))
-    y, found = collectives(door, put, placed(leaf, spec, mesh))
-    assert found == messages and y.sharding.spec == (P("data", "tensor") if spec[1] else P("data"))
-    np.testing.assert_allclose(np.asarray(y), want, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("form", "door", "rows", "dtype"), ON_MESHES)
+def test_each_shard_multiplies_its_part(kernel, form, door, rows, dtype):
+  """No message where outputs are split, one sum where inputs are; the products are those of one device.
+
+  In bfloat16 each partial result is rounded once more: 2**-8 of up to the sum of magnitudes.
+  """
+  axis, name = (-2, form.removeprefix("2:4 ")) if door == "linear" else (-1, form)
+  leaf = two_of_four(name, 1024, 1024) if form.startswith("2:4 ") else quantized(name, 1024, 1024, axis)
+  x = normal(1, rows, 1024, dtype=dtype)
+  product = functools.partial(call, kernel, door)
+  mesh, want = make_mesh(data=2, tensor=4), np.asarray(product(x, leaf), np.float32)
+  dense = np.abs(np.asarray(leaf.materialize(), np.float32))
+  magnitude = np.abs(np.asarray(x, np.float32)) @ (dense if axis == -2 else dense.T)
+  bound = 1e-5 + (2.0**-8 if dtype == "bfloat16" else 1e-6) * magnitude
+  for inputs, outputs, messages in ((None, "tensor", []), ("tensor", None, ["all-reduce"])):
+    spec = P(inputs, outputs) if axis == -2 else P(outputs, inputs)
+    put = jax.device_put(x, NamedSharding(mesh, P("data", inputs)))
+    y, found = collectives(product, put, placed(leaf, spec, mesh))
+    assert found == messages and y.dtype == x.dtype
+    assert y.sharding.spec == (P("data", "tensor") if outputs else P("data"))
+    assert np.all(np.abs(np.asarray(y, np.float32) - want) <= bound)
 
 
 def test_what_ends_within_a_group_stays_whole():

@@ -72,6 +72,7 @@ def split(kernel: Product, rows: jax.Array, w: Any) -> jax.Array:
 
   The weight may be split by outputs, which sends nothing, and by inputs, whose partial results are added: into as many
   parts as it has whole blocks and groups. Where they are not whole (padding, a last group cut short) it stays whole.
+  Partial results are in the dtype of x, as the kernels give them, and are added in float32.
   """
   if jax.device_count() == 1:
     return kernel(rows, w)
@@ -91,12 +92,12 @@ def split(kernel: Product, rows: jax.Array, w: Any) -> jax.Array:
 
   lead = ("rows", rows.shape[0])
   call = partitioned(
-    lambda x, *arrays: [kernel(x, jax.tree.unflatten(structure, arrays))],
+    lambda x, *arrays: [kernel(x, jax.tree.unflatten(structure, arrays)).astype(jnp.float32)],
     [[lead, cut("inputs")], *([cut(name) for name in ns] for ns in names)],
     [[lead, cut("outputs")]],
     sums="inputs",
   )
-  return call(rows, *leaves)[0]
+  return call(rows, *leaves)[0].astype(rows.dtype)
 
 
 def _cut_short(w: Any) -> set[str]:
@@ -108,7 +109,7 @@ def _cut_short(w: Any) -> set[str]:
   groups, found = w.scale.shape[w.axis], {"inputs"} if w.codes.pad else set[str]()
   if groups > 1 and groups * w.group_size != w.shape[w.axis]:
     found.add("inputs")
-  if w.zero_point is not None and w.zero_point.pad:
+  if w.zero_point is not None and w.zero_point.pad and w.zero_point.shape[w.zero_point.axis] > 1:
     found.add("inputs" if w.zero_point.axis == w.axis else "outputs")
   return found | ({"inputs", "outputs"} if _cut_short(w.scale) else set())
 
