@@ -68,7 +68,7 @@ def keep_programs() -> None:
 
   from lmcompress.data.fetch import cache_folder
 
-  if jax.config.jax_compilation_cache_dir is not None:
+  if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
     return
   kind = hashlib.sha256(f"{platform.machine()} {_features()}".encode()).hexdigest()[:12]
   folder = cache_folder() / PROGRAMS / kind
