@@ -53,7 +53,7 @@ def tokens_of(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
-  """One variant, compressed and scored; with `stream: true` its weights stay in a Hugging Face folder's file."""
+  """One variant, compressed and scored; with `stream: true` its weights stay in the model's file."""
   import resource
 
   import jax
@@ -67,12 +67,9 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
 
   variant = next(v for v in variants_of(config) if v.name == name)
   calibration, held_out = tokens_of(config, seed)
-  store = None
-  if variant.stream:
-    model, params, _ = load(scratch / "original", lazy=True)
-    store = Store(scratch / f"{name}-{seed}", {"recipe": variant.recipe, "seed": seed}, mapped=True)
-  else:
-    model, params, _ = load(config.model)
+  model, params, _ = load(config.model, lazy=variant.stream)
+  about = {"recipe": variant.recipe, "seed": seed}
+  store = Store(scratch / f"{name}-{seed}", about, mapped=True) if variant.stream else None
   begun = time.perf_counter()
   done, report = compress(model, params, build(variant.recipe), calibration, jax.random.key(seed), store=store)
   seconds, peak = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -89,13 +86,6 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
     "output_error": float(np.mean([e for row in report.rows if (e := row["output_error"]) is not None] or [0])),
     "seconds": seconds, "peak_bytes": peak,
   }  # fmt: skip
-
-
-def _export(name: str, folder: Path) -> None:
-  """The model as a Hugging Face folder, made in a process of its own, for its memory."""
-  if not (folder / "config.json").is_file():
-    command = [sys.executable, "-m", "lmcompress.cli", "export", name, str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def study(
@@ -118,8 +108,6 @@ def study(
         continue
       print(f"{who} {name}, calibration {seed}", file=sys.stderr, flush=True)
       if who == "ours":
-        if next(v for v in variants_of(config) if v.name == name).stream:
-          _export(config.model, folder / "original")
         command = [sys.executable, __file__, "--config", str(path), "--worker", name, "--seeds", str(seed)]
         command += ["--scratch", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,7 +121,7 @@ def study(
           np.save(folder / f"{kind}-{seed}.npy", rows)
         files = [str(folder / f"{kind}-{seed}.npy") for kind in ("calibration", "evaluation")]
         what = [str(resolve_model(config.model)), *files, name, str(target)]
-        with (folder / "peer.log").open("w") as log:
+        with (folder / f"peer-{name}.log").open("w") as log:
           subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
   from lmcompress.environment import device, versions
 

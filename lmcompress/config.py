@@ -289,9 +289,9 @@ class Config(_Table):
 
   `train` trains the tree that the recipe left, on a text or on `tasks` (whose heads are then scored at every stage that
   has them), and `finish` is a recipe for what training left, such as `freeze`.
-  `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder in
-  their files: memory holds one block, whatever the depth. `variants` is for studies: each is a table of dotted
-  overrides, such as `{recipe.0.bits: 3}`.
+  `search` is for `lmcompress search`, which finds the recipe. `stream` leaves the weights of a Hugging Face folder or a
+  GGUF file on disk until they are used: memory holds one block, whatever the depth. `variants` is for studies: each
+  is a table of dotted overrides, such as `{recipe.0.bits: 3}`.
   """
 
   name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)

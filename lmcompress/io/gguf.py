@@ -193,12 +193,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(path, metadata, _tensors(cursor, tensor_count, alignment))
 
 
-def read_tensor(header: Header, name: str) -> np.ndarray:
+def read_tensor(header: Header, name: str, entry: int | None = None) -> np.ndarray:
   """Reads one tensor as float32 in NumPy order, `[out, in]` for a linear.
 
   Args:
     header: from `read_header`.
     name: a key of `header.tensors`.
+    entry: reads that entry of the first axis alone, such as one expert of a stack.
 
   Raises:
     FormatError: there is no such tensor, its type cannot be dequantized or the file changed since.
@@ -207,6 +208,9 @@ def read_tensor(header: Header, name: str) -> np.ndarray:
     some = ", ".join(list(header.tensors)[:3])
     raise FormatError(f"{header.path} has no tensor {name!r}; it has {len(header.tensors)}, such as {some}")
   info = header.tensors[name]
+  if entry is not None:
+    share = info.nbytes // info.shape[0]
+    info = dataclasses.replace(info, shape=info.shape[1:], offset=info.offset + entry * share, nbytes=share)
   if 0 in info.shape:
     return np.zeros(info.shape, np.float32)
   try:
@@ -230,12 +234,31 @@ def _decode(path: Path, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
 
   from gguf import quants
 
+  _require_decoder(path, info)
+  rows = np.asarray(raw).reshape(math.prod(info.shape[:-1]), -1)
+  return quants.dequantize(rows, info.type).reshape(info.shape)
+
+
+def require_decoders(header: Header) -> None:
+  """Checks, before any weight is read, that all can be.
+
+  Raises:
+    FormatError: names the first tensor of a type that cannot be dequantized.
+  """
+  for info in {info.type: info for info in reversed(header.tensors.values())}.values():
+    if info.type.name not in (*_PLAIN, "BF16"):
+      _require_decoder(header.path, info)
+
+
+def _require_decoder(path: Path, info: TensorInfo) -> None:
+  from gguf import quants
+  from gguf.constants import GGML_QUANT_SIZES
+
   try:
-    rows = np.asarray(raw).reshape(math.prod(info.shape[:-1]), -1)
-    return quants.dequantize(rows, info.type).reshape(info.shape)
+    quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[info.type][1]), np.uint8), info.type)
   except NotImplementedError:
     raise FormatError(
-      f"{path}: tensor {info.name!r} has type {kind}, which cannot be dequantized; convert "
+      f"{path}: tensor {info.name!r} has type {info.type.name}, which cannot be dequantized; convert "
       "the file to a type such as Q8_0, Q4_K or F16"
     ) from None
 

@@ -33,8 +33,11 @@ def describe(path: Path) -> str:
   return "float32" if kind == "F32" else f"float32, dequantized from {kind}"
 
 
-def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
+def load_gguf(path: Path, lazy: bool = False) -> tuple[Any, Params, Tokenizer]:
   """Model, float32 parameters and tokenizer of a GGUF file.
+
+  Args:
+    lazy: weights are read when they are used (`StoredArray`), norms and biases at once.
 
   Raises:
     FormatError: the file is damaged or its architecture is not known here.
@@ -60,18 +63,16 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   # norms are as they are, and linears [out, in], in every architecture
   theirs = [dataclasses.replace(name, offset=0.0, turned=True) for name in known]
   mapping = names.plan(theirs, "gguf", found, layers, str(path))
+  gguf.require_decoders(header)
   pairs = {"q": heads, "k": kv_heads} if kind == "llama" else {}
+  sources = {own: source for at in mapping for own, source in _sources(header, at, *mapping[at], pairs).items()}
 
-  def read(path_: str) -> Any:
-    name, tensor = mapping[path_]
-    array, part = gguf.read_tensor(header, tensor), path_.split("/")[-2]
-    if part in ("shared_gate", "types") and array.ndim == 1:
-      array = array.reshape(1, -1)  # files leave out an axis of one
-    return name.read(unpermute(array, pairs[part], path_, path) if part in pairs else array)
+  def leaf(own: str) -> Any:
+    name, read, shape = sources[own]
+    return names.lazily(name, read, shape) if lazy and tree.is_weight(own) else name.read(read())
 
   with ThreadPoolExecutor(max_workers=2) as pool:  # NumPy's loops release the lock
-    leaves = dict(zip(mapping, pool.map(read, mapping), strict=True))
-  params = tree.unstack_experts(tree.unflatten(leaves))
+    params = tree.unflatten(dict(zip(sources, pool.map(leaf, sources), strict=True)))
   names.check_shapes(model, params, str(path))
   rows, start = params["embed"]["table"].shape[0], getattr(model.config, "start", 0)
   if start >= rows:
@@ -79,10 +80,35 @@ def load_gguf(path: Path) -> tuple[Any, Params, Tokenizer]:
   return model, params, Tokenizer.from_gguf(header.metadata, str(path))
 
 
-def unpermute(array: np.ndarray, heads: int, name: str, where: Path) -> np.ndarray:
+def _sources(
+  header: gguf.Header, path: str, name: names.Name, tensor: str, pairs: Mapping[str, int]
+) -> dict[str, tuple[names.Name, Callable[[], np.ndarray], tuple[int, ...]]]:
+  """For each parameter of a tensor, its name, what reads its values as other formats have them, and their shape.
+
+  A stack of experts is a parameter for each.
+  """
+  shape, part = header.tensors[tensor].shape, path.split("/")[-2]
+  if tree.in_mixture(path) and len(shape) == 3:
+    start, _, end = path.partition(f"/{tree.EXPERTS}/")
+    return {
+      f"{start}/{tree.EXPERTS}/{i}/{end}": (name, functools.partial(gguf.read_tensor, header, tensor, i), shape[1:])
+      for i in range(shape[0])
+    }
+  if part in ("shared_gate", "types") and len(shape) == 1:
+    shape = (1, *shape)  # files leave out an axis of one
+  heads = pairs.get(part)
+  if heads is not None and shape[0] % (2 * heads):
+    raise FormatError(f"{header.path}: {path} has {shape[0]} rows, which {heads} heads do not divide")
+
+  def read() -> np.ndarray:
+    array = gguf.read_tensor(header, tensor).reshape(shape)
+    return array if heads is None else unpermute(array, heads)
+
+  return {path: (name, read, shape)}
+
+
+def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
   """Rows of q and k from GGUF's order (pairs of a rotation side by side) to halves of each head."""
-  if array.shape[0] % (2 * heads):
-    raise FormatError(f"{where}: {name} has {array.shape[0]} rows, which {heads} heads do not divide")
   return array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

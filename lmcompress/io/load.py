@@ -26,8 +26,8 @@ def load(
       `encryption.encrypt` wrote (its key is in the environment), or of a YAML file of the sizes of a model to be
       trained.
     mesh: places the parameters sharded over a mesh of `distributed.make_mesh`.
-    lazy: leaves weights in their files until they are used, for a Hugging Face folder larger than memory; `compress`
-      with a `Store` goes through such a tree block by block.
+    lazy: leaves weights in their files until they are used, for a Hugging Face folder or a GGUF file larger than
+      memory; `compress` with a `Store` goes through such a tree block by block.
     rules: by which mesh axis each logical axis is split; `distributed.RULES` where not given.
     bits: which width of weights that hold several (`any_precision`); all of them where not given.
 
@@ -49,8 +49,10 @@ def load(
 
 def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[Any, Params, Any]:
   path = Path(hub.resolve_model(str(name)))
-  if lazy and (mesh is not None or path.is_file() or (path / checkpoint.MANIFEST).is_file()):
-    raise SourceError(f"{name}: only Hugging Face folders can be read weight by weight, and not onto a mesh")
+  if lazy and (mesh is not None or not (_is_gguf(path) or _is_plain_folder(path))):
+    raise SourceError(
+      f"{name}: only Hugging Face folders and GGUF files can be read weight by weight, and not onto a mesh"
+    )
   if path.is_file() and path.suffix in (".yaml", ".yml"):
     from lmcompress.io.untrained import load_untrained
 
@@ -61,13 +63,12 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[A
     with encryption.opened(path, encryption.read_key()) as folder:
       return _read(folder, mesh, lazy, rules)
   if path.is_file():
-    with path.open("rb") as f:
-      magic = f.read(4)
-    if magic != b"GGUF":
-      raise FormatError(f"{path}: starts with {magic!r}, not with b'GGUF'; files are GGUF, other forms are folders")
+    if not _is_gguf(path):
+      begins = f"starts with {_magic(path)!r}, not with b'GGUF'"
+      raise FormatError(f"{path}: {begins}; files are GGUF, other forms are folders")
     from lmcompress.io.gguf_model import load_gguf
 
-    return _placed(*load_gguf(path), mesh, rules)
+    return _placed(*load_gguf(path, lazy or mesh is not None), mesh, rules)
   if (path / checkpoint.MANIFEST).is_file():
     return checkpoint.load_checkpoint(path, mesh, rules)
   from lmcompress.io.onnx_model import is_onnx, load_onnx
@@ -76,9 +77,20 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[A
     return _placed(*load_onnx(path), mesh, rules)
   from lmcompress.io.huggingface import load_folder
 
-  if mesh is not None:  # its weights are read one by one as they are placed
-    return _placed(*load_folder(path, lazy=True), mesh, rules)
-  return load_folder(path, lazy) if lazy else _placed(*load_folder(path), mesh, rules)
+  return _placed(*load_folder(path, lazy or mesh is not None), mesh, rules)
+
+
+def _magic(path: Path) -> bytes:
+  with path.open("rb") as f:
+    return f.read(4)
+
+
+def _is_gguf(path: Path) -> bool:
+  return path.is_file() and _magic(path) == b"GGUF"
+
+
+def _is_plain_folder(path: Path) -> bool:
+  return (path / "config.json").is_file() and not (path / checkpoint.MANIFEST).is_file()
 
 
 def read_tasks(name: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -119,6 +131,7 @@ def origin(name: str | os.PathLike) -> str:
 
 
 def _placed(model: Any, params: Params, tokenizer: Any, mesh: Any, rules: Any) -> tuple[Any, Params, Any]:
+  """Sharded over the mesh, if there is one; what is still in its file is read as it is placed."""
   if mesh is not None:
     from lmcompress.distributed import RULES, shard
 

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 
+import lmcompress as lmc
+from lmcompress import tree
+from lmcompress.arrays import StoredArray, fetch
+from lmcompress.distributed import make_mesh
+from lmcompress.io import gguf
+from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.gguf_model import load_gguf
-from lmcompress.types import FormatError
+from lmcompress.io.store import Store
+from lmcompress.types import FormatError, SourceError
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 13)).astype(np.int32)
 QWEN = {
@@ -167,6 +174,56 @@ def test_outputs_equal_transformers(case, tmp_path):
     want = want.logits.numpy()
   np.testing.assert_allclose(found, want, atol=1e-4)
   assert tokenizer.vocab_size == 97
+  lazy = load_gguf(tmp_path / "model.gguf", lazy=True)[1]
+  assert all(isinstance(leaf, StoredArray) for leaf in tree.weights(lazy).values())
+  assert tree.flatten(lazy).keys() == tree.flatten(params).keys()
+  for path, leaf in tree.flatten(lazy).items():
+    there = tree.get(params, path)
+    assert (leaf.shape, leaf.dtype) == (there.shape, there.dtype), path
+    np.testing.assert_array_equal(fetch(leaf), there, err_msg=path)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_in_the_file_as_in_memory(case, tmp_path):
+  """Compressed block by block where the weights stay in the file, to the same bits."""
+  write(tmp_path / "model.gguf", case)
+  model, whole, _ = lmc.load(tmp_path / "model.gguf")
+  lazy = lmc.load(tmp_path / "model.gguf", lazy=True)[1]
+  recipe = lmc.gptq(4, 16, error_propagation=0.5)
+  want, report = lmc.compress(model, whole, recipe, TOKENS)
+  found, other = lmc.compress(model, lazy, recipe, TOKENS, store=Store(tmp_path / "s", {}, mapped=True))
+  assert all(isinstance(leaf, StoredArray) for leaf in tree.weights(found).values())
+  assert tree_hash(tree.map_leaves(lambda path, leaf: fetch(leaf), found)) == tree_hash(want)
+  assert [row["output_error"] for row in report.rows] == [row["output_error"] for row in other.rows]
+  with pytest.raises(SourceError, match="not onto a mesh"):
+    lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2), lazy=True)
+
+
+def test_a_mesh_reads_tensor_by_tensor(tmp_path):
+  write(tmp_path / "model.gguf", "llama")
+  local = lmc.load(tmp_path / "model.gguf")[1]
+  spread = lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2, fsdp=2, tensor=2))[1]
+  for path, x in tree.flatten(local).items():
+    np.testing.assert_array_equal(tree.get(spread, path), x, err_msg=path)
+  assert tree.get(spread, "layers/0/attn/q/kernel").addressable_shards[0].data.shape == (24, 24)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
+def test_an_entry_is_that_of_the_whole(kind, tmp_path):
+  """One expert of a stack, in types of blocks and in plain ones."""
+  path, rng = tmp_path / "model.gguf", np.random.default_rng(0)
+  writer, qtype = GGUFWriter(path, "llama"), GGMLQuantizationType[kind]
+  for name, shape in {"a": (2, 64), "experts": (5, 3, 64)}.items():
+    writer.add_tensor(name, quants.quantize(rng.normal(size=shape).astype(np.float32), qtype), raw_dtype=qtype)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  header = gguf.read_header(path)
+  whole = gguf.read_tensor(header, "experts")
+  assert whole.shape == (5, 3, 64) and len({float(x) for x in whole[:, 0, 0]}) == 5
+  for i in range(5):
+    np.testing.assert_array_equal(gguf.read_tensor(header, "experts", i), whole[i])
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), [

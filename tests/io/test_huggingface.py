@@ -386,8 +386,8 @@ def test_mutants_of_a_folder_are_read_or_refused(tmp_path):
 # -------------------------------------------------------------------------- GGUF through the same door
 
 
-def small_gguf(path):
-  """A Llama of one layer as llama.cpp's converter writes it."""
+def small_gguf(path, raw=()):
+  """A Llama of one layer as llama.cpp's converter writes it; tensors called `raw` in a type that nothing reads."""
   writer, rng = GGUFWriter(path, "llama"), np.random.default_rng(0)
   writer.add_block_count(1)
   writer.add_context_length(128)
@@ -411,7 +411,11 @@ def small_gguf(path):
                        ("ffn_down", "mlp.down_proj")):
     shapes[f"blk.0.{name}"] = LINEARS[theirs]
   for name, shape in shapes.items():
-    writer.add_tensor(f"{name}.weight", rng.normal(0, 0.2, shape).astype(np.float32))
+    if name in raw:
+      blocks = np.zeros((shape[0], shape[1] // 32 * 40), np.uint8)
+      writer.add_tensor(f"{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_1)
+    else:
+      writer.add_tensor(f"{name}.weight", rng.normal(0, 0.2, shape).astype(np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -428,6 +432,14 @@ def test_a_truncated_gguf_is_refused(tmp_path):
   for length in {0, 1, 3, 4, 8, 24, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(60))}:
     path.write_bytes(whole[:length])
     refused(path)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_type_that_nothing_reads_is_told_before_any_weight_is_read(tmp_path, lazy, monkeypatch):
+  path = small_gguf(tmp_path / "model.gguf", raw=("blk.0.ffn_down",))
+  monkeypatch.delattr("lmcompress.io.gguf.read_tensor")
+  with pytest.raises(FormatError, match=r"'blk.0.ffn_down.weight' has type Q8_1, which cannot be dequantized"):
+    lmc.load(path, lazy=lazy)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
