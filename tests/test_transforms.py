@@ -218,6 +218,8 @@ ROWS = [
   Row("hqq", lambda: hqq(3, 16), sums=True),
   Row("mixed_precision", lambda: mixed_precision(4.5, (3, 4, 8), 16), sums=True,
       meshes=False),
+  Row("mixed_precision tables", lambda: mixed_precision(5.5, (3, 4, 8), 16, sensitivity="fisher", tables=True),
+      sums=True, meshes=False),
   Row("any_precision", lambda: any_precision((3, 4, 8), 16), sums=True),
   Row("learned_rounding", lambda: learned_rounding(3, 16, steps=3, learning_rate=0.1), sums=True),
   Row("llm_int8", lambda: llm_int8(threshold=4.0)),

@@ -17,7 +17,7 @@ from lmcompress.ops.divergence import divergence
 from lmcompress.ops.rounding import Rounding
 from lmcompress.ops.second_order import output_energy
 from lmcompress.transforms.awq import round_clipped
-from lmcompress.transforms.combine import by_stage, chain, partition, require_dense
+from lmcompress.transforms.combine import by_stage, chain, evidence_for, partition, require_dense
 from lmcompress.transforms.gptq import gptq
 from lmcompress.transforms.round_to_nearest import quantize_matrix, round_to_nearest
 from lmcompress.types import Evidence, Params, State, Transform, WeightError
@@ -31,7 +31,7 @@ def mixed_precision(
   candidates: Sequence[int] = (2, 3, 4, 5, 6, 8),
   group_size: int = 64,
   symmetric: bool = False,
-  sensitivity: Literal["output", "kl"] = "output",
+  sensitivity: Literal["output", "fisher", "kl"] = "output",
   tokens: int = 256,
   tables: bool = False,
   sweeps: int = 1,
@@ -47,10 +47,12 @@ def mixed_precision(
     candidates: widths to choose from.
     group_size, symmetric, sweeps, error_propagation: as in `gptq`.
     sensitivity: `output` is the relative output error `||X (W - Q(W))||**2 / ||X W||**2`, which the Hessian of
-      calibration tokens tells; `kl` the divergence of the model's predictions with that weight alone rounded, which
-      takes a run of the model for each stage and width, and weighs tables too.
+      calibration tokens tells; `fisher` what the loss of the model rises by to second order, `sum F (W - Q(W))**2 / 2`
+      with the empirical Fisher's diagonal F, which takes one pass of gradients; `kl` the divergence of the model's
+      predictions with that weight alone rounded, which takes a run of the model for each stage and width. The last two
+      weigh tables too.
     tokens: calibration tokens on which the divergence is measured.
-    tables: also chooses for the embedding and the head, which are rounded to nearest; for `kl`.
+    tables: also chooses for the embedding and the head, which are rounded to nearest; for `fisher` and `kl`.
 
   Raises:
     ValueError: fewer bits than the narrowest candidate takes.
@@ -58,10 +60,10 @@ def mixed_precision(
   widths = sorted(set(candidates))
   if not widths or widths[0] < 2 or widths[-1] > 8:
     raise ValueError(f"mixed_precision(candidates={list(candidates)}): widths are 2 to 8")
-  if sensitivity not in ("output", "kl") or tokens < 2 or (tables and sensitivity != "kl"):
+  if sensitivity not in ("output", "fisher", "kl") or tokens < 2 or (tables and sensitivity == "output"):
     raise ValueError(
-      f"mixed_precision(sensitivity={sensitivity!r}, tokens={tokens}, tables={tables}): sensitivity is output or kl, "
-      "tokens at least 2, and tables go with kl"
+      f"mixed_precision(sensitivity={sensitivity!r}, tokens={tokens}, tables={tables}): sensitivity is output, fisher "
+      "or kl, tokens at least 2, and tables go with fisher or kl"
     )
   quantizers = {b: gptq(b, group_size, symmetric, sweeps=sweeps, error_propagation=error_propagation) for b in widths}
   stored = {b: _stored_bits(b, group_size, symmetric) for b in widths}
@@ -90,17 +92,25 @@ def mixed_precision(
       found[tuple(members)] = (w.size, losses)
     return params, found
 
+  def rounded(path: str, w: Any, bits: int) -> jax.Array:
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "clip": "mse"}
+    return quantize_matrix(w, axis=tree.contraction_axis(path), **options).materialize()
+
+  def by_fisher(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
+    found = {}
+    for _, paths in _alike(evidence.structure, params, _chosen(params, evidence.selected)):
+      weights = {path: tree.get(params, path) for path in paths}
+      given = {path: evidence_for("fisher", path, evidence, "mixed_precision") for path in paths}
+      losses = [sum(float(_rise(w, rounded(p, w, b), given[p])) for p, w in weights.items()) for b in widths]
+      found[tuple(paths)] = (sum(w.size for w in weights.values()), losses)
+    return params, found
+
   def by_kl(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     chosen = _chosen(params, evidence.selected)
     if evidence.tokens is None:
       raise WeightError("mixed_precision(sensitivity='kl') runs the model: pass calibration=tokens [n, length]")
     rows = max(1, -(-tokens // evidence.tokens.shape[1]))
     some = evidence.tokens[:rows, : max(2, tokens // rows)]
-    options = {"group_size": group_size, "symmetric": symmetric, "clip": "mse"}
-
-    def rounded(path: str, w: Any, bits: int) -> jax.Array:
-      return quantize_matrix(w, bits=bits, axis=tree.contraction_axis(path), **options).materialize()
-
     return params, divergences(evidence.structure, params, chosen, some, widths, rounded)
 
   def plan(state: Mapping[tuple[str, ...], tuple[int, list[float]]]) -> Transform:
@@ -118,6 +128,8 @@ def mixed_precision(
     whole = partition(lambda path: labels[path] if path in tables else None, rounded)  # type: ignore[arg-type]
     return chain(solved, whole) if linear else whole
 
+  if sensitivity == "fisher":
+    return Transform(init, by_fisher, frozenset({"fisher"}), scope="model", name="mixed_precision", plan=plan)
   if sensitivity == "kl":
     return Transform(init, by_kl, frozenset({"tokens"}), scope="model", name="mixed_precision", plan=plan, inputs=True)
   return Transform(init, by_output, needs=frozenset({"hessian"}), name="mixed_precision", plan=plan)
@@ -144,17 +156,8 @@ def divergences(
   for block in blocks:
     carries.append(model.run(block, params, carries[-1])[0])
   want = jax.nn.log_softmax(model.finish(params, carries[-1]), axis=-1)
-  groups = [
-    (n, [path for linear in stage.linears if (path := f"{block.path}/{linear}/kernel") in chosen])
-    for n, block in enumerate(blocks)
-    for stage in block.stages
-  ]
-  inside = {path for _, paths in groups for path in paths}
-  groups += [(0, [path]) for path in sorted(chosen - inside)]
   found = {}
-  for n, paths in groups:
-    if not paths:
-      continue
+  for n, paths in _alike(model, params, chosen):
     losses, size = [], sum(tree.get(params, path).size for path in paths)
     for choice in choices:
       changed = params
@@ -169,6 +172,17 @@ def divergences(
   return found
 
 
+def _alike(model: Any, params: Params, chosen: frozenset[str]) -> list[tuple[int, list[str]]]:
+  """What is decided as one, with the number of its block: the linears of a stage, and each table."""
+  groups = [
+    (n, [path for linear in stage.linears if (path := f"{block.path}/{linear}/kernel") in chosen])
+    for n, block in enumerate(model.blocks(params))
+    for stage in block.stages
+  ]
+  inside = {path for _, paths in groups for path in paths}
+  return [group for group in groups if group[1]] + [(0, [path]) for path in sorted(chosen - inside)]
+
+
 def _stored_bits(bits: int, group_size: int, symmetric: bool) -> float:
   """Bits of an entry with its share of a 16-bit scale and a zero point; rows count as groups of their own length."""
   return bits + (0 if group_size == -1 else (16 + (0 if symmetric else bits)) / group_size)
@@ -179,6 +193,11 @@ def _loss(w: jax.Array, hessian: jax.Array, rounding: Rounding, group_size: int)
   q = round_clipped(w, hessian, rounding=rounding, group_size=group_size, clip=False)
   error, w = q.materialize() - w, w.astype(jnp.float32)
   return output_energy(error, hessian) / jnp.maximum(output_energy(w, hessian), 1e-30)
+
+
+@jax.jit
+def _rise(w: jax.Array, rounded: jax.Array, fisher: jax.Array) -> jax.Array:
+  return 0.5 * jnp.sum(fisher * jnp.square(w.astype(jnp.float32) - rounded))
 
 
 def allocate(losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int) -> list[int]:

@@ -10,10 +10,12 @@ import pytest
 
 from lmcompress import tree
 from lmcompress.calibration import compress
+from lmcompress.calibration.gradients import gradients
+from lmcompress.calibration.sequential import batches_of
 from lmcompress.transforms import at, chain, gptq, mixed_precision, round_to_nearest
 from lmcompress.transforms.mixed_precision import allocate, divergences
 from lmcompress.transforms.round_to_nearest import quantize_matrix
-from lmcompress.types import WeightError
+from lmcompress.types import Evidence, WeightError
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -75,8 +77,8 @@ def test_it_loses_no_more_than_one_width(tiny, calibration):
 
 @pytest.mark.parametrize("options, message", [
   ({"bits": 2.0}, "narrowest candidate takes 2.281 bits"), ({"candidates": (1, 4)}, "widths are 2 to 8"),
-  ({"candidates": ()}, "widths are 2 to 8"), ({"tables": True}, "tables go with kl"),
-  ({"sensitivity": "fisher"}, "output or kl"),
+  ({"candidates": ()}, "widths are 2 to 8"), ({"tables": True}, "tables go with fisher or kl"),
+  ({"sensitivity": "hessian"}, "output, fisher or kl"),
 ])
 def test_arguments_out_of_range(options, message):
   with pytest.raises(ValueError, match=message):
@@ -109,13 +111,39 @@ def test_sensitivity_by_divergence(tiny, calibration):
   assert losses[0] == pytest.approx(np.mean(np.sum(np.exp(a) * (a - b), -1)), rel=1e-3)
 
 
-def test_tables_are_candidates(tiny, calibration):
+def test_sensitivity_by_fisher(tiny, calibration):
+  """The sum in NumPy of each row's squared gradient times the squared change of the weight, rounded by itself."""
   model, params = tiny
-  recipe = mixed_precision(6.0, (3, 4, 8), 16, sensitivity="kl", tokens=32, tables=True)
+  transform = mixed_precision(4.5, (3, 8), 16, sensitivity="fisher", tables=True)
+  fisher = gradients(model, params, batches_of(calibration), frozenset({"fisher"}))["fisher"]
+  _, state = transform.apply(params, transform.init(params), Evidence(structure=model, fisher=fisher))
+  assert len(state) == 2 * 4 + 2 and ("embed/table",) in state and ("head/table",) in state
+
+  def loss(params, row):
+    logits = jax.nn.log_softmax(model.apply(params, row[None])[0, :-1])
+    return -np.float32(1 / (len(row) - 1)) * logits[np.arange(len(row) - 1), row[1:]].sum()
+
+  paths = ("layers/1/attn/q/kernel", "layers/1/attn/k/kernel", "layers/1/attn/v/kernel")
+  slopes = [jax.grad(loss)(params, row) for row in calibration]
+  want = 0.0
+  for path in paths:
+    done = compress(model, params, at(path, round_to_nearest(3, 16, False, clip="mse")))[0]
+    change = np.asarray(tree.get(done, path).materialize(), np.float64) - np.asarray(tree.get(params, path), np.float64)
+    mean = np.mean([np.asarray(tree.get(s, path), np.float64) ** 2 for s in slopes], axis=0)
+    want += 0.5 * np.sum(mean * change**2)
+  size, losses = state[paths]
+  assert size == sum(tree.get(params, path).size for path in paths)
+  assert losses[0] == pytest.approx(want, rel=1e-4) and losses[0] > losses[1] > 0
+
+
+@pytest.mark.parametrize("sensitivity", ["kl", "fisher"])
+def test_tables_are_candidates(tiny, calibration, sensitivity):
+  model, params = tiny
+  recipe = mixed_precision(6.0, (3, 4, 8), 16, sensitivity=sensitivity, tokens=32, tables=True)
   done, report = compress(model, params, recipe, calibration)
   leaves = tree.weights(done)
   assert set(report.last()) == set(leaves) and {"embed/table", "head/table"} <= set(leaves)
   used = sum(leaf.nbits for leaf in leaves.values()) / sum(leaf.size for leaf in leaves.values())
   assert 5.0 < used <= 6.0 and len({leaf.grid.bits for leaf in leaves.values()}) > 1
-  with pytest.raises(WeightError, match="needs tokens: pass calibration"):
+  with pytest.raises(WeightError, match=r"needs (tokens|fisher): pass calibration"):
     compress(model, params, recipe)
