@@ -59,14 +59,15 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
   import jax
 
   from lmcompress import compress, load
-  from lmcompress.calibration.sequential import Streamed
+  from lmcompress.calibration.sequential import Streamed, weigh_first
   from lmcompress.evaluate.perplexity import compare
   from lmcompress.evaluate.size import sizes
   from lmcompress.io.store import Store
   from lmcompress.recipe import build
 
-  variant = next(v for v in variants_of(config) if v.name == name)
+  variant: Any = next(v for v in variants_of(config) if v.name == name)
   calibration, held_out = tokens_of(config, seed)
+  calibration = weigh_first(calibration, variant.calibration.first_weight)
   model, params, _ = load(config.model, lazy=variant.stream)
   about = {"recipe": variant.recipe, "seed": seed}
   store = Store(scratch / f"{name}-{seed}", about, mapped=True) if variant.stream else None

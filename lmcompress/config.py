@@ -28,6 +28,12 @@ class Tokens(_Table):
   length: int = pydantic.Field(512, ge=2)
 
 
+class Calibration(Tokens):
+  """Tokens that methods take statistics of; the first token of each block counts as `first_weight` tokens."""
+
+  first_weight: float = pydantic.Field(1.0, gt=0, le=1e6)
+
+
 class Evaluate(_Table):
   """Perplexity and KL on held-out texts."""
 
@@ -302,7 +308,7 @@ class Config(_Table):
   train: Train | None = None
   tasks: tuple[TaskTable, ...] = pydantic.Field((), strict=False)
   finish: tuple[dict[str, Any], ...] = pydantic.Field((), strict=False)
-  calibration: Tokens | None = None
+  calibration: Calibration | None = None
   evaluate: Evaluate = pydantic.Field(default_factory=lambda: Evaluate.model_validate({}))
   bench: Bench = pydantic.Field(default_factory=lambda: Bench.model_validate({}))
   generate: Generate | None = pydantic.Field(default_factory=lambda: Generate.model_validate({}))

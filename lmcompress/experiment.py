@@ -18,7 +18,7 @@ import numpy as np
 from lmcompress import measuring, tree
 from lmcompress import recipe as recipes
 from lmcompress.calibration import compress
-from lmcompress.calibration.sequential import Streamed, expected_bytes
+from lmcompress.calibration.sequential import Streamed, expected_bytes, weigh_first
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump, rules_of, splits_tokens
 from lmcompress.data.text import load_text, windows
@@ -299,7 +299,9 @@ def _calibration(config: Config, model: Any, tokenizer: Any, tasks: Mapping[str,
   """
   c = config.calibration
   if c is None or not hasattr(model, "encode"):
-    return None if c is None else windows(tokenizer, load_text(c.text), c.windows, c.length)
+    if c is None:
+      return None
+    return weigh_first(windows(tokenizer, load_text(c.text), c.windows, c.length), c.first_weight)
   if c.text not in tasks:
     named = ", ".join(tasks) or "none"
     raise ConfigError(f"calibration.text: {c.text!r}: an encoder-decoder is calibrated on one of its tasks: {named}")
@@ -308,11 +310,11 @@ def _calibration(config: Config, model: Any, tokenizer: Any, tasks: Mapping[str,
     raise ConfigError(f"calibration.windows: {c.windows} of {len(train.labels)} rows of task {c.text}; use fewer")
   chosen = np.linspace(0, len(train.labels) - 1, c.windows).astype(int)
   written = with_start(model, train.labels[chosen])
-  return {
+  return weigh_first({
     "tokens": train.tokens[chosen, : c.length], "attention_mask": train.mask[chosen, : c.length] != 0,
     "decoder_input_ids": np.asarray(written["tokens"])[:, : c.length],
     "decoder_attention_mask": np.asarray(written["attention_mask"])[:, : c.length],
-  }  # fmt: skip
+  }, c.first_weight)  # fmt: skip
 
 
 def _fits_encoder(config: Config, model: Any, params: Params, profile: bool) -> None:

@@ -23,6 +23,9 @@ from lmcompress.types import CompressedArray, Evidence, Params, Transform, Weigh
 Progress = Callable[[str, int, int], None]
 """Called with the link's name, how many of its parts are done, and how many there are."""
 
+_TOKENS = ("tokens", "attention_mask", "weights", "decoder_weights")
+"""What of a calibration a model is not handed beside its tokens."""
+
 
 @dataclasses.dataclass
 class Report:
@@ -116,7 +119,7 @@ def compress(
     if "tokens" in link.needs:
       given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration
       more = calibration if isinstance(calibration, Mapping) else {}
-      beside = {name: jnp.asarray(x) for name, x in more.items() if name not in ("tokens", "attention_mask")}
+      beside = {name: jnp.asarray(x) for name, x in more.items() if name not in _TOKENS}
       evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given), beside=beside)
     if asked := link.needs & set(GRADIENTS):
       told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")

@@ -77,7 +77,8 @@ def block_by_block(
   Args:
     kept: parts that it has are not made again; what is finished goes there, if the link's state does not matter.
     calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens,
-      and whatever else the model takes, such as `decoder_input_ids`, a row for each text.
+      and whatever else the model takes, such as `decoder_input_ids`, a row for each text. `weights` `[n, length]`
+      (`decoder_weights` of a decoder) say how much each token counts in sums; 1 where they are not given.
 
   Returns:
     The tree, the link's state at the end, and what was done to each weight.
@@ -227,8 +228,40 @@ def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
         raise WeightError(f"calibration's {name} are a row for each of {len(tokens)} texts; found {whole[name].shape}")
   if "decoder_input_ids" in whole:
     whole.setdefault("decoder_attention_mask", np.ones(whole["decoder_input_ids"].shape, bool))
+  for name in ("weights", "decoder_weights"):
+    if name in whole:
+      w, real = whole[name], whole.get(name.replace("weights", "attention_mask"), mask[:0])
+      sound = w.dtype.kind in "biuf" and w.shape == real.shape and bool((np.isfinite(w) & (w >= 0)).all())
+      if not sound or not (w * (real != 0)).any():
+        raise WeightError(f"calibration's {name} are a number of at least 0 for each token, above 0 for some real one; "
+                          f"found {w.dtype}{list(w.shape)} for tokens {list(real.shape)}")  # fmt: skip
+      whole[name] = w.astype(np.float32)
   size = max(1, TOKENS // tokens.shape[1])
   return [{name: x[i : i + size] for name, x in whole.items()} for i in range(0, tokens.shape[0], size)]
+
+
+def weigh_first(calibration: Any, weight: float) -> Any:
+  """Calibration whose rows' first real tokens count as so many in sums (Sung et al. 2025, RSQ, arXiv:2503.01820).
+
+  Causal models rest much of their attention on the first token, so that an error there reaches all that follow; it is
+  one of hundreds all the same.
+
+  Args:
+    calibration: as of `compress`; a decoder's first tokens are weighed too.
+    weight: 1 changes nothing.
+  """
+  if weight == 1:
+    return calibration
+  given = dict(calibration) if isinstance(calibration, Mapping) else {"tokens": calibration}
+  for ids, mask, name in (
+    ("tokens", "attention_mask", "weights"), ("decoder_input_ids", "decoder_attention_mask", "decoder_weights"),
+  ):  # fmt: skip
+    if given.get(ids) is not None:
+      real = np.asarray(given.get(mask, np.ones(np.shape(given[ids])))) != 0
+      first = np.zeros(real.shape, bool)
+      first[np.arange(len(real)), real.argmax(axis=1)] = True
+      given[name] = np.where(first, weight, 1.0).astype(np.float32)
+  return given
 
 
 def _block_alone(block: Block, alike: Block, params: Params) -> Params:
@@ -281,8 +314,8 @@ def _collect(
   alone = _block_alone(block, alike, params)
   before = None if reference is None else _block_alone(block, alike, reference[0])
   states: dict[str, Any] = dict.fromkeys(taps)
-  masks = {stage.name: [batch[stage.mask] for batch in batches] for stage in stages}
-  counts = {name: jnp.float32(sum(int((mask != 0).sum()) for mask in some)) for name, some in masks.items()}
+  weights = {stage.name: [_weights(batch, stage.mask) for batch in batches] for stage in stages}
+  counts = {name: jnp.float32(sum(float(w.sum()) for w in some)) for name, some in weights.items()}
   for i in range(len(batches)):
     inputs = _tapped(model, alike, alone, stream[i], taps)
     was = {} if reference is None else _tapped(model, alike, before, reference[1][i], taps)
@@ -291,7 +324,7 @@ def _collect(
         raise WeightError(
           f"{block.path}: stage {name!r} returned no input; the model must tap every stage it publishes"
         )
-      states[name] = _update(wanted, states[name], inputs[name], was.get(name), masks[name][i] != 0)
+      states[name] = _update(wanted, states[name], inputs[name], was.get(name), weights[name][i])
   found = {}
   for stage in stages:
     state, count = states[stage.name], counts[stage.name]
@@ -304,16 +337,28 @@ def _collect(
   return found
 
 
+def _weights(batch: Mapping[str, np.ndarray], mask: str) -> np.ndarray:
+  """How much each token counts, float32 `[rows, length]`; padding not at all."""
+  real = (batch[mask] != 0).astype(np.float32)
+  return real * batch.get(mask.replace("attention_mask", "weights"), np.float32(1))
+
+
 @functools.partial(jax.jit, static_argnames=("wanted",))
-def _update(wanted: tuple[str, ...], states: Any, x: jax.Array, reference: Any, mask: jax.Array) -> Any:
+def _update(wanted: tuple[str, ...], states: Any, x: jax.Array, reference: Any, weights: jax.Array) -> Any:
+  weights = jnp.asarray(weights).reshape(-1, 1)
+
   def rows(x: jax.Array) -> jax.Array:
-    return jnp.where(mask.reshape(-1, 1), x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0.0)
+    return jnp.where(weights > 0, x.reshape(-1, x.shape[-1]).astype(jnp.float32), 0.0)
+
+  def one(name: str, state: jax.Array) -> jax.Array:
+    statistic = STATISTICS[name]
+    by = weights**statistic.weight if statistic.weight else 1.0
+    return statistic.update(state, x * by, None if reference is None else reference * by)
 
   x, reference = rows(x), None if reference is None else rows(reference)
   states = tuple(STATISTICS[w].init(x.shape[1]) for w in wanted) if states is None else states
   sound = jnp.all(jnp.isfinite(x))  # XLA's maximum may drop a NaN, so it is said here
-  states = (STATISTICS[w].update(s, x, reference) for w, s in zip(wanted, states, strict=True))
-  return tuple(jnp.where(sound, s, jnp.nan) for s in states)
+  return tuple(jnp.where(sound, one(w, s), jnp.nan) for w, s in zip(wanted, states, strict=True))
 
 
 @jax.jit

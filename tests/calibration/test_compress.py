@@ -10,6 +10,7 @@ import pytest
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray, QuantizedArray
 from lmcompress.calibration import compress
+from lmcompress.calibration.sequential import weigh_first
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.models import T5, T5Config
@@ -267,6 +268,52 @@ def test_little_calibration_is_enough(tiny, tokens):
   compress(*tiny, spy(seen), tokens)
   h = np.asarray(seen["layers/0/attn/q/kernel"]["hessian"])
   assert np.isfinite(h).all() and np.linalg.matrix_rank(h, tol=1e-5) == 1
+
+
+def test_a_weight_is_how_often_a_token_counts(tiny, calibration):
+  """Sums and counts are those of rows given twice, extremes and histograms those of each row once."""
+  once, twice = {}, {}
+  compress(*tiny, spy(once), {"tokens": calibration, "weights": np.repeat([[2.0], [1.0], [2.0]], 10, axis=1)})
+  compress(*tiny, spy(twice), calibration[[0, 0, 1, 2, 2]])
+  for path, want in twice.items():
+    for name in ("hessian", "reference_hessian", "mean", "second_moment", "mean_abs", "absmax", "minimum", "maximum"):
+      near = 1e-5 * float(np.abs(want[name]).max())
+      np.testing.assert_allclose(once[path][name], want[name], rtol=1e-4, atol=near, err_msg=f"{path} {name}")
+    assert once[path]["histogram"].sum() == pytest.approx(3 / 5 * float(want["histogram"].sum()), rel=1e-3)
+
+
+def test_a_token_of_no_weight_is_in_no_sum(tiny, calibration):
+  """It is read all the same, unlike padding: what follows sees it."""
+  weights = np.ones(calibration.shape)
+  weights[:, 0] = 0
+  seen, whole = {}, {}
+  compress(*tiny, spy(seen), {"tokens": calibration, "weights": weights})
+  compress(*tiny, spy(whole), calibration)
+  path = "layers/0/attn/q/kernel"
+  model, params = tiny
+  block = model.blocks(params)[0]
+  x = tapped(model, params, params, block, block.stages[0], calibration).reshape(3, 10, -1)[:, 1:].reshape(27, -1)
+  np.testing.assert_allclose(seen[path]["hessian"], 2 / 27 * x.T @ x, rtol=1e-4, atol=1e-5)
+  assert not np.allclose(seen[path]["hessian"], whole[path]["hessian"], rtol=1e-2)
+
+
+def test_the_first_real_token_is_weighed(calibration):
+  mask = np.ones(calibration.shape, bool)
+  mask[1, :4] = False
+  given = weigh_first({"tokens": calibration, "attention_mask": mask, "decoder_input_ids": calibration[:, :3]}, 9.0)
+  want = np.ones(calibration.shape)
+  want[[0, 1, 2], [0, 4, 0]] = 9
+  np.testing.assert_array_equal(given["weights"], want)
+  np.testing.assert_array_equal(given["decoder_weights"], np.repeat([[9.0, 1.0, 1.0]], 3, axis=0))
+  assert weigh_first(calibration, 1.0) is calibration
+
+
+@pytest.mark.parametrize("weights", [
+  np.ones((3, 9)), np.full((3, 10), -1.0), np.full((3, 10), np.nan), np.zeros((3, 10)), np.full((3, 10), "a"),
+], ids=["another length", "negative", "not a number", "none above 0", "words"])
+def test_weights_of_another_form(tiny, calibration, weights):
+  with pytest.raises(WeightError, match="calibration's weights are a number of at least 0 for each token"):
+    compress(*tiny, spy({}), {"tokens": calibration, "weights": weights})
 
 
 def test_rows_are_split_over_a_mesh(tiny, monkeypatch):
