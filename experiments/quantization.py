@@ -59,7 +59,8 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
   import jax
 
   from lmcompress import compress, load
-  from lmcompress.calibration.sequential import Streamed, weigh_first
+  from lmcompress.calibration import weigh_first
+  from lmcompress.calibration.sequential import Streamed
   from lmcompress.evaluate.perplexity import compare
   from lmcompress.evaluate.size import sizes
   from lmcompress.io.store import Store
@@ -69,7 +70,7 @@ def ours(config: Any, name: str, seed: int, scratch: Path) -> dict[str, Any]:
   calibration, held_out = tokens_of(config, seed)
   calibration = weigh_first(calibration, variant.calibration.first_weight)
   model, params, _ = load(config.model, lazy=variant.stream)
-  about = {"recipe": variant.recipe, "seed": seed}
+  about = {"recipe": variant.recipe, "seed": seed, "calibration": variant.calibration.model_dump()}
   store = Store(scratch / f"{name}-{seed}", about, mapped=True) if variant.stream else None
   begun = time.perf_counter()
   done, report = compress(model, params, build(variant.recipe), calibration, jax.random.key(seed), store=store)
@@ -126,6 +127,7 @@ def study(
           subprocess.run([str(peer), str(WORKER), *what], check=True, stdout=log, stderr=log)
   from lmcompress.environment import device, versions
 
+  weights = {v.name: v.calibration.first_weight for v in variants_of(config) if v.calibration is not None}
   rows, known = [], {(row["who"], row["name"]): row for row in earlier}
   for who, name in dict.fromkeys([*known, *jobs]):
     files = [folder / f"{who}-{name}-{seed}.json" for seed in seeds]
@@ -141,7 +143,7 @@ def study(
       middle["perplexity"] = middle["ratio"] * first["float32"]
       rows.append({"who": who, "name": name, "seeds": len(ratios), "float32": first["float32"], **middle,
                    "texts": sorted(ratios), "ratios": [ratio for _, ratio in sorted(ratios.items())],
-                   "recipe": first.get("recipe")})
+                   "recipe": first.get("recipe"), "first_weight": weights[name] if who == "ours" else 1.0})
   return {"format": 1, "name": config.name, "model": config.model, "calibration": config.calibration.model_dump(),
           "evaluate": config.evaluate.model_dump(mode="json"), "versions": versions(), "device": device(), "rows": rows}
 

@@ -26,6 +26,7 @@ def study(path: Path, only: list[str], rounds: int, windows: int) -> dict[str, A
   import jax
 
   from lmcompress import compress, load
+  from lmcompress.calibration import weigh_first
   from lmcompress.data import text
   from lmcompress.environment import device, versions
   from lmcompress.evaluate import latency
@@ -37,7 +38,7 @@ def study(path: Path, only: list[str], rounds: int, windows: int) -> dict[str, A
   b, c = config.bench, config.calibration
   if c is None:
     raise ConfigError(f"{path.name}: calibration is needed, such as {{text: 'pydoc:odd', windows: 32, length: 512}}")
-  tokens = text.windows(tokenizer, text.load_text(c.text), windows, c.length)
+  tokens = weigh_first(text.windows(tokenizer, text.load_text(c.text), windows, c.length), c.first_weight)
   trees = {"original": params}
   for variant in variants_of(config):
     if variant.name in only:

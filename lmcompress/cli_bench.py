@@ -116,12 +116,13 @@ def _compressed(net: Any, params: Any, tokenizer: Any, links: list[dict[str, Any
   import jax
 
   from lmcompress import recipe as recipes
-  from lmcompress.calibration import compress
+  from lmcompress.calibration import compress, weigh_first
   from lmcompress.data.text import load_text, windows
 
   tokens = None
   if calibration is not None:
     if tokenizer is None:
       raise SourceError("the recipe is calibrated on a text and the model has no tokenizer")
-    tokens = windows(tokenizer, load_text(calibration.text), calibration.windows, calibration.length)
+    text = windows(tokenizer, load_text(calibration.text), calibration.windows, calibration.length)
+    tokens = weigh_first(text, calibration.first_weight)
   return compress(net, params, recipes.build(links), tokens, jax.random.key(0))[0]

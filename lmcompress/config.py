@@ -29,7 +29,7 @@ class Tokens(_Table):
 
 
 class Calibration(Tokens):
-  """Tokens that methods take statistics of; the first token of each block counts as `first_weight` tokens."""
+  """Tokens that methods take statistics of; the first token of each row counts as `first_weight` tokens."""
 
   first_weight: float = pydantic.Field(1.0, gt=0, le=1e6)
 

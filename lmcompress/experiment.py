@@ -17,8 +17,8 @@ import numpy as np
 
 from lmcompress import measuring, tree
 from lmcompress import recipe as recipes
-from lmcompress.calibration import compress
-from lmcompress.calibration.sequential import Streamed, expected_bytes, weigh_first
+from lmcompress.calibration import compress, weigh_first
+from lmcompress.calibration.sequential import Streamed, expected_bytes
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.config import Config, dump, rules_of, splits_tokens
 from lmcompress.data.text import load_text, windows

@@ -16,7 +16,7 @@ import numpy as np
 
 from lmcompress import config as configs
 from lmcompress import ops, recipe
-from lmcompress.calibration.compress import compress
+from lmcompress.calibration import compress, weigh_first
 from lmcompress.data.text import load_text, windows
 from lmcompress.environment import device, versions
 from lmcompress.errors import ConfigError, FormatError, SourceError
@@ -59,7 +59,8 @@ class Measure:
     e, c = config.evaluate, config.calibration
     self.model, self.params = model, params
     self.held_out = windows(tokenizer, load_text(e.texts[0]), e.windows, e.length)
-    self.calibration = None if c is None else windows(tokenizer, load_text(c.text), c.windows, c.length)
+    text = None if c is None else windows(tokenizer, load_text(c.text), c.windows, c.length)
+    self.calibration = None if c is None else weigh_first(text, c.first_weight)
     self.trials: dict[Choice, Trial] = {}
     if self.file.is_file():
       try:

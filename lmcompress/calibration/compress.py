@@ -23,7 +23,7 @@ from lmcompress.types import CompressedArray, Evidence, Params, Transform, Weigh
 Progress = Callable[[str, int, int], None]
 """Called with the link's name, how many of its parts are done, and how many there are."""
 
-_TOKENS = ("tokens", "attention_mask", "weights", "decoder_weights")
+_OWN = ("tokens", "attention_mask", "weights", "decoder_weights")
 """What of a calibration a model is not handed beside its tokens."""
 
 
@@ -78,7 +78,7 @@ def compress(
     params: the tree; it is not changed.
     recipe: a transform, usually a `chain`, or transforms in order.
     calibration: `[n, length]` int32 tokens, or `{"tokens", "attention_mask"}` where rows are padded, for methods that
-      need statistics.
+      need statistics; `weights` beside them say how much each token counts in those, as in `block_by_block`.
     key: decides everything random.
     progress: told of each part that is done.
     on_link: called after each link with its name and the tree.
@@ -119,7 +119,7 @@ def compress(
     if "tokens" in link.needs:
       given = calibration["tokens"] if isinstance(calibration, Mapping) else calibration
       more = calibration if isinstance(calibration, Mapping) else {}
-      beside = {name: jnp.asarray(x) for name, x in more.items() if name not in _TOKENS}
+      beside = {name: jnp.asarray(x) for name, x in more.items() if name not in _OWN}
       evidence = dataclasses.replace(evidence, tokens=jnp.asarray(given), beside=beside)
     if asked := link.needs & set(GRADIENTS):
       told = None if progress is None else functools.partial(progress, f"gradients for {link.name}")

@@ -33,6 +33,8 @@ from lmcompress.types import (
 
 TOKENS = 4096
 """Tokens that run at once, at most (one row at least)."""
+_WEIGHTS = {"attention_mask": "weights", "decoder_attention_mask": "decoder_weights"}
+"""What says how much each token counts, beside the mask of a stage."""
 _LARGE = 1 << 20
 """Bytes of weights after which it pays to give memory back."""
 
@@ -78,7 +80,8 @@ def block_by_block(
     kept: parts that it has are not made again; what is finished goes there, if the link's state does not matter.
     calibration: tokens `[n, length]`, or `{"tokens": ..., "attention_mask": ...}`, the mask nonzero for real tokens,
       and whatever else the model takes, such as `decoder_input_ids`, a row for each text. `weights` `[n, length]`
-      (`decoder_weights` of a decoder) say how much each token counts in sums; 1 where they are not given.
+      (`decoder_weights` of a decoder) say how much each token counts in the sums and means of statistics, 1 where they
+      are not given; a token of weight 0 is in none, and in no extreme. Gradients and losses do not read them.
 
   Returns:
     The tree, the link's state at the end, and what was done to each weight.
@@ -228,16 +231,28 @@ def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
         raise WeightError(f"calibration's {name} are a row for each of {len(tokens)} texts; found {whole[name].shape}")
   if "decoder_input_ids" in whole:
     whole.setdefault("decoder_attention_mask", np.ones(whole["decoder_input_ids"].shape, bool))
-  for name in ("weights", "decoder_weights"):
+  for masks, name in _WEIGHTS.items():
     if name in whole:
-      w, real = whole[name], whole.get(name.replace("weights", "attention_mask"), mask[:0])
-      sound = w.dtype.kind in "biuf" and w.shape == real.shape and bool((np.isfinite(w) & (w >= 0)).all())
-      if not sound or not (w * (real != 0)).any():
-        raise WeightError(f"calibration's {name} are a number of at least 0 for each token, above 0 for some real one; "
-                          f"found {w.dtype}{list(w.shape)} for tokens {list(real.shape)}")  # fmt: skip
-      whole[name] = w.astype(np.float32)
+      if masks not in whole:
+        raise WeightError(f"calibration has {name} and no decoder_input_ids")
+      whole[name] = _checked_weights(name, whole[name], whole[masks] != 0)
   size = max(1, TOKENS // tokens.shape[1])
   return [{name: x[i : i + size] for name, x in whole.items()} for i in range(0, tokens.shape[0], size)]
+
+
+def _checked_weights(name: str, given: np.ndarray, real: np.ndarray) -> np.ndarray:
+  """Float32 weights of tokens.
+
+  Raises:
+    WeightError: they are no numbers of at least 0 for each token, above 0 for a real one.
+  """
+  numbers = jnp.issubdtype(given.dtype, jnp.number) or given.dtype == bool
+  with np.errstate(over="ignore"):
+    w = given.astype(np.float32) if numbers and given.dtype.kind != "c" else np.full(given.shape, np.nan)
+  if w.shape != real.shape or not (np.isfinite(w) & (w >= 0)).all() or not (w * real).any():
+    raise WeightError(f"calibration's {name} are a number of at least 0 for each token, above 0 for some real one; "
+                      f"found {given.dtype}{list(given.shape)} for tokens {list(real.shape)}")  # fmt: skip
+  return w
 
 
 def weigh_first(calibration: Any, weight: float) -> Any:
@@ -247,21 +262,27 @@ def weigh_first(calibration: Any, weight: float) -> Any:
   one of hundreds all the same.
 
   Args:
-    calibration: as of `compress`; a decoder's first tokens are weighed too.
+    calibration: as of `compress`, its weights, if it has any, multiplied; a decoder's first tokens are weighed too.
     weight: 1 changes nothing.
+
+  Raises:
+    ValueError: a negative weight, or one that is no number.
+    WeightError: the calibration is none.
   """
+  if not 0 <= weight < float("inf"):
+    raise ValueError(f"weigh_first(weight={weight}): a finite number of at least 0")
   if weight == 1:
     return calibration
-  given = dict(calibration) if isinstance(calibration, Mapping) else {"tokens": calibration}
-  for ids, mask, name in (
-    ("tokens", "attention_mask", "weights"), ("decoder_input_ids", "decoder_attention_mask", "decoder_weights"),
-  ):  # fmt: skip
-    if given.get(ids) is not None:
-      real = np.asarray(given.get(mask, np.ones(np.shape(given[ids])))) != 0
-      first = np.zeros(real.shape, bool)
-      first[np.arange(len(real)), real.argmax(axis=1)] = True
-      given[name] = np.where(first, weight, 1.0).astype(np.float32)
-  return given
+  whole: dict[str, np.ndarray] = {}
+  for batch in batches_of(calibration):
+    for name, rows in batch.items():
+      whole[name] = np.concatenate([whole[name], rows]) if name in whole else rows
+  for masks, name in _WEIGHTS.items():
+    if masks in whole:
+      real = whole[masks] != 0
+      first = np.arange(real.shape[1]) == real.argmax(axis=1)[:, None]
+      whole[name] = np.where(first, weight, 1.0).astype(np.float32) * whole.get(name, np.float32(1))
+  return whole
 
 
 def _block_alone(block: Block, alike: Block, params: Params) -> Params:
@@ -339,8 +360,7 @@ def _collect(
 
 def _weights(batch: Mapping[str, np.ndarray], mask: str) -> np.ndarray:
   """How much each token counts, float32 `[rows, length]`; padding not at all."""
-  real = (batch[mask] != 0).astype(np.float32)
-  return real * batch.get(mask.replace("attention_mask", "weights"), np.float32(1))
+  return (batch[mask] != 0).astype(np.float32) * batch.get(_WEIGHTS[mask], np.float32(1))
 
 
 @functools.partial(jax.jit, static_argnames=("wanted",))

@@ -65,5 +65,5 @@ STATISTICS = {
 }
 """`hessian` is `(2 / tokens) sum x x^T: [in, in]`, `reference_hessian` `(2 / tokens) sum x r^T` with r the input in the
 model before compression; `mean`, `second_moment`, `absmax`, `mean_abs`, `minimum` and `maximum` (0 included) are
-`[in]`; `histogram: [bins]` counts `|x|` of all inputs in `ops.observers`' bins. Tokens that weigh 2 are in sums and in
-the number of tokens as often as two would be."""
+`[in]`; `histogram: [bins]` counts `|x|` of all inputs in `ops.observers`' bins. In sums and in
+the number of tokens a token that weighs 2 is as two would be; extremes and the histogram see it once."""

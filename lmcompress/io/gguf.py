@@ -202,13 +202,15 @@ def read_tensor(header: Header, name: str, entry: int | None = None) -> np.ndarr
     entry: reads that entry of the first axis alone, such as one expert of a stack.
 
   Raises:
-    FormatError: there is no such tensor, its type cannot be dequantized or the file changed since.
+    FormatError: there is no such tensor or entry, its type cannot be dequantized or the file changed since.
   """
   if name not in header.tensors:
     some = ", ".join(list(header.tensors)[:3])
     raise FormatError(f"{header.path} has no tensor {name!r}; it has {len(header.tensors)}, such as {some}")
   info = header.tensors[name]
   if entry is not None:
+    if len(info.shape) < 2 or not 0 <= entry < info.shape[0]:
+      raise FormatError(f"{header.path}: tensor {name!r} is {list(info.shape)} and has no entry {entry}")
     share = info.nbytes // info.shape[0]
     info = dataclasses.replace(info, shape=info.shape[1:], offset=info.offset + entry * share, nbytes=share)
   if 0 in info.shape:
@@ -234,33 +236,30 @@ def _decode(path: Path, info: TensorInfo, raw: np.ndarray) -> np.ndarray:
 
   from gguf import quants
 
-  _require_decoder(path, info)
-  rows = np.asarray(raw).reshape(math.prod(info.shape[:-1]), -1)
-  return quants.dequantize(rows, info.type).reshape(info.shape)
+  try:
+    rows = np.asarray(raw).reshape(math.prod(info.shape[:-1]), -1)
+    return quants.dequantize(rows, info.type).reshape(info.shape)
+  except NotImplementedError:
+    raise FormatError(
+      f"{path}: tensor {info.name!r} has type {kind}, which cannot be dequantized; convert "
+      "the file to a type such as Q8_0, Q4_K or F16"
+    ) from None
 
 
 def require_decoders(header: Header) -> None:
-  """Checks, before any weight is read, that all can be.
+  """Checks, before any weight is read, that all can be: a block of zeros of each type is dequantized.
 
   Raises:
-    FormatError: names the first tensor of a type that cannot be dequantized.
+    FormatError: names the first tensor of a type that cannot be.
   """
-  for info in {info.type: info for info in reversed(header.tensors.values())}.values():
-    if info.type.name not in (*_PLAIN, "BF16"):
-      _require_decoder(header.path, info)
-
-
-def _require_decoder(path: Path, info: TensorInfo) -> None:
-  from gguf import quants
   from gguf.constants import GGML_QUANT_SIZES
 
-  try:
-    quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[info.type][1]), np.uint8), info.type)
-  except NotImplementedError:
-    raise FormatError(
-      f"{path}: tensor {info.name!r} has type {info.type.name}, which cannot be dequantized; convert "
-      "the file to a type such as Q8_0, Q4_K or F16"
-    ) from None
+  tried = set()
+  for info in header.tensors.values():
+    if info.type not in tried:
+      tried.add(info.type)
+      size, nbytes = GGML_QUANT_SIZES[info.type]
+      _decode(header.path, dataclasses.replace(info, shape=(1, size)), np.zeros(nbytes, np.uint8))
 
 
 @contextlib.contextmanager

@@ -65,6 +65,10 @@ def load_gguf(path: Path, lazy: bool = False) -> tuple[Any, Params, Tokenizer]:
   mapping = names.plan(theirs, "gguf", found, layers, str(path))
   gguf.require_decoders(header)
   pairs = {"q": heads, "k": kv_heads} if kind == "llama" else {}
+  for own, (_, tensor) in mapping.items():
+    experts, shape = data.number("expert_count", 1), header.tensors[tensor].shape
+    if tree.in_mixture(own) and (len(shape) != 3 or shape[0] != experts):
+      raise FormatError(f"{path}: tensor {tensor!r} is {list(shape)}; a matrix for each of {experts} is expected")
   sources = {own: source for at in mapping for own, source in _sources(header, at, *mapping[at], pairs).items()}
 
   def leaf(own: str) -> Any:
@@ -88,7 +92,7 @@ def _sources(
   A stack of experts is a parameter for each.
   """
   shape, part = header.tensors[tensor].shape, path.split("/")[-2]
-  if tree.in_mixture(path) and len(shape) == 3:
+  if tree.in_mixture(path):
     start, _, end = path.partition(f"/{tree.EXPERTS}/")
     return {
       f"{start}/{tree.EXPERTS}/{i}/{end}": (name, functools.partial(gguf.read_tensor, header, tensor, i), shape[1:])

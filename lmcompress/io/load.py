@@ -51,7 +51,7 @@ def _read(name: str | os.PathLike, mesh: Any, lazy: bool, rules: Any) -> tuple[A
   path = Path(hub.resolve_model(str(name)))
   if lazy and (mesh is not None or not (_is_gguf(path) or _is_plain_folder(path))):
     raise SourceError(
-      f"{name}: only Hugging Face folders and GGUF files can be read weight by weight, and not onto a mesh"
+      f"{name}: only weights of Hugging Face folders and GGUF files can stay in their files, and not on a mesh"
     )
   if path.is_file() and path.suffix in (".yaml", ".yml"):
     from lmcompress.io.untrained import load_untrained
@@ -90,7 +90,9 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _is_plain_folder(path: Path) -> bool:
-  return (path / "config.json").is_file() and not (path / checkpoint.MANIFEST).is_file()
+  from lmcompress.io.onnx_model import is_onnx
+
+  return (path / "config.json").is_file() and not (path / checkpoint.MANIFEST).is_file() and not is_onnx(path)
 
 
 def read_tasks(name: str | os.PathLike) -> dict[str, dict[str, Any]]:

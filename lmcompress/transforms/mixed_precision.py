@@ -47,10 +47,10 @@ def mixed_precision(
     candidates: widths to choose from.
     group_size, symmetric, sweeps, error_propagation: as in `gptq`.
     sensitivity: `output` is the relative output error `||X (W - Q(W))||**2 / ||X W||**2`, which the Hessian of
-      calibration tokens tells; `fisher` what the loss of the model rises by to second order, `sum F (W - Q(W))**2 / 2`
-      with the empirical Fisher's diagonal F, which takes one pass of gradients; `kl` the divergence of the model's
-      predictions with that weight alone rounded, which takes a run of the model for each stage and width. The last two
-      weigh tables too.
+      calibration tokens tells; `fisher` is in proportion to what the loss of the model rises by to second order,
+      `sum F (W - Q(W))**2 / 2` with the empirical Fisher's diagonal F over rows, which takes one pass of gradients;
+      `kl` is the divergence of the model's predictions with that weight alone rounded, which takes a run of the model
+      for each stage and width. The last two weigh tables too.
     tokens: calibration tokens on which the divergence is measured.
     tables: also chooses for the embedding and the head, which are rounded to nearest; for `fisher` and `kl`.
 
@@ -98,7 +98,7 @@ def mixed_precision(
 
   def by_fisher(params: Params, state: State, evidence: Evidence) -> tuple[Params, State]:
     found = {}
-    for _, paths in _alike(evidence.structure, params, _chosen(params, evidence.selected)):
+    for _, paths in _groups(evidence.structure, params, _chosen(params, evidence.selected)):
       weights = {path: tree.get(params, path) for path in paths}
       given = {path: evidence_for("fisher", path, evidence, "mixed_precision") for path in paths}
       losses = [sum(float(_rise(w, rounded(p, w, b), given[p])) for p, w in weights.items()) for b in widths]
@@ -157,7 +157,7 @@ def divergences(
     carries.append(model.run(block, params, carries[-1])[0])
   want = jax.nn.log_softmax(model.finish(params, carries[-1]), axis=-1)
   found = {}
-  for n, paths in _alike(model, params, chosen):
+  for n, paths in _groups(model, params, chosen):
     losses, size = [], sum(tree.get(params, path).size for path in paths)
     for choice in choices:
       changed = params
@@ -172,8 +172,8 @@ def divergences(
   return found
 
 
-def _alike(model: Any, params: Params, chosen: frozenset[str]) -> list[tuple[int, list[str]]]:
-  """What is decided as one, with the number of its block: the linears of a stage, and each table."""
+def _groups(model: Any, params: Params, chosen: frozenset[str]) -> list[tuple[int, list[str]]]:
+  """What is decided as one, with the number of its block: the linears of a stage, and each other weight by itself."""
   groups = [
     (n, [path for linear in stage.linears if (path := f"{block.path}/{linear}/kernel") in chosen])
     for n, block in enumerate(model.blocks(params))

@@ -9,14 +9,13 @@ import pytest
 
 from lmcompress import tree
 from lmcompress.arrays import MaskedArray, QuantizedArray
-from lmcompress.calibration import compress
-from lmcompress.calibration.sequential import weigh_first
+from lmcompress.calibration import compress, weigh_first
 from lmcompress.calibration.statistics import STATISTICS
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.models import T5, T5Config
 from lmcompress.models.t5 import T5Sizes
 from lmcompress.ops.observers import edges
-from lmcompress.transforms import at, chain, freeze, leafwise, magnitude, named_chain, round_to_nearest
+from lmcompress.transforms import at, chain, freeze, leafwise, magnitude, mixed_precision, named_chain, round_to_nearest
 from lmcompress.types import Evidence, WeightError
 
 
@@ -305,15 +304,57 @@ def test_the_first_real_token_is_weighed(calibration):
   want[[0, 1, 2], [0, 4, 0]] = 9
   np.testing.assert_array_equal(given["weights"], want)
   np.testing.assert_array_equal(given["decoder_weights"], np.repeat([[9.0, 1.0, 1.0]], 3, axis=0))
+  again = weigh_first(given, 2.0)
+  np.testing.assert_array_equal(again["weights"], np.where(want == 9, 18, 1))
   assert weigh_first(calibration, 1.0) is calibration
+  with pytest.raises(ValueError, match="a finite number of at least 0"):
+    weigh_first(calibration, -1.0)
+  with pytest.raises(WeightError, match="calibration tokens are"):
+    weigh_first(calibration[0], 2.0)
+
+
+def test_a_link_that_runs_the_model_takes_weighed_tokens(tiny, calibration):
+  """Weights are no argument of a model: by divergence, and by gradients."""
+  for sensitivity in ("kl", "fisher"):
+    recipe = mixed_precision(6.0, (3, 8), 16, sensitivity=sensitivity, tokens=20)
+    plain, weighed = (compress(*tiny, recipe, given)[1] for given in (calibration, weigh_first(calibration, 4.0)))
+    bits = [{path: row["bits"] for path, row in report.last().items()} for report in (plain, weighed)]
+    assert bits[0] == bits[1]  # what a width costs does not read them; what gptq then does, does
+
+
+def test_weights_of_a_decoder():
+  """Rows given twice, on both sides of an encoder-decoder, padding among them."""
+  sizes = T5Sizes(vocab=64, embed=16, mlp=32, layers=1, decoder_layers=1, heads=2)
+  model = T5(T5Config(head_dim=8, max_length=32), sizes)
+  params = model.init(jax.random.key(0))
+  rng = np.random.default_rng(0)
+  given = {
+    "tokens": rng.integers(0, 64, (3, 9)).astype(np.int32), "decoder_input_ids": rng.integers(0, 64, (3, 5)),
+    "attention_mask": np.arange(9) < np.array([[9], [4], [7]]),
+    "decoder_attention_mask": np.arange(5) < np.array([[2], [5], [3]]),
+  }  # fmt: skip
+  given["decoder_input_ids"] = given["decoder_input_ids"].astype(np.int32)
+  often = np.array([[1.0], [2.0], [1.0]])
+  once, twice = {}, {}
+  weights = {"weights": np.repeat(often, 9, axis=1), "decoder_weights": np.repeat(often, 5, axis=1)}
+  compress(model, params, spy(once), given | weights)
+  compress(model, params, spy(twice), {name: x[[0, 1, 1, 2]] for name, x in given.items()})
+  assert any("cross" in path for path in once)
+  for path, want in twice.items():
+    for name in ("hessian", "reference_hessian", "mean", "absmax"):
+      near = 1e-5 * float(np.abs(want[name]).max())
+      np.testing.assert_allclose(once[path][name], want[name], rtol=1e-4, atol=near, err_msg=f"{path} {name}")
 
 
 @pytest.mark.parametrize("weights", [
   np.ones((3, 9)), np.full((3, 10), -1.0), np.full((3, 10), np.nan), np.zeros((3, 10)), np.full((3, 10), "a"),
-], ids=["another length", "negative", "not a number", "none above 0", "words"])
+  np.full((3, 10), 1e300), np.full((3, 10), 1e-60), np.full((3, 10), 1j),
+], ids=["another length", "negative", "not a number", "none above 0", "words", "too large", "too small", "complex"])
 def test_weights_of_another_form(tiny, calibration, weights):
   with pytest.raises(WeightError, match="calibration's weights are a number of at least 0 for each token"):
     compress(*tiny, spy({}), {"tokens": calibration, "weights": weights})
+  with pytest.raises(WeightError, match="decoder_weights and no decoder_input_ids"):
+    compress(*tiny, spy({}), {"tokens": calibration, "decoder_weights": np.ones((3, 10))})
 
 
 def test_rows_are_split_over_a_mesh(tiny, monkeypatch):

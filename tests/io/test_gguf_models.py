@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ import lmcompress as lmc
 from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch
 from lmcompress.distributed import make_mesh
-from lmcompress.io import gguf
+from lmcompress.io import gguf, names
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.gguf_model import load_gguf
 from lmcompress.io.store import Store
@@ -116,7 +118,7 @@ def write(path, case, change=None):
       x.add_(torch.randn_like(x) * 0.1)
   if kind == "t5":  # the class ties its head, folders of Flan-T5 have one of their own
     net.lm_head.weight = torch.nn.Parameter(torch.randn_like(net.lm_head.weight))
-  names = get_tensor_name_map(word, net.config.num_hidden_layers)
+  called = get_tensor_name_map(word, net.config.num_hidden_layers)
   writer = GGUFWriter(path, kind)
   numbers = {key: config[theirs] for key, theirs in keys.items()} | more | (change or {})
   for key, value in numbers.items():
@@ -139,7 +141,7 @@ def write(path, case, change=None):
       for part, values in parts.items():
         writer.add_tensor(f"{block}.ffn_{part}_exps.weight", np.ascontiguousarray(values.numpy()))
       continue
-    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    theirs = called.get_name(name, try_suffixes=(".weight", ".bias"))
     assert theirs, name
     if name.endswith("shared_expert_gate.weight") or (name.endswith("type_embeddings.weight") and len(x) == 1):
       x = x[0]
@@ -183,7 +185,7 @@ def test_outputs_equal_transformers(case, tmp_path):
     np.testing.assert_array_equal(fetch(leaf), there, err_msg=path)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "qwen3moe"])
 def test_in_the_file_as_in_memory(case, tmp_path):
   """Compressed block by block where the weights stay in the file, to the same bits."""
   write(tmp_path / "model.gguf", case)
@@ -195,14 +197,28 @@ def test_in_the_file_as_in_memory(case, tmp_path):
   assert all(isinstance(leaf, StoredArray) for leaf in tree.weights(found).values())
   assert tree_hash(tree.map_leaves(lambda path, leaf: fetch(leaf), found)) == tree_hash(want)
   assert [row["output_error"] for row in report.rows] == [row["output_error"] for row in other.rows]
-  with pytest.raises(SourceError, match="not onto a mesh"):
+  with pytest.raises(SourceError, match="and not on a mesh"):
     lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2), lazy=True)
 
 
-def test_a_mesh_reads_tensor_by_tensor(tmp_path):
+def test_a_mesh_reads_tensor_by_tensor(tmp_path, monkeypatch):
+  """The same bits in parts; no weight is read before the one before it is placed and gone."""
   write(tmp_path / "model.gguf", "llama")
   local = lmc.load(tmp_path / "model.gguf")[1]
+  alive, most, lazily = [], [0], names.lazily
+
+  def counted(name, read, shape):
+    def once():
+      found = read()
+      alive.append(weakref.ref(found))
+      most[0] = max(most[0], sum(ref() is not None for ref in alive))
+      return found
+
+    return lazily(name, once, shape)
+
+  monkeypatch.setattr(names, "lazily", counted)
   spread = lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2, fsdp=2, tensor=2))[1]
+  assert len(alive) == len(tree.weights(local)) and most[0] <= 2
   for path, x in tree.flatten(local).items():
     np.testing.assert_array_equal(tree.get(spread, path), x, err_msg=path)
   assert tree.get(spread, "layers/0/attn/q/kernel").addressable_shards[0].data.shape == (24, 24)
@@ -224,6 +240,9 @@ def test_an_entry_is_that_of_the_whole(kind, tmp_path):
   assert whole.shape == (5, 3, 64) and len({float(x) for x in whole[:, 0, 0]}) == 5
   for i in range(5):
     np.testing.assert_array_equal(gguf.read_tensor(header, "experts", i), whole[i])
+  for i in (-1, 5):
+    with pytest.raises(FormatError, match=rf"is \[5, 3, 64\] and has no entry {i}"):
+      gguf.read_tensor(header, "experts", i)
 
 
 @pytest.mark.parametrize(("kind", "change", "message"), [
@@ -231,6 +250,7 @@ def test_an_entry_is_that_of_the_whole(kind, tmp_path):
   ("gemma2", {"attention.key_length": 7}, "head_dim is 7; an even integer is needed"),
   ("phi2", {"rope.dimension_count": 3}, "partial_rotary_factor turns 3 of 8"),
   ("qwen3moe", {"expert_used_count": 9}, "expert_used_count is 9, and there are 4 experts"),
+  ("qwen3moe", {"expert_count": 5}, r"is \[4, 36, 48\]; a matrix for each of 5 is expected"),
   ("qwen2", {"rope.dimension_count": 4}, "rotations over a part of the head"),
   ("t5", {"decoder_block_count": 3}, "the tensor 'dec.blk.2.attn_norm.weight' is missing"),
   ("t5", {"attention.key_length": 7}, "no multiple of the head size 7"),

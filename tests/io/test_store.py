@@ -169,5 +169,5 @@ def test_what_needs_the_whole_model_says_so(folder, tmp_path):
   with pytest.raises(WeightError, match="rotate needs the whole model in memory"):
     compress(model, lazy, rotate(), key=jax.random.key(0))
   save(tmp_path / "saved", model, lmc.load(folder)[1])
-  with pytest.raises(SourceError, match="only Hugging Face folders"):
+  with pytest.raises(SourceError, match="only weights of Hugging Face folders"):
     lmc.load(tmp_path / "saved", lazy=True)
