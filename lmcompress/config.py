@@ -330,6 +330,8 @@ class Config(_Table):
     if self.mesh:
       unsaid = {"fsdp": 1, "expert": 1, "pipe": 1, "rules": {}}
       table["mesh"] = {key: value for key, value in table["mesh"].items() if unsaid.get(key) != value}
+    if self.calibration and self.calibration.first_weight == 1:
+      del table["calibration"]["first_weight"]
     if self.train:
       table["train"] = {key: value for key, value in table["train"].items() if value is not None}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:8]

@@ -20,6 +20,8 @@ from lmcompress.config import check, load_config
 from lmcompress.errors import GateError
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.whole import write_text
+from lmcompress.search import Measure
+from lmcompress.stages import Silent
 from lmcompress.types import FormatError, LmcompressError
 
 STAGES = ["original", "magnitude at layers/*/mlp/down", "round_to_nearest at layers/*/mlp/down"]
@@ -400,6 +402,22 @@ def test_a_mesh_larger_than_the_machine_is_refused(place, tmp_path):
     with pytest.raises(lmc.ConfigError, match="mesh data="):
       experiment.run(load_config(place / "tiny.yaml", [f"mesh={mesh}"]), tmp_path, COMMAND)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_token_of_each_row_is_weighed_as_the_config_says(place):
+  """In a run and in a search; 1 is no other config than none."""
+  text = f"calibration={{text: '{place / 'text.txt'}', windows: 2, length: 32}}"
+  plain, told, heavy = (
+    load_config(place / "tiny.yaml", [text, *more])
+    for more in ([], ["calibration.first_weight=1.0"], ["calibration.first_weight=9.0"])
+  )
+  assert plain.hash == told.hash != heavy.hash
+  model, _, tokenizer = lmc.load(plain.model)
+  assert isinstance(experiment._calibration(plain, model, tokenizer, {}), np.ndarray)
+  searched = Measure(heavy, [], place / "search", Silent()).calibration
+  for given in (experiment._calibration(heavy, model, tokenizer, {}), searched):
+    assert isinstance(given, dict)
+    np.testing.assert_array_equal(given["weights"], np.where(np.arange(32) == 0, 9.0, 1.0)[None].repeat(2, axis=0))
 
 
 def test_blocks_of_another_model_or_text_are_not_used(place, config, tmp_path):
