@@ -214,6 +214,18 @@ def expected_bytes(params: Params, rows: int, length: int, needs: frozenset[str]
 
 def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
   """Rows of calibration, some at a time."""
+  whole = _checked(calibration)
+  rows, length = whole["tokens"].shape
+  size = max(1, TOKENS // length)
+  return [{name: x[i : i + size] for name, x in whole.items()} for i in range(0, rows, size)]
+
+
+def _checked(calibration: Any) -> dict[str, np.ndarray]:
+  """Tokens, masks and what else is given, a row for each text.
+
+  Raises:
+    WeightError: one of them is none.
+  """
   given = calibration if isinstance(calibration, Mapping) else {"tokens": calibration}
   tokens = np.asarray(given["tokens"])
   if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -236,8 +248,7 @@ def batches_of(calibration: Any) -> list[dict[str, np.ndarray]]:
       if masks not in whole:
         raise WeightError(f"calibration has {name} and no decoder_input_ids")
       whole[name] = _checked_weights(name, whole[name], whole[masks] != 0)
-  size = max(1, TOKENS // tokens.shape[1])
-  return [{name: x[i : i + size] for name, x in whole.items()} for i in range(0, tokens.shape[0], size)]
+  return whole
 
 
 def _checked_weights(name: str, given: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -273,10 +284,7 @@ def weigh_first(calibration: Any, weight: float) -> Any:
     raise ValueError(f"weigh_first(weight={weight}): a finite number of at least 0")
   if weight == 1:
     return calibration
-  whole: dict[str, np.ndarray] = {}
-  for batch in batches_of(calibration):
-    for name, rows in batch.items():
-      whole[name] = np.concatenate([whole[name], rows]) if name in whole else rows
+  whole = _checked(calibration)
   for masks, name in _WEIGHTS.items():
     if masks in whole:
       real = whole[masks] != 0

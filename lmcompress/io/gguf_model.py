@@ -65,8 +65,9 @@ def load_gguf(path: Path, lazy: bool = False) -> tuple[Any, Params, Tokenizer]:
   mapping = names.plan(theirs, "gguf", found, layers, str(path))
   gguf.require_decoders(header)
   pairs = {"q": heads, "k": kv_heads} if kind == "llama" else {}
+  experts = data.number("expert_count", 1)
   for own, (_, tensor) in mapping.items():
-    experts, shape = data.number("expert_count", 1), header.tensors[tensor].shape
+    shape = header.tensors[tensor].shape
     if tree.in_mixture(own) and (len(shape) != 3 or shape[0] != experts):
       raise FormatError(f"{path}: tensor {tensor!r} is {list(shape)}; a matrix for each of {experts} is expected")
   sources = {own: source for at in mapping for own, source in _sources(header, at, *mapping[at], pairs).items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ import lmcompress as lmc
 from lmcompress import tree
 from lmcompress.arrays import StoredArray, fetch
 from lmcompress.distributed import make_mesh
-from lmcompress.io import gguf, names
+from lmcompress.io import gguf
 from lmcompress.io.checkpoint import tree_hash
 from lmcompress.io.gguf_model import load_gguf
 from lmcompress.io.store import Store
@@ -201,24 +199,12 @@ def test_in_the_file_as_in_memory(case, tmp_path):
     lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2), lazy=True)
 
 
-def test_a_mesh_reads_tensor_by_tensor(tmp_path, monkeypatch):
+def test_a_mesh_reads_tensor_by_tensor(tmp_path, reads):
   """The same bits in parts; no weight is read before the one before it is placed and gone."""
   write(tmp_path / "model.gguf", "llama")
   local = lmc.load(tmp_path / "model.gguf")[1]
-  alive, most, lazily = [], [0], names.lazily
-
-  def counted(name, read, shape):
-    def once():
-      found = read()
-      alive.append(weakref.ref(found))
-      most[0] = max(most[0], sum(ref() is not None for ref in alive))
-      return found
-
-    return lazily(name, once, shape)
-
-  monkeypatch.setattr(names, "lazily", counted)
   spread = lmc.load(tmp_path / "model.gguf", mesh=make_mesh(data=2, fsdp=2, tensor=2))[1]
-  assert len(alive) == len(tree.weights(local)) and most[0] <= 2
+  assert reads["all"] == len(tree.weights(local)) and reads["alive"] <= 2
   for path, x in tree.flatten(local).items():
     np.testing.assert_array_equal(tree.get(spread, path), x, err_msg=path)
   assert tree.get(spread, "layers/0/attn/q/kernel").addressable_shards[0].data.shape == (24, 24)
